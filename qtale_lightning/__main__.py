@@ -1,0 +1,154 @@
+"""The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|report``."""
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+
+from qtale_lightning import stages
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.evaluation.threshold import check_thresholds
+from qtale_lightning.plan import print_plan
+from qtale_lightning.report import run_metadata, update_results, write_report
+from qtale_lightning.run import RunDirectory
+
+console = Console(stderr=True)
+
+USAGE = """usage: python -m qtale_lightning <command> …
+
+  fit --config FILE … [OPTIONS]     train, then export, quantize, sweep and report; resumes an interrupted run
+  plan --config FILE … [OPTIONS]    what fit would cost, without loading weights
+  quantize RUN [OPTIONS]            AWQ of a finished run at each of --quantize.bits
+  sweep RUN [OPTIONS]               accuracy and cost at each precision and each of --sweep.thresholds
+  evaluate RUN [--bits N] [--theta X] [OPTIONS]
+                                    one precision and threshold on the validation questions
+  report RUN                        figures, results.md and the summary, from results.json
+
+Every option of a run is shown by `fit --help`; RUN is a run's directory, and options override its configuration.
+"""
+
+
+def fit(args: list[str]) -> None:
+    """Train and everything after it."""
+    cli = QTALECLI(args, "python -m qtale_lightning fit")
+    cli.check()
+    run, data = cli.run, cli.prepare_data()
+    run.claim(cli.config_text())
+    command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
+    seed = cli.model.seed
+    update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
+    checkpoint = cli.config["ckpt_path"]
+    if checkpoint == "last" or (checkpoint is None and run.last.is_file()):
+        if not run.last.is_file():
+            raise FileNotFoundError(
+                f"nothing to resume from: {run.last} isn't there. Leave --ckpt_path out to start."
+            )
+        checkpoint = str(run.last)
+        console.print(f"resuming from {checkpoint}")
+    torch.set_float32_matmul_precision("high")
+    cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+
+
+def plan(args: list[str]) -> None:
+    """Print what a run would cost."""
+    cli = QTALECLI(args, "python -m qtale_lightning plan")
+    cli.check()
+    print_plan(cli)
+
+
+def _open(args: list[str], command: str) -> tuple[RunDirectory, list[str]]:
+    """The run directory that a stage command names, and the arguments behind it."""
+    if not args or args[0].startswith("-"):
+        print(USAGE)
+        raise SystemExit(0 if args and args[0] in ("-h", "--help") else 2)
+    return RunDirectory(args[0]), args[1:]
+
+
+def _configured(run: RunDirectory, options: list[str], command: str) -> QTALECLI:
+    """The run's configuration with overriding options."""
+    return QTALECLI(
+        ["--config", str(run.require_config()), *options], f"python -m qtale_lightning {command} {run.root}"
+    )
+
+
+def quantize(args: list[str]) -> None:
+    """AWQ of a finished run."""
+    run, options = _open(args, "quantize")
+    cli = _configured(run, options, "quantize")
+    cli.check()
+    q = cli.quantization
+    stages.quantize(run, cli.prepare_data(), q.bits, q.group_size, q.sequences)
+
+
+def sweep(args: list[str]) -> None:
+    """Sweep the precisions that are there over θ."""
+    run, options = _open(args, "sweep")
+    cli = _configured(run, options, "sweep")
+    q = cli.quantization
+    stages.sweep(run, cli.prepare_data(), q.bits, cli.threshold_sweep.thresholds, q.group_size)
+    write_report(run.root)
+
+
+def evaluate(args: list[str]) -> None:
+    """One precision and θ on the validation questions."""
+    run, options = _open(args, "evaluate")
+    bits, theta = 16, None
+    while options[:1] and options[0] in ("--bits", "--theta") and len(options) > 1:
+        value = options[1]
+        if options[0] == "--bits":
+            bits = int(value)
+        else:
+            theta = float(value)
+            check_thresholds([theta])
+        options = options[2:]
+    cli = _configured(run, options, "evaluate")
+    model = stages.load_exported(run, bits)
+    if model.config.routed_layers:
+        theta = model.config.threshold if theta is None else theta
+    elif theta is not None:
+        raise ValueError(f"{run.root} has no routers: leave --theta out")
+    stages.evaluate(run, cli.prepare_data(), model, bits, theta, "validation", cli.quantization.group_size)
+
+
+def report(args: list[str]) -> None:
+    """Everything that is shown, from results.json."""
+    run, _ = _open(args, "report")
+    run.require_config()
+    run.merge_logs()
+    write_report(run.root)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    command.__name__: command for command in (fit, plan, quantize, sweep, evaluate, report)
+}
+
+
+def main(argv: list[str]) -> None:
+    """Run a command; a mistake in its input ends in one message, not in a traceback."""
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    logging.getLogger("qtale_lightning").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is given what argv holds
+    if not argv or argv[0] not in COMMANDS:
+        print(USAGE)
+        raise SystemExit(0 if argv[:1] in ([], ["-h"], ["--help"]) else f"error: unknown command {argv[0]!r}")
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("QTALE_TRACEBACK"):
+            raise
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        console.print("[dim](QTALE_TRACEBACK=1 shows where it was raised)[/]")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

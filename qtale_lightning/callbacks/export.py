@@ -1,0 +1,29 @@
+"""After training: the best checkpoint, merged, as a Hugging Face folder."""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from qtale_lightning import stages
+from qtale_lightning.module import QTALEModule
+from qtale_lightning.run import RunDirectory
+
+
+class Export(Callback):
+    """Exports ``<run>/model`` from the best checkpoint, on a copy: the live module stays as training left it.
+
+    Args:
+        run: The run's directory.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Checkpoints are closed by now; in on_train_end they would still be written afterwards."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, QTALEModule)
+        checkpoint = torch.load(self.run.best, map_location="cpu", weights_only=True)
+        dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
+        stages.export(self.run, pl_module.fresh(), checkpoint["state_dict"], dtype)

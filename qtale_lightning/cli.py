@@ -1,0 +1,196 @@
+"""The configuration of a run, as LightningCLI parses it, and the objects made from it."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import yaml
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from qtale_lightning.callbacks import (
+    AWQQuantization,
+    Export,
+    Report,
+    RoutingMonitor,
+    ThresholdSweep,
+    TrainingTotals,
+)
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.evaluation.cost import linear_shapes
+from qtale_lightning.models.sources import planned_config
+from qtale_lightning.module import QTALEModule
+from qtale_lightning.run import RunDirectory
+from qtale_lightning.tracking import WandbMode, wandb_logger
+
+log = logging.getLogger(__name__)
+
+# A run is checkpointed where it is validated, and the best is chosen by this logged value: the objective at
+# inference decisions and the final target ratio, so that a schedule's early, expensive models don't win.
+BEST = "val/loss"
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+
+
+class QTALECLI(LightningCLI):
+    """Parses a run's configuration and makes its module and data; the trainer is made for ``fit`` only."""
+
+    model: QTALEModule
+    datamodule: CommonsenseDataModule
+
+    def __init__(self, args: list[str], prog: str) -> None:
+        super().__init__(
+            QTALEModule,
+            CommonsenseDataModule,
+            run=False,
+            args=args,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=None,  # the run directory keeps the configuration, and checks it
+            parser_kwargs={"prog": prog, "description": "Configuration of a QTALE run."},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The suite's own options, beside --model, --data and --trainer."""
+        parser.add_argument(
+            "--out", type=str, default="outputs", help="Folder that run directories are made in."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to resume from; 'last' is the run's own. A run that was interrupted resumes by itself.",
+        )
+        parser.add_argument(
+            "--validations",
+            type=int,
+            default=4,
+            help="Validations (and checkpoints) during training, evenly spread.",
+        )
+        parser.add_argument(
+            "--wandb",
+            type=WandbMode,
+            default="auto",
+            help="W&B: online, offline (records in <run>/wandb), disabled; auto is online if you are logged in.",
+        )
+        parser.add_argument("--wandb_project", type=str, default="qtale", help="W&B project.")
+        parser.add_lightning_class_args(AWQQuantization, "quantize")
+        parser.add_lightning_class_args(ThresholdSweep, "sweep")
+        for target in ("model.seed", "data.seed"):
+            parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Nothing yet: the stage commands need no trainer."""
+        return None
+
+    # ------------------------------------------------------------------------------------------------ objects
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run's directory, named by what it runs."""
+        name = f"{self.model.name}-{self.model.method}-{self.datamodule.label}-s{self.model.seed}"
+        return RunDirectory(Path(self.config["out"]) / name)
+
+    @property
+    def quantization(self) -> AWQQuantization:
+        """The quantization callback."""
+        return self.config_init["quantize"]
+
+    @property
+    def threshold_sweep(self) -> ThresholdSweep:
+        """The sweep callback."""
+        return self.config_init["sweep"]
+
+    def config_text(self) -> str:
+        """The resolved configuration as YAML, without what belongs to this start only."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        for key in ("config", "ckpt_path"):
+            config.pop(key, None)
+        return yaml.safe_dump(config, sort_keys=False)
+
+    def prepare_data(self) -> CommonsenseDataModule:
+        """The data module, read and tokenized."""
+        self.datamodule.tokenizer = self.model.tokenizer
+        self.datamodule.setup("fit")
+        return self.datamodule
+
+    def check(self) -> None:
+        """Refuse what can't work before anything expensive starts (ValueError)."""
+        config = planned_config(self.model.name)
+        self.quantization.check(linear_shapes(config))
+        start = self.model.routing_options["start_layer"]
+        if not 0 <= start < config.num_hidden_layers:
+            raise ValueError(
+                f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
+            )
+        if self.config["validations"] < 1:
+            raise ValueError(f"--validations {self.config['validations']} must be at least 1")
+
+    def make_trainer(self) -> L.Trainer:
+        """The trainer of ``fit``, with the run's loggers and callbacks.
+
+        Validation is spread evenly over training, whether that is given in steps or in epochs.
+        """
+        run, options = self.run, dict(self.config["trainer"])
+        batches = self.datamodule.steps_per_epoch * (options["max_epochs"] or 1)
+        if (options["max_steps"] or -1) > 0:
+            batches = options["max_steps"] * options["accumulate_grad_batches"]
+        options |= {
+            "default_root_dir": str(run.root),
+            "use_distributed_sampler": False,  # batches by length are cut for every rank by the data module
+            "val_check_interval": max(1, batches // self.config["validations"]),
+            "check_val_every_n_epoch": None,
+            "logger": self._loggers(run),
+            "callbacks": [*(options["callbacks"] or []), *self._callbacks(run)],
+        }
+        return L.Trainer(**options)
+
+    def _callbacks(self, run: RunDirectory) -> list[Callback]:
+        checkpoint = ModelCheckpoint(
+            dirpath=run.best.parent,
+            filename=run.best.stem,
+            monitor=BEST,
+            mode="min",
+            save_last=True,
+            enable_version_counter=False,
+        )
+        for stage in (self.quantization, self.threshold_sweep):
+            stage.run = run
+        self.threshold_sweep.bits = self.quantization.bits
+        self.threshold_sweep.group_size = self.quantization.group_size
+        monitors = [
+            TrainingTotals(run),
+            RoutingMonitor(run),
+            LearningRateMonitor("step"),
+            TQDMProgressBar(10),
+        ]
+        after = [Export(run), self.quantization, self.threshold_sweep, Report(run)]
+        return [*monitors, checkpoint, *after]
+
+    def _loggers(self, run: RunDirectory) -> list[Logger]:
+        # A folder for every start: CSVLogger deletes what it finds in its own.
+        local = CSVLogger(run.root, name="logs", version=run.next_log(), flush_logs_every_n_steps=20)
+        remote = wandb_logger(run.root, self.config["wandb"], self.config["wandb_project"])
+        loggers: list[Logger] = [local] if remote is None else [local, remote]
+        settings = yaml.safe_load(self.config_text())
+        settings["effective_batch"] = self._effective_batch()
+        for logger in loggers:
+            logger.log_hyperparams(settings)
+        return loggers
+
+    def _effective_batch(self) -> int:
+        trainer = self.config["trainer"]
+        devices = trainer["devices"] if isinstance(trainer["devices"], int) else 1
+        return (
+            self.datamodule.batch_size
+            * trainer["accumulate_grad_batches"]
+            * max(1, devices)
+            * trainer["num_nodes"]
+        )
+
+
+def _seed(seed: bool | int) -> int:
+    """``--seed_everything`` as the number that module and data use."""
+    return int(seed)

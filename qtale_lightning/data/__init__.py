@@ -1,0 +1,38 @@
+"""Commonsense questions: tasks and their rows, prompts, token ids, and the Lightning data module."""
+
+from qtale_lightning.data.datamodule import CommonsenseDataModule
+from qtale_lightning.data.facts import facts_corpus, generate_facts
+from qtale_lightning.data.prompts import PROMPT_STYLES, Prompt, build_prompt
+from qtale_lightning.data.sampler import LengthBatchSampler
+from qtale_lightning.data.tasks import SUITES, TASKS, Question, Task, read_hub, read_local, resolve_tasks
+from qtale_lightning.data.tokenization import (
+    EncodedPrompt,
+    TrainingExample,
+    collate,
+    encode_pair,
+    encode_prompt,
+    training_example,
+)
+
+__all__ = [
+    "PROMPT_STYLES",
+    "SUITES",
+    "TASKS",
+    "CommonsenseDataModule",
+    "EncodedPrompt",
+    "LengthBatchSampler",
+    "Prompt",
+    "Question",
+    "Task",
+    "TrainingExample",
+    "build_prompt",
+    "collate",
+    "encode_pair",
+    "encode_prompt",
+    "facts_corpus",
+    "generate_facts",
+    "read_hub",
+    "read_local",
+    "resolve_tasks",
+    "training_example",
+]

@@ -1,0 +1,317 @@
+"""`CommonsenseDataModule`: from task names to training batches and scored questions."""
+
+import warnings
+from itertools import chain, zip_longest
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, DistributedSampler
+from transformers import PreTrainedTokenizerBase
+
+from qtale_lightning.data.facts import generate_facts
+from qtale_lightning.data.prompts import PROMPT_STYLES, build_prompt
+from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
+from qtale_lightning.data.tasks import SUITES, TASKS, Question, Split, read_hub, read_local, resolve_tasks
+from qtale_lightning.data.tokenization import (
+    EncodedPrompt,
+    TrainingExample,
+    collate,
+    encode_prompt,
+    training_example,
+)
+
+MIXES = ("proportional", "uniform")
+
+
+class CommonsenseDataModule(LightningDataModule):
+    """Commonsense multiple-choice questions: trained on as the right answer's text, scored choice by choice.
+
+    Set `tokenizer` to the model's tokenizer before `setup`.
+
+    Args:
+        tasks: A task, a suite (csqa), or a list of them; "facts" is built in and needs no files.
+        root: Folder with <task>/train.jsonl and <task>/validation.jsonl. None reads the Hugging Face hub.
+        prompt_style: cloze (score each choice's text) or choice (score each choice's letter).
+        batch_size: Sequences in a batch of one device.
+        max_length: Tokens of the longest sequence, its EOS included; longer ones are cut at their left.
+        limit_train: Training rows of each task, chosen by the seed. None takes all.
+        limit_validation: Validation rows of each task, chosen by the seed. None takes all.
+        calibration_rows: Rows of each task held out of the training split; the threshold is selected on them.
+        mix: proportional (every row once an epoch) or uniform (equally many rows of each task).
+        seed: Seed of the rows chosen and of their order.
+        num_workers: Processes that collate batches; 0 does it in the main process.
+
+    Raises:
+        ValueError: An argument is out of its range or names something unknown.
+        FileNotFoundError: `root` isn't a folder.
+    """
+
+    def __init__(
+        self,
+        tasks: str | list[str] = "csqa",
+        root: str | None = None,
+        prompt_style: str = "cloze",
+        batch_size: int = 16,
+        max_length: int = 512,
+        limit_train: int | None = None,
+        limit_validation: int | None = None,
+        calibration_rows: int = 64,
+        mix: str = "proportional",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.tasks = resolve_tasks(tasks)
+        if prompt_style not in PROMPT_STYLES:
+            raise ValueError(f"unknown prompt_style {prompt_style!r}; known: {', '.join(PROMPT_STYLES)}")
+        if mix not in MIXES:
+            raise ValueError(f"unknown mix {mix!r}; known: {', '.join(MIXES)}")
+        sizes = {
+            "batch_size": batch_size,
+            "max_length": max_length,
+            "limit_train": limit_train,
+            "limit_validation": limit_validation,
+            "calibration_rows": calibration_rows,
+        }
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise ValueError(f"{name} must be positive, got {size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+        if root is not None and not Path(root).is_dir():
+            raise FileNotFoundError(
+                f"--data.root {root}: not a folder; it must hold <task>/train.jsonl files"
+            )
+        self.root = root
+        self.prompt_style = prompt_style
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.limit_train = limit_train
+        self.limit_validation = limit_validation
+        self.calibration_rows = calibration_rows
+        self.mix = mix
+        self.seed = seed
+        self.num_workers = num_workers
+        self.tokenizer: PreTrainedTokenizerBase | None = None
+        self._train: dict[str, list[TrainingExample]] = {}
+        self._scored: dict[str, list[EncodedPrompt]] = {}
+        self._resumed_order: dict[str, Any] | None = None
+
+    @property
+    def label(self) -> str:
+        """Short name of the data in run names and tables: a suite's name, or the tasks joined with "+"."""
+        suites = {tasks: name for name, tasks in SUITES.items()}
+        return suites.get(self.tasks, "+".join(self.tasks))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of one device in a whole epoch."""
+        return len(self._batch_sampler(self._mixed()))
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads, chooses and encodes the rows; the second call does nothing.
+
+        Raises:
+            RuntimeError: `tokenizer` isn't set.
+            ValueError: The tokenizer has no EOS or adds one, rows are malformed, or a task has too few rows.
+        """
+        if self._train:
+            return
+        tokenizer = self._checked_tokenizer()
+        scored: dict[str, list[EncodedPrompt]] = {"validation": [], "calibration": []}
+        train = {}
+        for task in self.tasks:
+            training, calibration = self._split_training(task)
+            validation = self._shuffled(task, "validation")[: self.limit_validation]
+            scored["calibration"] += [self._encode(question) for question in calibration]
+            scored["validation"] += [self._encode(question) for question in validation]
+            golds = (self._encode(question, gold_only=True) for question in training)
+            train[task] = [training_example(gold, tokenizer.eos_token_id) for gold in golds]
+        self._train, self._scored = train, scored
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches of `collate`; equally many on every rank, and from where the run stands if it was resumed.
+
+        The Trainer must leave the ranks' shares to it (`use_distributed_sampler=False`).
+
+        Raises:
+            ValueError: The rows are fewer than a batch, or the run is resumed from one with another order of
+                rows.
+        """
+        order = self._order()
+        if self._resumed_order not in (None, order):
+            raise ValueError(
+                f"the checkpoint's place in the training data refers to {self._resumed_order}, but this run "
+                f"has {order}: resume with the same --data options and number of devices, or start a new run"
+            )
+        # Lightning doesn't see that a resumed iteration starts at `_position`.
+        warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
+        examples = self._mixed()
+        return ResumableLoader(
+            examples,
+            batch_sampler=self._batch_sampler(examples),
+            position=self._position,
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> "DataLoader[TrainingExample]":
+        """Batches of `collate` on the right answers of the validation questions, sorted by length.
+
+        With several ranks, a few rows are seen twice where their number doesn't divide.
+        """
+        eos_id = self._checked_tokenizer().eos_token_id
+        examples = [training_example(encoded, eos_id) for encoded in self.questions("validation")]
+        examples.sort(key=lambda example: len(example.input_ids))
+        replicas, rank = self._replicas()
+        return DataLoader(
+            examples,  # type: ignore[arg-type]  # a list is a map-style dataset
+            batch_size=self.batch_size,
+            sampler=DistributedSampler(examples, replicas, rank, shuffle=False) if replicas > 1 else None,  # type: ignore[arg-type]
+            collate_fn=self._collate,
+            num_workers=self.num_workers,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the order of training rows depends on; Lightning itself saves the number of batches done."""
+        return {"order": self._order()} if self._train else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remembers the checkpoint's order; `train_dataloader` checks that this run has the same."""
+        self._resumed_order = state_dict.get("order")
+
+    def questions(self, split: Literal["validation", "calibration"]) -> list[EncodedPrompt]:
+        """Encoded questions of a split, task after task. Calibration questions are never trained on.
+
+        Raises:
+            ValueError: The split is unknown.
+            RuntimeError: `setup` hasn't run.
+        """
+        self._require_setup()
+        if split not in self._scored:
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(self._scored)}")
+        return self._scored[split]
+
+    def calibration_sequences(self, count: int) -> list[list[int]]:
+        """Token ids of training sequences (prompt and right answer) for quantization, each task in turn.
+
+        Args:
+            count: Sequences wanted; all are returned where the training rows are fewer.
+        """
+        self._require_setup()
+        in_turn = chain.from_iterable(zip_longest(*self._train.values()))
+        return [list(example.input_ids) for example in in_turn if example is not None][:count]
+
+    def protocol(self) -> dict[str, Any]:
+        """What a score depends on besides the model; recorded with every result."""
+        tokenizer = self._checked_tokenizer()
+        protocol: dict[str, Any] = {
+            "prompt_style": self.prompt_style,
+            "tasks": list(self.tasks),
+            "metrics": {task: TASKS[task].metric for task in self.tasks},
+            "bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
+            "loss_mask": "answer",
+            "max_length": self.max_length,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "root": self.root or "hub",
+            "limit_train": self.limit_train,
+            "limit_validation": self.limit_validation,
+            "calibration_rows": self.calibration_rows,
+            "mix": self.mix,
+        }
+        if self.root is None:
+            hubs = {task: TASKS[task].hub for task in self.tasks}
+            protocol["revisions"] = {task: hub.revision for task, hub in hubs.items() if hub is not None}
+        return protocol
+
+    def _checked_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise RuntimeError(
+                "CommonsenseDataModule.tokenizer isn't set: give it the model's tokenizer first"
+            )
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token, which every training sequence ends with")
+        if self.tokenizer("a")["input_ids"][-1] == self.tokenizer.eos_token_id:
+            raise ValueError("the tokenizer appends EOS to every text; load it with add_eos_token=False")
+        return self.tokenizer
+
+    def _require_setup(self) -> None:
+        if not self._train:
+            raise RuntimeError("CommonsenseDataModule.setup() hasn't run")
+
+    def _read(self, task: str, split: Split) -> list[Question]:
+        if TASKS[task].hub is None:
+            return generate_facts(split, self.seed)
+        return read_hub(task, split) if self.root is None else read_local(task, self.root, split)
+
+    def _shuffled(self, task: str, split: Split) -> list[Question]:
+        questions = self._read(task, split)
+        Random(f"{task}-{split}-{self.seed}").shuffle(questions)
+        return questions
+
+    def _split_training(self, task: str) -> tuple[list[Question], list[Question]]:
+        """(training, calibration) questions; a row that asks a calibration question again is in neither."""
+        questions = self._shuffled(task, "train")
+        calibration = questions[: self.calibration_rows]
+        held_out = {(question.context, question.text) for question in calibration}
+        training = [question for question in questions if (question.context, question.text) not in held_out]
+        if not training:
+            raise ValueError(
+                f"task {task!r} has {len(questions)} training rows and {self.calibration_rows} are held out "
+                f"for calibration: none is left to train on; lower --data.calibration_rows"
+            )
+        return training[: self.limit_train], calibration
+
+    def _encode(self, question: Question, gold_only: bool = False) -> EncodedPrompt:
+        prompt = build_prompt(question, self.prompt_style)
+        # One token of max_length is kept for the EOS that follows the answer in training.
+        return encode_prompt(
+            self._checked_tokenizer(), prompt.gold() if gold_only else prompt, self.max_length - 1
+        )
+
+    def _mixed(self) -> list[TrainingExample]:
+        """The rows of an epoch. Uniform: each task's rows are repeated or cut to the tasks' mean size."""
+        self._require_setup()
+        tasks = list(self._train.values())
+        if self.mix == "proportional":
+            return [example for examples in tasks for example in examples]
+        size = sum(map(len, tasks)) // len(tasks)
+        return [examples[row % len(examples)] for examples in tasks for row in range(size)]
+
+    def _replicas(self) -> tuple[int, int]:
+        """(number of ranks, this rank)."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _batch_sampler(self, examples: list[TrainingExample]) -> LengthBatchSampler:
+        lengths = [len(example.input_ids) for example in examples]
+        return LengthBatchSampler(lengths, self.batch_size, self.seed, *self._replicas())
+
+    def _collate(self, examples: list[TrainingExample]) -> dict[str, Any]:
+        tokenizer = self._checked_tokenizer()
+        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        return collate(examples, pad_id)
+
+    def _order(self) -> dict[str, Any]:
+        return {
+            "tasks": self.label,
+            "mix": self.mix,
+            "rows": len(self._mixed()),
+            "global_batch": self.batch_size * self._replicas()[0],
+            "seed": self.seed,
+        }
+
+    def _position(self) -> tuple[int, int]:
+        """(epoch, batches of it that are done).
+
+        Taken from the number of batches processed since the run's first, which a checkpoint restores rightly
+        wherever it was saved: within an epoch, at its end, or in `on_train_batch_end`, before the batch is
+        completed.
+        """
+        if self.trainer is None:
+            return 0, 0
+        steps, limit = self.steps_per_epoch, self.trainer.limit_train_batches
+        steps = min(steps, limit) if isinstance(limit, int) else int(steps * limit)
+        return divmod(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed, steps)  # type: ignore[attr-defined]

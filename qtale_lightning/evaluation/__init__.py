@@ -1,0 +1,1 @@
+"""Scoring, threshold selection and counted cost."""

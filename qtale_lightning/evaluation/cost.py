@@ -1,0 +1,191 @@
+"""Counted cost of a LLaMA-family model with routed layers: FLOPs, parameters and bytes. Nothing is measured.
+
+A multiply-add counts as 2 FLOPs. Only matrix products are counted (linears, attention scores and values,
+routers, `lm_head`); norms, activations, softmax, rotary embeddings and bias additions are not.
+
+Configurations are Hugging Face's (`hidden_size`, `intermediate_size`, …) plus two fields of routed models:
+`router_width` (absent or None: no routers) and `start_layer`, the first layer that has a router.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qtale_lightning.quantization.rtn import check_quantizable
+
+FULL_BITS = 16  # unquantized weights: bfloat16
+ROUTER_BITS = 32  # routers stay in float32
+SCALE_BITS = 16  # a quantized group's scale: float16
+KV_BYTES = 2  # keys and values: bfloat16
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Numbers of parameters of a whole model.
+
+    Attributes:
+        linears: weights of all layers by linear (`q_proj`, …, `down_proj`): what quantization shrinks.
+        biases: of the linears.
+        head: 0 where `lm_head` is tied to the embeddings.
+    """
+
+    linears: dict[str, int]
+    biases: int
+    norms: int
+    embeddings: int
+    head: int
+    routers: int
+
+    @property
+    def total(self) -> int:
+        return (
+            sum(self.linears.values()) + self.biases + self.norms + self.embeddings + self.head + self.routers
+        )
+
+
+def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Weight shapes `(out, in)` of one decoder layer's linears."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    queries = config.num_attention_heads * _head_dim(config)
+    keys = config.num_key_value_heads * _head_dim(config)
+    return {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }
+
+
+def routed_layers(config: Any) -> range:
+    """Indices of the decoder layers that have a router."""
+    if getattr(config, "router_width", None) is None:
+        return range(0)
+    return range(config.start_layer, config.num_hidden_layers)
+
+
+def layer_flops(config: Any, context: float) -> float:
+    """FLOPs of one token in one decoder layer that executes, its router left out.
+
+        2 · (linear weights) + 4 · context · heads · head_dim
+
+    Args:
+        context: keys that the token attends to, its own included: (T + 1) / 2 on average in T tokens.
+    """
+    weights = sum(outputs * inputs for outputs, inputs in linear_shapes(config).values())
+    return 2.0 * weights + 4.0 * context * config.num_attention_heads * _head_dim(config)
+
+
+def router_flops(config: Any) -> float:
+    """FLOPs of one token in one router (hidden → width → 2); 0 for a model without routers."""
+    return 2.0 * config.router_width * (config.hidden_size + 2) if routed_layers(config) else 0.0
+
+
+def head_flops(config: Any) -> float:
+    """FLOPs of one token in `lm_head`."""
+    return 2.0 * config.hidden_size * config.vocab_size
+
+
+def token_flops(config: Any, execution: Sequence[float], context: float, head: bool = True) -> float:
+    """Expected FLOPs of one token in the whole model, routers included.
+
+        Σ_l [ r_l · layer_flops(r_l · context) + router_flops, where l has a router ] + head_flops
+
+    A token executes layer l with probability r_l and then meets only the keys of tokens that executed it too,
+    so attention costs r_l² of the full model's. This takes executions of different tokens to be independent.
+
+    Args:
+        execution: each layer's execution ratio r_l, in 0..1; 1 for a layer without a router.
+        context: tokens up to and including this one, see `layer_flops`.
+        head: whether `lm_head` runs for this token.
+
+    Raises:
+        ValueError: the ratios don't fit the configuration.
+    """
+    _check_execution(config, execution)
+    layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
+    return layers + len(routed_layers(config)) * router_flops(config) + (head_flops(config) if head else 0.0)
+
+
+def flops_ratio(config: Any, execution: Sequence[float], context: float, head: bool = True) -> float:
+    """`token_flops` with routers over those of the same model without routers, which executes every layer.
+
+    Routers cost something: the ratio is above 1 where a routed model executes everything.
+    """
+    dense = sum(layer_flops(config, context) for _ in range(config.num_hidden_layers))
+    return token_flops(config, execution, context, head) / (dense + (head_flops(config) if head else 0.0))
+
+
+def parameter_counts(config: Any) -> ParameterCounts:
+    """Counts a model's parameters by kind; tied embeddings once."""
+    layers, hidden, shapes = config.num_hidden_layers, config.hidden_size, linear_shapes(config)
+    biased = ["q_proj", "k_proj", "v_proj", "o_proj"] if getattr(config, "attention_bias", False) else []
+    biased += ["gate_proj", "up_proj", "down_proj"] if getattr(config, "mlp_bias", False) else []
+    embeddings = config.vocab_size * hidden
+    routers = 0
+    if routed_layers(config):
+        width = config.router_width
+        one_router = (hidden * width + width) + width + (width * 2 + 2)  # linear, RMSNorm, linear
+        routers = len(routed_layers(config)) * one_router
+    return ParameterCounts(
+        linears={name: layers * outputs * inputs for name, (outputs, inputs) in shapes.items()},
+        biases=layers * sum(shapes[name][0] for name in biased),
+        norms=(2 * layers + 1) * hidden,
+        embeddings=embeddings,
+        head=0 if config.tie_word_embeddings else embeddings,
+        routers=routers,
+    )
+
+
+def weight_bytes(config: Any, bits: int, group_size: int | None = None) -> int:
+    """Bytes of a model's stored weights, packed tightly.
+
+    At 16 bits every weight takes 2 bytes. Below, the decoder layers' linears take `bits` a weight, plus a
+    16-bit scale and a `bits`-wide zero point a group; embeddings, `lm_head`, norms and biases take 2 bytes.
+    Routers are float32 always.
+
+    Args:
+        group_size: inputs that share a scale; needed below 16 bits.
+
+    Raises:
+        ValueError: `bits` is neither 16 nor in 2..8, or the group size is missing or doesn't divide a width.
+    """
+    counts = parameter_counts(config)
+    linear_weights = sum(counts.linears.values())
+    rest_bits = FULL_BITS * (counts.total - linear_weights - counts.routers) + ROUTER_BITS * counts.routers
+    if bits == FULL_BITS:
+        return (FULL_BITS * linear_weights + rest_bits) // 8
+    if group_size is None:
+        raise ValueError(f"group_size is needed for the size at {bits} bits")
+    check_quantizable(linear_shapes(config), bits, group_size)
+    group_bits = group_size * bits + SCALE_BITS + bits
+    return math.ceil((linear_weights // group_size * group_bits + rest_bits) / 8)
+
+
+def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
+    """Expected bytes that one token leaves in the key-value cache (bfloat16), only in layers it executes.
+
+    Raises:
+        ValueError: the ratios don't fit the configuration.
+    """
+    _check_execution(config, execution)
+    return sum(execution) * 2 * config.num_key_value_heads * _head_dim(config) * KV_BYTES
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _check_execution(config: Any, execution: Sequence[float]) -> None:
+    if len(execution) != config.num_hidden_layers:
+        raise ValueError(
+            f"got {len(execution)} execution ratios for {config.num_hidden_layers} decoder layers"
+        )
+    for layer, ratio in enumerate(execution):
+        if not 0 <= ratio <= 1:
+            raise ValueError(f"the execution ratio of layer {layer} is {ratio}, must be from 0 to 1")
+        if ratio != 1 and layer not in routed_layers(config):
+            raise ValueError(f"the execution ratio of layer {layer} is {ratio}, must be 1: it has no router")

@@ -1,0 +1,73 @@
+"""The losses: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
+
+Every term is averaged within a sequence first, then over sequences: what D-LLM's one sequence a device amounts to.
+So it depends neither on padding nor on how an effective batch is cut into micro-batches or over devices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over sequences of the mean over masked tokens, scalar from ``(B, T)`` and bool ``(B, T)``.
+
+    A sequence without any masked token counts as 0.
+    """
+    totals = (values * mask).sum(1)
+    return (totals / mask.sum(1).clamp_min(1)).mean()
+
+
+def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
+    """L_CE: cross-entropy in nats over answer tokens only.
+
+    Args:
+        logits: Of the positions that predict an answer token, in the batch's order, ``(M, V)``.
+        targets: The tokens to predict, ``(B, T)``; only those under ``answer`` are read.
+        answer: Which positions predict an answer token, bool ``(B, T)`` with M true.
+    """
+    nll = torch.nn.functional.cross_entropy(logits.float(), targets[answer], reduction="none")
+    values = torch.zeros(answer.shape, dtype=nll.dtype, device=nll.device).masked_scatter(answer, nll)
+    return sequence_mean(values, answer)
+
+
+def ratio_loss(gates: Tensor, layers: int, target: float, free: Tensor) -> Tensor:
+    """L_ratio (D-LLM): mean over tokens of |share of all layers that the token executes − target|.
+
+    Args:
+        gates: Decisions of the routed layers, ``(R, B, T)``.
+        layers: Number of all layers; those without a router count as executed.
+        target: R_target.
+        free: Tokens that routers decide about (no padding, no reserved tokens), bool ``(B, T)``.
+    """
+    executed = (gates.sum(0) + (layers - len(gates))) / layers
+    return sequence_mean((executed - target).abs(), free)
+
+
+def binary_entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(g), ``(...)`` from logits ``(..., 2)``; at most ln 2."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def entropy_loss(logits: Tensor, free: Tensor) -> Tensor:
+    """L_entropy (QTALE): minus the mean binary entropy of the routers' decisions, from logits ``(R, B, T, 2)``."""
+    return -sequence_mean(binary_entropy(logits).mean(0), free)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The terms of one batch, and their weighted sum; scalars."""
+
+    ce: Tensor
+    ratio: Tensor
+    entropy: Tensor
+    total: Tensor
+
+    @classmethod
+    def weigh(
+        cls, ce: Tensor, ratio: Tensor, entropy: Tensor, lambda_ratio: float, lambda_entropy: float
+    ) -> "Losses":
+        """L = L_CE + λ1 · L_ratio + λ2 · L_entropy."""
+        return cls(ce, ratio, entropy, ce + lambda_ratio * ratio + lambda_entropy * entropy)

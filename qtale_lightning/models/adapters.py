@@ -1,0 +1,69 @@
+"""What is trained: LoRA and routers on a frozen base, declared, saved, checked and merged in one place."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from peft import LoraConfig, LoraModel
+from torch import Tensor, nn
+
+
+def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> LoraModel:
+    """Inject LoRA into the named projections in place (paper: rank 8 on q, k, v); the tuner can merge it again."""
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"
+    )
+    return LoraModel(model, {"default": config}, "default")
+
+
+def mark_trainable(model: nn.Module, everything: bool) -> None:
+    """Train LoRA and routers only, or every weight; trainable weights are float32 whatever the base's dtype."""
+    for name, parameter in model.named_parameters():
+        trainable = everything or "lora_" in name or ".router." in name
+        parameter.requires_grad_(trainable)
+        if trainable:
+            parameter.data = parameter.data.float()
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Name → value of every trainable weight: all that a checkpoint keeps of the model."""
+    return {
+        name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+
+
+def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load what :func:`trainable_state` kept, in place.
+
+    Raises:
+        ValueError: The state is not that of this model and method: names or shapes differ.
+    """
+    own = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    misshaped = [
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & state.keys())
+        if state[name].shape != own[name].shape
+    ]
+    problems = [
+        f"{len(names)} {problem} (first: {names[0]})"
+        for problem, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("of another shape", misshaped),
+        )
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            "the checkpoint belongs to another model or configuration: of its trainable weights "
+            + ", ".join(problems)
+            + ". Use the run's own configuration, or start a new run."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def merge_lora(tuner: LoraModel) -> None:
+    """Fold LoRA into the weights in place and remove it. Do it in float32: merging in bf16 drifts."""
+    tuner.merge_and_unload(safe_merge=True)

@@ -1,0 +1,161 @@
+"""The cache of a routed model: a token that skips a layer leaves no key and no value there."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from qtale_lightning.models.packing import Packing
+
+_GROWTH = 64  # slots added at a time, so that decoding doesn't copy the cache at every token
+
+
+class RoutedCacheLayer(CacheLayerMixin):
+    """Keys and values of one layer's executing tokens, left-aligned by sequence.
+
+    Attributes:
+        keys, values: Buffers ``(B, H, capacity, d)``; slots at and behind a sequence's length are unused.
+        lengths: Tokens kept of each sequence, ``(B,)``.
+        longest: The largest of them.
+    """
+
+    is_sliding = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: Tensor | None = None
+        self.longest = 0
+        self.uniform = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Empty buffers for keys like ``key_states (B, H, *, d)``."""
+        batch, heads, _, width = key_states.shape
+        self.keys = key_states.new_zeros(batch, heads, 0, width)
+        self.values = value_states.new_zeros(batch, heads, 0, width)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=key_states.device)
+        self.is_initialized = True
+
+    def _reserve(self, capacity: int) -> None:
+        assert self.keys is not None and self.values is not None
+        missing = capacity - self.keys.shape[2]
+        if missing > 0:
+            missing += _GROWTH
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, packing: Packing
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Append rows ``(B, H, L, d)`` of a packing; return all keys, all values and the mask between them.
+
+        The mask, bool ``(B, 1, L, K)``, is None where causal attention alone is right (nothing was cached, or one
+        new token in sequences of equal length).
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None and self.lengths is not None
+        past, new = self.lengths, packing.length
+        first = self.longest == 0
+        if self.uniform and packing.uniform:
+            end = self.longest + new
+            self._reserve(end)
+            self.keys[:, :, self.longest : end] = key_states
+            self.values[:, :, self.longest : end] = value_states
+            self.longest = end
+        else:
+            lengths = past + packing.counts
+            longest = int(lengths.max())
+            # Room for padding slots too: they are written behind a sequence's end, and overwritten later.
+            self._reserve(int(past.max()) + new)
+            slots = past[:, None] + torch.arange(new, device=past.device)
+            rows = torch.arange(len(past), device=past.device)[:, None]
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+            self.longest, self.uniform = longest, bool((lengths == longest).all())
+        self.lengths = past + packing.counts
+        keys, values = self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
+        if first or (new == 1 and self.uniform and packing.uniform):
+            return keys, values, None
+        queries = past[:, None] + torch.arange(new, device=past.device)
+        mask = torch.arange(self.longest, device=past.device) <= queries[:, :, None]
+        return keys, values, mask[:, None]
+
+    def get_seq_length(self) -> int:
+        """Slots in use; fewer than the tokens seen where tokens skipped the layer."""
+        return self.longest
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Unused: a routed model makes its own masks."""
+        return self.longest + query_length, 0
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences ``index (B',)``, in that order, repeated where it repeats."""
+        if self.is_initialized:
+            assert self.keys is not None and self.values is not None and self.lengths is not None
+            index = index.to(self.keys.device)
+            self.keys, self.values = self.keys[index], self.values[index]
+            self.lengths = self.lengths[index]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.__init__()  # type: ignore[misc]
+
+
+class RoutedCache(Cache):
+    """Per-layer keys and values of executing tokens only; made for a call, so nothing leaks into the next one.
+
+    Attributes:
+        seen: Tokens (padding included) that went through the model, whichever layers they executed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=RoutedCacheLayer)
+        self.seen = 0
+
+    def layer(self, index: int) -> RoutedCacheLayer:
+        """The cache of a layer, made on first use."""
+        while len(self.layers) <= index:
+            self.layers.append(RoutedCacheLayer())
+        return self.layers[index]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, the same for every layer: what positions are counted from."""
+        return self.seen
+
+    def select(self, index: Tensor) -> None:
+        """Keep the sequences ``index (B',)`` in every layer, in that order; a sequence can be kept several times."""
+        for layer in self.layers:
+            layer.select(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow beam search's choice of beams."""
+        self.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence, for several continuations of each."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.select(torch.arange(len(layer.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences ``indices``."""
+        self.select(indices)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers, self.seen = [], 0
+
+    def memory(self) -> int:
+        """Bytes of kept keys and values (buffers' spare slots not counted)."""
+        return sum(
+            2
+            * int(layer.lengths.sum())
+            * layer.keys.shape[1]
+            * layer.keys.shape[3]
+            * layer.keys.element_size()
+            for layer in self.layers
+            if layer.is_initialized
+        )

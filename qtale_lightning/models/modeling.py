@@ -1,0 +1,230 @@
+"""The routed LLaMA: Hugging Face's model whose decoder layers have routers."""
+
+from typing import Any, Self
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from qtale_lightning.models.attention import ATTENTION
+from qtale_lightning.models.cache import RoutedCache
+from qtale_lightning.models.routed_layer import attach_router
+from qtale_lightning.models.router import Router
+from qtale_lightning.models.routing import Routing
+
+
+@strict
+class RoutedLlamaConfig(LlamaConfig):
+    """LLaMA's configuration, and the routers'.
+
+    Args:
+        router_width: Width of every router (D-LLM: 512).
+        start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
+        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
+        threshold: θ of inference: execute iff p(execute) ≥ θ.
+    """
+
+    model_type = "routed_llama"
+
+    router_width: int = 512
+    start_layer: int = 2
+    reserved_tokens: int = 2
+    threshold: float = 0.5
+
+    def validate_routing(self) -> None:
+        """Refuse values that no routed model can have."""
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold} is not a probability: give a value in [0, 1]")
+        if not 0 <= self.start_layer <= self.num_hidden_layers:
+            raise ValueError(
+                f"start_layer {self.start_layer} is outside the model's {self.num_hidden_layers} layers"
+            )
+        if self.router_width < 1 or self.reserved_tokens < 0:
+            raise ValueError(
+                f"router_width {self.router_width} must be positive, reserved_tokens {self.reserved_tokens} not negative"
+            )
+        if self.start_layer < self.num_hidden_layers and self.reserved_tokens < 1:
+            raise ValueError(
+                "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
+            )
+
+    @property
+    def routed_layers(self) -> range:
+        """The layers that have a router."""
+        return range(self.start_layer, self.num_hidden_layers)
+
+
+class RoutedLlamaModel(LlamaModel):
+    """The decoder stack; it makes the call's :class:`Routing` complete and hands it to the layers."""
+
+    config: RoutedLlamaConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: RoutedCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        routing: Routing | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states ``(B, T, D)`` behind the final norm.
+
+        Args:
+            input_ids: ``(B, T)``.
+            attention_mask: ``(B, seen + T)``, 1 for real tokens; padding may stand on either side.
+            position_ids: ``(B, T)`` or ``(1, T)``; by default positions are counted from the tokens seen.
+            past_key_values: What earlier calls on the same sequences left; packed execution only.
+            inputs_embeds: ``(B, T, D)`` instead of ``input_ids``.
+            use_cache: Return a :class:`RoutedCache` for later calls.
+            routing: How to decide, and where decisions are recorded.
+
+        Raises:
+            ValueError: A mask or cache that doesn't fit, or masked execution with a cache.
+        """
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is None:
+            raise ValueError("give input_ids or inputs_embeds")
+        routing = Routing() if routing is None else routing
+        self._complete(routing)
+        if use_cache is None:
+            use_cache = bool(self.config.use_cache) and routing.execution == "packed" and not self.training
+        if past_key_values is None and use_cache:
+            past_key_values = RoutedCache()
+        if past_key_values is not None:
+            if not isinstance(past_key_values, RoutedCache):
+                raise ValueError(
+                    f"a routed model needs a RoutedCache, not a {type(past_key_values).__name__}"
+                )
+            if routing.execution == "masked":
+                raise ValueError(
+                    "masked execution computes whole sequences: use packed execution with a cache"
+                )
+        seen = past_key_values.seen if past_key_values is not None else 0
+        self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
+
+        output = super().forward(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            routing=routing,
+            **kwargs,
+        )
+        if past_key_values is not None:
+            past_key_values.seen += inputs.shape[1]
+        return output
+
+    def _complete(self, routing: Routing) -> None:
+        """Fill in what the caller left to the model."""
+        if routing.threshold is None:
+            routing.threshold = self.config.threshold
+        if not 0 <= routing.threshold <= 1:
+            raise ValueError(f"threshold {routing.threshold} is not a probability: give a value in [0, 1]")
+        if routing.sample is None:
+            routing.sample = self.training
+        if routing.execution is None:
+            routing.execution = "masked" if self.training else "packed"
+
+    def _locate(
+        self, routing: Routing, mask: Tensor | None, shape: tuple[int, int], seen: int, device: torch.device
+    ) -> None:
+        """Mark real tokens, and those behind the reserved initial ones: counted in each sequence after padding."""
+        batch, length = shape
+        if mask is None:
+            routing.tokens = torch.ones(batch, length, dtype=torch.bool, device=device)
+            place = torch.arange(seen, seen + length, device=device).expand(batch, length)
+        else:
+            if mask.shape != (batch, seen + length):
+                raise ValueError(
+                    f"attention_mask has shape {tuple(mask.shape)}, but {seen} tokens were seen before these "
+                    f"{length}: give the mask of all of them, {(batch, seen + length)}"
+                )
+            routing.tokens = mask[:, seen:].bool()
+            place = mask.long().cumsum(1)[:, seen:] - 1
+        routing.free = routing.tokens & (place >= self.config.reserved_tokens)
+
+
+class RoutedLlamaForCausalLM(LlamaForCausalLM):
+    """LLaMA with a language-model head and routers; ``generate()`` is Hugging Face's."""
+
+    config: RoutedLlamaConfig
+    config_class = RoutedLlamaConfig
+    _keep_in_fp32_modules_strict = ["router"]
+    _no_split_modules = ["RoutedLlamaDecoderLayer"]
+
+    def __init__(self, config: RoutedLlamaConfig) -> None:
+        super().__init__(config)
+        route(self, config)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+        """Load, and refuse a folder whose weights don't match its routing configuration.
+
+        Raises:
+            ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        wrong = [
+            f"{problem} {sorted(map(str, info[key]))[:3]}"
+            for key, problem in (
+                ("missing_keys", "missing"),
+                ("unexpected_keys", "left over"),
+                ("mismatched_keys", "misshaped"),
+            )
+            if info.get(key)
+        ]
+        if wrong:
+            raise ValueError(
+                f"the weights in {args[0] if args else '?'} don't match its config.json (start_layer "
+                f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
+            )
+        return (model, info) if wants_info else model
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        routing: Routing | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits ``(B, T, V)``, as Hugging Face's model, with ``routing`` as :class:`RoutedLlamaModel` takes it."""
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, routing=routing, **kwargs)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> Any:
+        """generate() asks for its cache here: ours, where it would make a DynamicCache."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = RoutedCache()
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+
+
+def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForCausalLM:
+    """Attach routers to a LLaMA in place and return it as a routed model; weights keep their names and storage."""
+    config._attn_implementation = ATTENTION
+    model.__class__ = RoutedLlamaForCausalLM
+    model.model.__class__ = RoutedLlamaModel
+    for index, layer in enumerate(model.model.layers):
+        router = None
+        if index in config.routed_layers:
+            device = "meta" if layer.self_attn.q_proj.weight.device.type == "meta" else None
+            router = Router(config.hidden_size, config.router_width).to(
+                device or layer.self_attn.q_proj.weight.device
+            )
+        attach_router(layer, index, router)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config = config
+    return model  # type: ignore[return-value]
+
+
+AutoConfig.register(RoutedLlamaConfig.model_type, RoutedLlamaConfig)
+AutoModelForCausalLM.register(RoutedLlamaConfig, RoutedLlamaForCausalLM)

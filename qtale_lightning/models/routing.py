@@ -1,0 +1,88 @@
+"""What one forward pass decides: the rule by which layers are executed, and the record of what was decided."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
+
+Execution = Literal["masked", "packed"]
+
+
+@dataclass
+class Routing:
+    """The decisions of one forward pass: made for a call, filled in by it, and read after it.
+
+    Pass one to read decisions or to change how they are made: ``model(..., routing=Routing(threshold=0.3))``.
+
+    Attributes:
+        threshold: Execute iff p(execute) ≥ threshold; 0 is exactly the base model. None: the model's configured one.
+        execution: ``masked`` computes every token and mixes; ``packed`` computes executing tokens only (needs no
+            gradient). None: masked while training, packed otherwise.
+        sample: Decide by straight-through Gumbel noise instead of the threshold. None: while training.
+        temperature: Of the Gumbel-softmax.
+        forced: Decisions to use instead of the routers', layer → bool ``(B, T)``.
+        tokens: Real (not padding) tokens of this call, bool ``(B, T)``. Set by the model.
+        free: Tokens that routers decide about: real and behind the reserved initial ones, bool ``(B, T)``. Set by
+            the model.
+        logits: Layer → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
+        gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
+    """
+
+    threshold: float | None = None
+    execution: Execution | None = None
+    sample: bool | None = None
+    temperature: float = 1.0
+    forced: Mapping[int, Tensor] | None = None
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
+    free: Tensor = field(default_factory=lambda: torch.empty(0))
+    logits: dict[int, Tensor] = field(default_factory=dict)
+    gates: dict[int, Tensor] = field(default_factory=dict)
+    _attention_bias: Tensor | None = None
+
+    def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
+        """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
+        if router is None:
+            return self.tokens
+        logits = router(hidden_states)
+        self.logits[layer] = logits
+        gate: Tensor
+        if self.forced is not None and layer in self.forced:
+            gate = torch.where(self.free, self.forced[layer], self.tokens)
+        elif self.sample:
+            sampled = gumbel_gate(logits, self.temperature)
+            gate = torch.where(self.free, sampled, self.tokens.to(sampled.dtype))
+        else:
+            gate = torch.where(self.free, execute_probability(logits) >= self.threshold, self.tokens)
+        self.gates[layer] = gate
+        return gate
+
+    def attention_bias(self, dtype: torch.dtype) -> Tensor:
+        """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""
+        if self._attention_bias is None:
+            length = self.tokens.shape[1]
+            causal = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).tril()
+            allowed = causal & self.tokens[:, None, None, :]
+            # Finite, as in Hugging Face: a padding query that may see nothing must not become NaN.
+            self._attention_bias = torch.zeros(
+                allowed.shape, dtype=dtype, device=allowed.device
+            ).masked_fill_(~allowed, torch.finfo(dtype).min)
+        return self._attention_bias
+
+    def stacked_logits(self) -> Tensor:
+        """Logits of all routed layers, in order, ``(R, B, T, 2)``."""
+        return torch.stack([self.logits[layer] for layer in sorted(self.logits)])
+
+    def stacked_gates(self) -> Tensor:
+        """Decisions of all routed layers, in order, ``(R, B, T)`` in float32."""
+        return torch.stack([self.gates[layer].float() for layer in sorted(self.gates)])
+
+    def executed(self, layers: int) -> Tensor:
+        """Number of real tokens that executed each of the model's layers, ``(layers,)`` int64."""
+        everyone = self.tokens.sum()
+        return torch.stack(
+            [(self.gates[i].detach() != 0).sum() if i in self.gates else everyone for i in range(layers)]
+        )

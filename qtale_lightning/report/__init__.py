@@ -1,0 +1,37 @@
+"""A run's results: `results.json`, and the tables, plots and page made from it."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from .figures import write_figures
+from .metadata import run_metadata
+from .results import Results, load_results, save_results, update_results, upsert_evaluation, validate
+from .tables import print_summary, write_markdown
+
+__all__ = [
+    "Results",
+    "load_results",
+    "print_summary",
+    "run_metadata",
+    "save_results",
+    "update_results",
+    "upsert_evaluation",
+    "validate",
+    "write_figures",
+    "write_markdown",
+    "write_report",
+]
+
+
+def write_report(run_dir: str | Path, console: Console | None = None) -> Results:
+    """Makes a run's plots and `results.md` from its `results.json`, prints the summary, returns the results.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    write_figures(run_dir)
+    write_markdown(run_dir)
+    results = load_results(run_dir)
+    print_summary(results, console)
+    return results

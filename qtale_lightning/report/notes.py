@@ -1,0 +1,128 @@
+"""What a run's results say in words: the scoring protocol, which differences are noise, and what it cost."""
+
+import math
+
+from .results import Evaluation, Results, same_theta, selected_row, validation_series
+
+TASK_NAMES = {
+    "piqa": "PIQA",
+    "boolq": "BoolQ",
+    "social_iqa": "SIQA",
+    "arc_easy": "ARC-e",
+    "arc_challenge": "ARC-c",
+    "winogrande": "WinoGrande",
+    "openbookqa": "OBQA",
+}
+DLLM_THETA = 0.5
+"""D-LLM's decision, argmax over (skip, execute): what a selected θ is compared with."""
+
+NOISE_RULE = (
+    "A difference counts as within noise when it is at most two standard errors, where the standard error of "
+    "a difference is √(se₁² + se₂²). Both rows answer the same questions, so this is usually too wide: "
+    "'within noise' means that these questions can't tell the two apart, not that they are equal. The best "
+    "row is chosen on the questions it is scored on, which flatters it."
+)
+COST_RULE = (
+    "Counted FLOPs and measured seconds are different things: FLOPs are counted from the layers that "
+    "executed, routers included, as a share of the base model's; seconds are the wall-clock time of the "
+    "evaluation on the hardware above."
+)
+
+
+def run_title(results: Results) -> str:
+    """Such as "smollm2-135m · qtale · csqa · seed 0"."""
+    run = results.get("run")
+    return f"{run['model']} · {run['method']} · {run['data']} · seed {run['seed']}" if run else "unnamed run"
+
+
+def theta_text(theta: float | None) -> str:
+    """θ as text; a dash for a model without routers."""
+    return "–" if theta is None else f"{theta:g}"
+
+
+def protocol_lines(results: Results) -> list[str]:
+    """How the validation rows were scored; what differs between rows is said, as they then don't compare."""
+    rows = [row for series in validation_series(results).values() for row in series]
+    if not rows:
+        return []
+    metrics: dict[str, set[str]] = {}
+    for row in rows:
+        for task, score in row["accuracy"].items():
+            reported = f"{score['metric']} on {score['examples']:,} questions"
+            metrics.setdefault(f"{TASK_NAMES.get(task, task)} reports", set()).add(reported)
+    settings: dict[str, set[str]] = {"questions": {f"{row['examples']:,}" for row in rows}} | metrics
+    for key in dict.fromkeys(key for row in rows for key in row["protocol"]):
+        settings[key] = {str(row["protocol"].get(key, "not recorded")) for row in rows}
+    return [
+        f"{key}: {next(iter(values))}"
+        if len(values) == 1
+        else f"**{key} differs between rows, which then don't compare**: {', '.join(sorted(values))}"
+        for key, values in settings.items()
+    ]
+
+
+def noise_notes(results: Results) -> list[str]:
+    """Which differences these questions can tell from noise (`NOISE_RULE`): the selected θ of each precision
+    against θ = 0.5 and against its best row, and each precision against the highest one."""
+    notes = []
+    chosen_rows: dict[str, Evaluation] = {}
+    for label, rows in validation_series(results).items():
+        chosen = selected_row(results, rows)
+        if chosen is None:
+            continue
+        theta = f", θ = {theta_text(chosen['theta'])}" if chosen["theta"] is not None else ""
+        chosen_rows[f"{label}{theta}"] = chosen
+        if len(rows) == 1:
+            continue
+        subject = f"{label}, selected θ = {theta_text(chosen['theta'])}"
+        for name, other in _references(rows):
+            verdict = f" is {name}" if other is chosen else f" against {name}: {_difference(chosen, other)}"
+            notes.append(f"{subject}{verdict}.")
+    labels = list(chosen_rows)
+    for label in labels[1:]:
+        difference = _difference(chosen_rows[label], chosen_rows[labels[0]])
+        notes.append(f"{label} against {labels[0]}: {difference}.")
+    return notes
+
+
+def _references(rows: list[Evaluation]) -> list[tuple[str, Evaluation]]:
+    """What a selected row is held against: D-LLM's decision, where it was evaluated, and the best row."""
+    best = max(rows, key=lambda row: row["average"])
+    argmax = next((row for row in rows if same_theta(row["theta"], DLLM_THETA)), None)
+    if argmax is best:
+        return [("D-LLM's decision (θ = 0.5), the best row", best)]
+    references = [(f"the best row (θ = {theta_text(best['theta'])})", best)]
+    return references if argmax is None else [("D-LLM's decision (θ = 0.5)", argmax), *references]
+
+
+def _difference(row: Evaluation, other: Evaluation) -> str:
+    accuracy = 100 * (row["average"] - other["average"])
+    accuracy_error = 100 * math.hypot(row["average_stderr"], other["average_stderr"])
+    nll = row["average_nll"] - other["average_nll"]
+    nll_error = math.hypot(row["average_nll_stderr"], other["average_nll_stderr"])
+    return (
+        f"accuracy {accuracy:+.2f} points (standard error {accuracy_error:.2f}), "
+        f"{_verdict(accuracy, accuracy_error)}; "
+        f"NLL {nll:+.4f} (standard error {nll_error:.4f}), {_verdict(nll, nll_error)}"
+    )
+
+
+def _verdict(difference: float, error: float) -> str:
+    return "within noise" if abs(difference) <= 2 * error else "beyond noise"
+
+
+def cost_notes(results: Results) -> list[str]:
+    """Counted FLOPs and measured seconds of each precision's selected row, against its most executing row."""
+    notes = []
+    for label, rows in validation_series(results).items():
+        chosen = selected_row(results, rows)
+        if chosen is None:
+            continue
+        note = f"{label}: {chosen['flops_ratio']:.3f} of the base model's FLOPs, counted"
+        note += f"; {chosen['seconds']:,.1f} s, measured"
+        densest = max(rows, key=lambda row: row["execution_ratio"])
+        if densest is not chosen:
+            note += f" ({densest['seconds']:,.1f} s at θ = {theta_text(densest['theta'])}, where "
+            note += f"{densest['execution_ratio']:.3f} of the layers execute)"
+        notes.append(f"{note}.")
+    return notes

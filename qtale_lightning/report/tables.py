@@ -1,0 +1,261 @@
+"""A run's results as a data frame, as tables in the terminal, and as `<run>/results.md`.
+
+The terminal and the page show the same tables: built once as text (`FactTable`), rendered twice.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import rich.box
+import rich.table
+from rich.console import Console
+from rich.markup import escape
+
+from .notes import (
+    COST_RULE,
+    NOISE_RULE,
+    TASK_NAMES,
+    cost_notes,
+    noise_notes,
+    protocol_lines,
+    run_title,
+    theta_text,
+)
+from .results import (
+    Evaluation,
+    Results,
+    atomic_path,
+    load_results,
+    selected_choice,
+    selected_row,
+    validation_series,
+)
+
+CAPTIONS = {
+    "accuracy": "Accuracy and negative log-likelihood against the share of layers executed.",
+    "layers": "Share of tokens that execute each layer.",
+    "losses": "Losses and routing during training.",
+}
+COST_COLUMNS = ["layers executed", "counted FLOPs", "measured s"]
+TEXT_COLUMNS = {"what", "value", "precision", "mark"}
+
+
+@dataclass
+class FactTable:
+    """A table of finished text, with a line below it; `emphasized` rows stand out in the terminal."""
+
+    title: str
+    headers: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    emphasized: set[int] = field(default_factory=set)
+    caption: str = ""
+
+
+def evaluation_frame(results: Results) -> pd.DataFrame:
+    """The validation rows, one per bits, engine and θ (NaN: a model without routers).
+
+    Tasks, `average` and `average_stderr` are in percent, ratios are fractions, `nll` in nats, `weight_mb` in
+    10⁶ bytes, `seconds` measured.
+    """
+    rows = []
+    for series in validation_series(results).values():
+        chosen = selected_row(results, series)
+        for row in series:
+            rows.append(
+                {
+                    "bits": row["bits"],
+                    "engine": row["engine"],
+                    "theta": math.nan if row["theta"] is None else row["theta"],
+                    "execution_ratio": row["execution_ratio"],
+                    "flops_ratio": row["flops_ratio"],
+                    **{task: 100 * score["value"] for task, score in row["accuracy"].items()},
+                    "average": 100 * row["average"],
+                    "average_stderr": 100 * row["average_stderr"],
+                    "nll": row["average_nll"],
+                    "weight_mb": row["weight_bytes"] / 1e6,
+                    "seconds": row["seconds"],
+                    "selected": row is chosen,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def run_table(results: Results) -> FactTable:
+    """What ran: command, commit, hardware, versions."""
+    table = FactTable("Run", ["what", "value"])
+    if run := results.get("run"):
+        git = run["git"]
+        changed = " (with uncommitted changes)" if git and git["dirty"] else ""
+        table.rows = [
+            ["command", f"`{run['command']}`"],
+            ["commit", f"{git['commit']}{changed}" if git else "none (outside a git repository)"],
+            ["hardware", run["hardware"]],
+            ["versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())],
+        ]
+    return table
+
+
+def training_table(results: Results) -> FactTable:
+    """Training facts, the last losses, and how the routers decide."""
+    table = FactTable("Training", ["what", "value"])
+    if train := results.get("train"):
+        table.rows += [
+            ["steps", f"{train['steps']:,}"],
+            ["examples", f"{train['examples']:,}"],
+            ["tokens", f"{train['tokens']:,}"],
+            ["measured time", f"{train['seconds']:,.1f} s"],
+            ["measured throughput", f"{train['tokens_per_second']:,.0f} tokens/s"],
+            ["trainable parameters", f"{train['trainable_parameters']:,}"],
+            *([f"final loss: {name}", f"{loss:.4f}"] for name, loss in train["final_losses"].items()),
+        ]
+    if routing := results.get("routing"):
+        table.rows += [
+            ["decisions flipped by Gumbel noise", f"{100 * routing['flip_ratio']:.2f} %"],
+            ["logit gap, |execute − skip|", f"{routing['logit_gap']:.3f}"],
+            ["routing entropy", f"{routing['entropy']:.3f} nats"],
+        ]
+    return table
+
+
+def selection_table(results: Results) -> FactTable:
+    """The validation row at each precision's selected θ, and the rule that selected it."""
+    headers = ["precision", "θ", *COST_COLUMNS, "weights MB", "average %", "NLL"]
+    table = FactTable("Selected threshold", headers)
+    rules: dict[str, list[str]] = {}
+    for label, rows in validation_series(results).items():
+        for row in rows:
+            if choice := selected_choice(results, row):
+                rules.setdefault(choice["rule"], []).append(label)
+                averages = [_percent(row["average"], row["average_stderr"]), f"{row['average_nll']:.3f}"]
+                table.rows.append([label, *_cells(row), f"{row['weight_bytes'] / 1e6:,.1f}", *averages])
+    table.caption = "; ".join(f"{', '.join(labels)}: {rule}" for rule, labels in rules.items())
+    return table
+
+
+def evaluation_table(results: Results, brief: bool = False) -> FactTable:
+    """Every validation row, with the selected one and the best average of each precision marked.
+
+    `brief` leaves out the tasks and the error of the nll, to fit a terminal.
+    """
+    series = validation_series(results)
+    tasks = list(dict.fromkeys(task for rows in series.values() for row in rows for task in row["accuracy"]))
+    tasks = [] if brief else tasks
+    names = [f"{TASK_NAMES.get(task, task)} %" for task in tasks]
+    headers = ["precision", "θ", *COST_COLUMNS, *names, "average %", "NLL", "mark"]
+    table = FactTable("Evaluation on the validation split", headers)
+    for label, rows in series.items():
+        best = max(rows, key=lambda row: row["average"])
+        for row in rows:
+            selected = selected_choice(results, row) is not None
+            if selected:
+                table.emphasized.add(len(table.rows))
+            marks = ["selected"] * selected + ["best"] * (row is best and len(rows) > 1)
+            scores = [_task_cell(row, task) for task in tasks]
+            nll = f"{row['average_nll']:.3f}" + ("" if brief else f" ± {row['average_nll_stderr']:.3f}")
+            average = _percent(row["average"], row["average_stderr"])
+            table.rows.append([label, *_cells(row), *scores, average, nll, ", ".join(marks)])
+    return table
+
+
+def _cells(row: Evaluation) -> list[str]:
+    ratios = [f"{row['execution_ratio']:.3f}", f"{row['flops_ratio']:.3f}"]
+    return [theta_text(row["theta"]), *ratios, f"{row['seconds']:,.1f}"]
+
+
+def _task_cell(row: Evaluation, task: str) -> str:
+    score = row["accuracy"].get(task)
+    return _percent(score["value"], score["stderr"]) if score else "–"
+
+
+def _percent(value: float, stderr: float) -> str:
+    return f"{100 * value:.2f} ± {100 * stderr:.2f}"
+
+
+def summary_tables(results: Results) -> list[rich.table.Table]:
+    """What a run prints at its end: what ran, training facts, the selected θ per precision, all rows."""
+    facts = [run_table(results), training_table(results), selection_table(results)]
+    facts.append(evaluation_table(results, brief=True))
+    return [_rich_table(table) for table in facts if table.rows]
+
+
+def print_summary(results: Results, console: Console | None = None) -> None:
+    """Prints `summary_tables` and the notes on noise."""
+    console = console or Console()
+    console.rule(f"[bold]{escape(run_title(results))}")
+    for table in summary_tables(results):
+        console.print(table)
+    for note in noise_notes(results):
+        console.print(f"• {note}", markup=False, highlight=False)
+
+
+def _rich_table(table: FactTable) -> rich.table.Table:
+    rendered = rich.table.Table(
+        title=table.title,
+        title_justify="left",
+        title_style="bold",
+        caption=escape(table.caption),
+        caption_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for header in table.headers:
+        # Broken headers and unbroken figures make the tables fit the 80 columns that a log file gets.
+        numeric = header not in TEXT_COLUMNS
+        rendered.add_column(
+            header.replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=numeric
+        )
+    for index, row in enumerate(table.rows):
+        style = "bold green" if index in table.emphasized else None
+        rendered.add_row(*(escape(cell) for cell in row), style=style)
+    return rendered
+
+
+def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; columns of figures are aligned to the right."""
+    rules = ["---" if header in TEXT_COLUMNS else "---:" for header in headers]
+    lines = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rules, *rows]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def markdown(results: Results, plots: Sequence[str] = ()) -> str:
+    """The text of `results.md`; `plots` are the figures to embed, as paths relative to the page."""
+    parts = [f"# {run_title(results)}"]
+    for table in (run_table(results), training_table(results)):
+        if table.rows:
+            parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
+    if protocol := protocol_lines(results):
+        parts += ["## Protocol", _bullets(protocol)]
+    for table in (selection_table(results), evaluation_table(results)):
+        if table.rows:
+            parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
+            parts += [f"Rule: {table.caption}."] if table.caption else []
+    if noise := noise_notes(results):
+        parts += ["## What is noise and what isn't", NOISE_RULE, _bullets(noise)]
+    if costs := cost_notes(results):
+        parts += ["## Cost", COST_RULE, _bullets(costs)]
+    if plots:
+        parts.append("## Plots")
+        parts += [f"![{CAPTIONS.get(Path(plot).stem, Path(plot).stem)}]({plot})" for plot in plots]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_markdown(run_dir: str | Path) -> Path:
+    """Writes `<run_dir>/results.md` from `results.json` and the plots that are there, and returns its path.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    run_dir = Path(run_dir)
+    plots = [f"plots/{name}.png" for name in CAPTIONS if (run_dir / "plots" / f"{name}.png").is_file()]
+    text = markdown(load_results(run_dir), plots)
+    with atomic_path(run_dir / "results.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return run_dir / "results.md"
+
+
+def _bullets(lines: Sequence[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
