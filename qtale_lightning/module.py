@@ -158,6 +158,7 @@ class QTALEModule(L.LightningModule):
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)
+        self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning would keep it there
 
     def merge(self) -> RoutedLlamaForCausalLM:
         """Fold LoRA into the model, in place, and return it; nothing can be trained afterwards."""

@@ -21,15 +21,15 @@ class Prompt:
         contexts: Text before the answer, one a choice. All the same, save for winogrande's cloze prompts.
         continuations: Scored text, one a choice; begins with a space.
         label: Index of the right choice.
-        choice_bytes: UTF-8 bytes of each continuation without its leading space: the length that `acc_norm`
-            divides a log-likelihood by.
+        choice_lengths: Characters of each continuation without its leading space: what lm-evaluation-harness's
+            `acc_norm` divides a log-likelihood by.
     """
 
     task: str
     contexts: tuple[str, ...]
     continuations: tuple[str, ...]
     label: int
-    choice_bytes: tuple[int, ...]
+    choice_lengths: tuple[int, ...]
 
     def gold(self) -> "Prompt":
         """The same prompt with its right choice alone, which is all that training reads."""
@@ -38,7 +38,7 @@ class Prompt:
             contexts=(self.contexts[self.label],),
             continuations=(self.continuations[self.label],),
             label=0,
-            choice_bytes=(self.choice_bytes[self.label],),
+            choice_lengths=(self.choice_lengths[self.label],),
         )
 
 
@@ -61,7 +61,7 @@ def build_prompt(question: Question, style: str) -> Prompt:
         contexts=contexts,
         continuations=tuple(f" {answer}" for answer in answers),
         label=question.label,
-        choice_bytes=tuple(len(answer.encode()) for answer in answers),
+        choice_lengths=tuple(len(answer) for answer in answers),
     )
 
 

@@ -20,7 +20,7 @@ class EncodedPrompt:
     label: int
     contexts: tuple[tuple[int, ...], ...]
     continuations: tuple[tuple[int, ...], ...]
-    choice_bytes: tuple[int, ...]
+    choice_lengths: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_length
         contexts.append((*bos, *context_ids[len(bos) :][-room:]))
         continuations.append(tuple(continuation_ids))
     return EncodedPrompt(
-        prompt.task, prompt.label, tuple(contexts), tuple(continuations), prompt.choice_bytes
+        prompt.task, prompt.label, tuple(contexts), tuple(continuations), prompt.choice_lengths
     )
 
 

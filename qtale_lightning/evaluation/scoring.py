@@ -148,14 +148,14 @@ def task_accuracy(
 ) -> dict[str, object]:
     """One task's row of results: value and standard error of its metric, and the gold answers' nll in nats a token.
 
-    ``acc`` takes the choice of highest log-likelihood, ``acc_norm`` that of the highest per UTF-8 byte
+    ``acc`` takes the choice of highest log-likelihood, ``acc_norm`` that of the highest per character
     (lm-evaluation-harness); the standard error is binomial.
     """
     labels = np.array([question.label for question in questions])
     hits = {
         "acc": np.array([int(s.argmax()) for s in scores]) == labels,
         "acc_norm": np.array(
-            [int((s / q.choice_bytes).argmax()) for q, s in zip(questions, scores, strict=True)]
+            [int((s / q.choice_lengths).argmax()) for q, s in zip(questions, scores, strict=True)]
         )
         == labels,
     }

@@ -41,11 +41,11 @@ def test_cloze_scores_each_choice(rows: Rows, task: str) -> None:
         before = "The cup fell off the table as"
         assert prompt.contexts == (f"{before} the cup", f"{before} the table")
         assert prompt.continuations == (" was light.",) * 2
-        assert prompt.choice_bytes == (10, 10)
+        assert prompt.choice_lengths == (10, 10)
     else:
         assert set(prompt.contexts) == {CLOZE[task]}
         assert prompt.continuations == tuple(f" {choice}" for choice in question.choices)
-        assert prompt.choice_bytes == tuple(len(choice) for choice in question.choices)
+        assert prompt.choice_lengths == tuple(len(choice) for choice in question.choices)
     assert len(prompt.contexts) == len(prompt.continuations) == len(question.choices)
     assert (prompt.task, prompt.label) == (task, question.label)
 
@@ -56,7 +56,7 @@ def test_choice_scores_letters(rows: Rows, task: str) -> None:
     prompt = build_prompt(question, "choice")
     assert prompt.contexts == (CHOICE[task],) * len(question.choices)
     assert prompt.continuations == (" A", " B", " C", " D")[: len(question.choices)]
-    assert prompt.choice_bytes == (1,) * len(question.choices)
+    assert prompt.choice_lengths == (1,) * len(question.choices)
     assert prompt.label == question.label
 
 
@@ -74,9 +74,9 @@ def test_winogrande_continuations_begin_with_one_space(sentence: str) -> None:
     assert prompt.contexts[1] == sentence.split("_")[0] + "Bob"
 
 
-def test_length_of_a_choice_is_in_utf8_bytes() -> None:
+def test_length_of_a_choice_is_in_characters() -> None:
     prompt = build_prompt(Question("piqa", "drink", ("café", "tea"), 0), "cloze")
-    assert prompt.choice_bytes == (5, 3)
+    assert prompt.choice_lengths == (4, 3)
 
 
 @pytest.mark.parametrize("style", PROMPT_STYLES)
@@ -86,7 +86,7 @@ def test_gold_keeps_the_right_choice_alone(rows: Rows, task: str, style: str) ->
     gold = prompt.gold()
     assert gold.contexts == (prompt.contexts[prompt.label],)
     assert gold.continuations == (prompt.continuations[prompt.label],)
-    assert gold.choice_bytes == (prompt.choice_bytes[prompt.label],)
+    assert gold.choice_lengths == (prompt.choice_lengths[prompt.label],)
     assert gold.label == 0
 
 

@@ -101,6 +101,23 @@ def test_awq_beats_round_to_nearest(kv_heads: int, bits: int, rows: Tensor) -> N
             assert linear_error.awq < linear_error.rtn, name
 
 
+@torch.no_grad()
+def test_the_log_holds_the_errors_of_the_outputs(rows: Tensor) -> None:
+    model = make_model()
+    up, name = model.model.layers[0].mlp.up_proj, "model.layers.0.mlp.up_proj"
+    inputs: list[Tensor] = []
+    hook = up.register_forward_pre_hook(lambda linear, args: inputs.append(args[0]))
+    result = search(model, rows)
+    hook.remove()
+    before = up(inputs[0])
+    rtn = inputs[0] @ fake_quantize(up.weight, 4, GROUP).T
+    awq.apply(model, result)
+    scaled = inputs[0] / result.scales["model.layers.0.post_attention_layernorm"]
+    after = up(scaled) * result.scales[name]  # its rows were divided by the scales of down's inputs
+    measured = [(output - before).square().mean().item() for output in (rtn, after)]
+    assert result.errors[name] == pytest.approx(measured, rel=1e-4)  # float32 sums in another order
+
+
 def test_apply_quantizes_the_scaled_clipped_linears_alone(rows: Tensor) -> None:
     model = make_model()
     model.model.layers[1].router = nn.Linear(64, 2)
@@ -304,10 +321,9 @@ def test_the_callers_mode_does_not_reach_the_search(mode: Callable, rows: Tensor
 
     result = awq.search(model, forward, [4], GROUP)[4]
     assert all(scale.dtype == torch.float32 and not scale.is_inference() for scale in result.scales.values())
-    # The first linears read what the norm gives in float32 in either mode, so their clips agree exactly.
-    reference = search(model, rows)
-    name = "model.layers.0.input_layernorm"
-    torch.testing.assert_close(result.scales[name], reference.scales[name], rtol=1e-5, atol=0)
+    # The first linears read what the norm gives in float32 in either mode: the sums, too, must be float32 ones.
+    name = "model.layers.0.self_attn.q_proj"
+    assert result.errors[name] == pytest.approx(search(model, rows).errors[name], rel=1e-5)
     awq.apply(model, result)
 
 

@@ -1,0 +1,72 @@
+"""What the benchmarks share: timing side by side, hardware and versions, the table and its JSON."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from qtale_lightning.report.metadata import hardware, package_versions
+from qtale_lightning.report.results import atomic_path
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, help="write the measurements to this file")
+    made.add_argument("--quick", action="store_true", help="a small model and few repeats, to see that it runs")
+    return made
+
+
+def interleaved(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each contender, one after the other in every round, so that drift of the machine hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for round_ in range(warmup + repeats):
+        for name, run in contenders.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
+    """Median over rounds of the ratio of two contenders' seconds in the same round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+def claim(name: str, value: float, goal: float, better: str) -> dict[str, Any]:
+    """A goal and what was measured; ``better`` is "higher" or "lower"."""
+    met = value >= goal if better == "higher" else value <= goal
+    return {"claim": name, "value": value, "goal": goal, "better": better, "met": met}
+
+
+def report(name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None) -> None:
+    """Print the table, hardware and claims; write them as JSON where a file is given."""
+    console = Console()
+    table = Table(title=name, caption=hardware())
+    for column in rows[0]:
+        table.add_column(column, justify="right" if isinstance(rows[0][column], float) else "left")
+    for row in rows:
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    console.print(table)
+    for one in claims:
+        sign = "≥" if one["better"] == "higher" else "≤"
+        console.print(f"{one['claim']}: {one['value']:.3f} (goal {sign} {one['goal']:g}: {'met' if one['met'] else 'not met'})")
+    if target is not None:
+        content = {
+            "benchmark": name, "hardware": hardware(), "versions": package_versions(),
+            "rows": list(rows), "claims": list(claims),
+        }  # fmt: skip
+        with atomic_path(target) as temporary:
+            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
