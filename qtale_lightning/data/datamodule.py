@@ -158,12 +158,15 @@ class CommonsenseDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> "DataLoader[TrainingExample]":
-        """Batches of `collate` on the right answers of the validation questions, sorted by length.
+        """Batches of `collate` on the right answers of the calibration questions, sorted by length.
+
+        They choose the best checkpoint, so they are held out of training rows: the validation questions, which
+        results are reported on, decide nothing.
 
         With several ranks, a few rows are seen twice where their number doesn't divide.
         """
         eos_id = self._checked_tokenizer().eos_token_id
-        examples = [training_example(encoded, eos_id) for encoded in self.questions("validation")]
+        examples = [training_example(encoded, eos_id) for encoded in self.questions("calibration")]
         examples.sort(key=lambda example: len(example.input_ids))
         replicas, rank = self._replicas()
         return DataLoader(

@@ -204,7 +204,7 @@ def test_setup_runs_once(tokenizer: PreTrainedTokenizerFast, local_root: Path) -
         data.questions("test")  # type: ignore[arg-type]
 
 
-def test_validation_batches_hold_every_right_answer_once(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_validation_batches_hold_every_held_out_answer_once(tokenizer: PreTrainedTokenizerFast) -> None:
     data = facts_data(tokenizer, limit_validation=30)
     data.setup()
     seen = []
@@ -212,7 +212,7 @@ def test_validation_batches_hold_every_right_answer_once(tokenizer: PreTrainedTo
         assert {tensor.shape for tensor in batch.values()} == {batch["input_ids"].shape}
         for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
             seen.append(tuple(row[mask.bool()].tolist()))
-    expected = [(*gold(question), tokenizer.eos_token_id) for question in data.questions("validation")]
+    expected = [(*gold(question), tokenizer.eos_token_id) for question in data.questions("calibration")]
     assert sorted(seen) == sorted(expected)
 
 
