@@ -1,0 +1,56 @@
+"""Small models for the comparisons: a Hugging Face LLaMA, and the same weights with routers that really disagree."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+
+ARCHITECTURE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,  # grouped-query attention, as in every newer model
+    "head_dim": 8,
+    "initializer_range": 0.2,  # large enough for logits, and so routing decisions, that differ between tokens
+}
+
+MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+
+
+@pytest.fixture()
+def dense() -> LlamaForCausalLM:
+    """Hugging Face's own LLaMA."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).eval()
+
+
+@pytest.fixture()
+def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
+    """The dense fixture's weights with random routers whose decisions at θ = 0.5 are mixed."""
+
+    def make(start_layer: int = 1, reserved_tokens: int = 2) -> RoutedLlamaForCausalLM:
+        config = RoutedLlamaConfig(
+            **ARCHITECTURE, router_width=16, start_layer=start_layer, reserved_tokens=reserved_tokens
+        )
+        torch.manual_seed(1)
+        model = route(copy.deepcopy(dense), config)
+        for layer in model.model.layers:
+            if layer.router is not None:
+                nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
+                nn.init.zeros_(layer.router.out.bias)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture()
+def routed(make_routed: MakeRouted) -> RoutedLlamaForCausalLM:
+    """A routed model: the first layer always executes, two tokens are reserved."""
+    return make_routed()

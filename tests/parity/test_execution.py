@@ -1,0 +1,200 @@
+"""Masked against packed execution, and both against Hugging Face's LLaMA.
+
+Tolerance 1e-5 in float32: the executions sum the same products in another order, which moves logits of size ~1 by
+about 1e-7 a layer. Where the same operations run in the same order, equality is exact.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
+
+MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+BATCH, LENGTH = 4, 13
+
+
+def tokens(seed: int = 3) -> Tensor:
+    return torch.randint(0, 97, (BATCH, LENGTH), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(side: str) -> Tensor:
+    """Ragged sequences of 13, 9, 5 and 1 real tokens."""
+    lengths = torch.tensor([LENGTH, 9, 5, 1])
+    place = torch.arange(LENGTH)
+    mask = place < lengths[:, None] if side == "right" else place >= LENGTH - lengths[:, None]
+    return mask.long()
+
+
+def random_gates(model: RoutedLlamaForCausalLM, share: float, seed: int = 5) -> dict[int, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {i: torch.rand(BATCH, LENGTH, generator=generator) < share for i in model.config.routed_layers}
+
+
+@torch.no_grad()
+def logits(model: RoutedLlamaForCausalLM, ids: Tensor, execution: str, mask: Tensor | None = None, **how: object) -> Tensor:
+    routing = Routing(execution=execution, **how)  # type: ignore[arg-type]
+    return model(ids, attention_mask=mask, routing=routing, use_cache=False).logits
+
+
+def test_theta_zero_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM) -> None:
+    with torch.no_grad():
+        expected = dense(tokens()).logits
+    assert torch.equal(logits(routed, tokens(), "packed", threshold=0.0), expected)
+
+
+def test_all_gates_on_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM) -> None:
+    forced = {i: torch.ones(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
+    with torch.no_grad():
+        expected = dense(tokens()).logits
+    assert torch.equal(logits(routed, tokens(), "packed", forced=forced), expected)
+    # Masked execution divides by the gates' sum of probabilities, 1 up to rounding.
+    torch.testing.assert_close(logits(routed, tokens(), "masked", forced=forced), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_theta_zero_with_padding_equals_hugging_face(
+    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, side: str
+) -> None:
+    mask = padding(side)
+    with torch.no_grad():
+        expected = dense(tokens(), attention_mask=mask).logits
+    for execution in ("packed", "masked"):
+        actual = logits(routed, tokens(), execution, mask, threshold=0.0)
+        torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
+def test_masked_equals_packed_for_random_gates(routed: RoutedLlamaForCausalLM, share: float, side: str | None) -> None:
+    mask = None if side is None else padding(side)
+    forced = random_gates(routed, share)
+    masked = logits(routed, tokens(), "masked", mask, forced=forced)
+    packed = logits(routed, tokens(), "packed", mask, forced=forced)
+    real = slice(None) if mask is None else mask.bool()
+    torch.testing.assert_close(packed[real], masked[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_masked_equals_packed_for_the_routers_own_decisions(routed: RoutedLlamaForCausalLM, side: str) -> None:
+    mask = padding(side)
+    routings = {execution: Routing(execution=execution) for execution in ("masked", "packed")}
+    outputs = {}
+    for execution, routing in routings.items():
+        with torch.no_grad():
+            outputs[execution] = routed(tokens(), attention_mask=mask, routing=routing, use_cache=False).logits
+    gates = routings["masked"].stacked_gates()
+    assert 0.2 < gates[:, mask.bool()].mean() < 0.8  # the fixture's routers do decide
+    assert torch.equal(gates, routings["packed"].stacked_gates())
+    torch.testing.assert_close(outputs["packed"][mask.bool()], outputs["masked"][mask.bool()], **TOLERANCE)
+
+
+def test_masked_equals_packed_without_reserved_but_one_token(make_routed: MakeRouted) -> None:
+    model = make_routed(start_layer=0, reserved_tokens=1)
+    forced = random_gates(model, 0.3)
+    torch.testing.assert_close(
+        logits(model, tokens(), "packed", forced=forced), logits(model, tokens(), "masked", forced=forced), **TOLERANCE
+    )
+
+
+def test_a_layer_that_nobody_executes_is_not_called(make_routed: MakeRouted) -> None:
+    model = make_routed(reserved_tokens=1)
+    layer = model.model.layers[2]
+    calls = []
+    layer.self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    cache = RoutedCache()
+    with torch.no_grad():
+        model(tokens()[:, :4], past_key_values=cache, routing=Routing())
+        calls.clear()
+        nobody = {i: torch.zeros(BATCH, 1, dtype=torch.bool) for i in model.config.routed_layers}
+        before = cache.layer(2).lengths.clone()
+        model(tokens()[:, 4:5], past_key_values=cache, routing=Routing(forced=nobody))
+    assert not calls
+    assert torch.equal(cache.layer(2).lengths, before)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_of_n_equals_batch_of_one(routed: RoutedLlamaForCausalLM, side: str) -> None:
+    mask = padding(side)
+    batched = logits(routed, tokens(), "packed", mask)
+    for row in range(BATCH):
+        real = mask[row].bool()
+        alone = logits(routed, tokens()[row : row + 1, real], "packed")
+        torch.testing.assert_close(batched[row, real], alone[0], **TOLERANCE)
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_prefill_and_decode_equal_one_pass(routed: RoutedLlamaForCausalLM, side: str | None) -> None:
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long) if side is None else padding(side)
+    whole = logits(routed, tokens(), "masked", mask)
+    cache, parts = RoutedCache(), []
+    cuts = [0, 6, 9, *range(10, LENGTH + 1)]
+    with torch.no_grad():
+        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+            part = routed(tokens()[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
+            parts.append(part.logits)
+    split = torch.cat(parts, 1)
+    torch.testing.assert_close(split[mask.bool()], whole[mask.bool()], **TOLERANCE)
+    assert cache.get_seq_length() == LENGTH
+
+
+def test_cache_holds_what_was_executed_and_no_more(routed: RoutedLlamaForCausalLM) -> None:
+    cache, routing = RoutedCache(), Routing()
+    with torch.no_grad():
+        routed(tokens(), past_key_values=cache, routing=routing)
+    executed = routing.executed(5)
+    assert [int(layer.lengths.sum()) for layer in cache.layers] == executed.tolist()
+    assert cache.memory() == int(executed.sum()) * 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 float32
+
+
+def test_two_calls_equal_one(routed: RoutedLlamaForCausalLM) -> None:
+    first = logits(routed, tokens(), "packed")
+    logits(routed, tokens(9), "packed")
+    assert torch.equal(logits(routed, tokens(), "packed"), first)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate_equals_generation_by_full_passes(routed: RoutedLlamaForCausalLM, beams: int) -> None:
+    mask = padding("left")[:3]
+    ids, new = tokens()[:3], 6
+    options = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    cached = routed.generate(ids, attention_mask=mask, **options)
+    uncached = routed.generate(ids, attention_mask=mask, use_cache=False, **options)
+    assert torch.equal(cached, uncached)
+    if beams == 1:
+        sequence, seen = ids, mask
+        for _ in range(new):
+            with torch.no_grad():
+                following = routed(
+                    sequence, attention_mask=seen, routing=Routing(execution="masked"), use_cache=False,
+                    position_ids=(seen.cumsum(1) - 1).clamp_min(0),
+                ).logits[:, -1].argmax(-1)  # fmt: skip
+            sequence = torch.cat([sequence, following[:, None]], 1)
+            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
+        assert torch.equal(cached, sequence)
+
+
+def test_reserved_tokens_are_counted_behind_padding(routed: RoutedLlamaForCausalLM) -> None:
+    nothing = {i: torch.zeros(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
+    routing, mask = Routing(forced=nothing), padding("left")
+    with torch.no_grad():
+        routed(tokens(), attention_mask=mask, routing=routing, use_cache=False)
+    expected = mask.bool() & (mask.cumsum(1) <= 2)
+    for gate in routing.gates.values():
+        assert torch.equal(gate, expected)
+
+
+def test_what_cannot_work_is_refused(routed: RoutedLlamaForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"threshold 1.5 .* \[0, 1\]"):
+        routed(tokens(), routing=Routing(threshold=1.5))
+    with pytest.raises(ValueError, match="packed execution with a cache"):
+        routed(tokens(), routing=Routing(execution="masked"), past_key_values=RoutedCache())
+    cache = RoutedCache()
+    routed(tokens(), past_key_values=cache)
+    with pytest.raises(ValueError, match="mask of all of them"):
+        routed(tokens()[:, :1], attention_mask=torch.ones(BATCH, 1), past_key_values=cache)

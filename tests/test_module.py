@@ -1,0 +1,180 @@
+"""The LightningModule: gradients, invariances, checkpoints and resuming."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.models.routing import Routing
+from qtale_lightning.module import QTALEModule
+
+Make = Callable[..., QTALEModule]
+
+
+def make_module(**options: Any) -> QTALEModule:
+    """The tiny model with LoRA and routers, its decisions mixed."""
+    module = QTALEModule(**{"name": "tiny", "router_width": 16, "lora_dropout": 0.0, **options})
+    module.configure_model()
+    with torch.no_grad():
+        for name, parameter in module.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.05)  # zero at first: then LoRA's A would get no gradient
+            if name.endswith("router.out.bias"):
+                parameter.zero_()
+    return module
+
+
+def make_batch(lengths: tuple[int, ...] = (12, 9, 7, 10)) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    width, count = max(lengths), torch.tensor(lengths)
+    ids = torch.randint(3, 700, (len(lengths), width), generator=generator)
+    mask = (torch.arange(width) < count[:, None]).long()
+    answer = mask.bool() & (torch.arange(width) >= count[:, None] - 3)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": ids.masked_fill(~answer, -100)}
+
+
+def rows(batch: dict[str, Tensor], start: int, stop: int) -> dict[str, Tensor]:
+    return {name: value[start:stop] for name, value in batch.items()}
+
+
+def decided(module: QTALEModule, batch: dict[str, Tensor]) -> Routing:
+    """A routing for training's execution whose decisions are the routers' own, so that losses can be compared."""
+    return Routing(sample=False, execution="masked")
+
+
+def test_a_fresh_module_is_in_training_mode() -> None:
+    assert all(part.training for part in make_module().modules())
+
+
+def test_gradient_reaches_lora_and_the_router_of_every_layer() -> None:
+    module = make_module()
+    torch.manual_seed(0)
+    module.losses(make_batch(), Routing(), 0.5).total.backward()
+    for name, parameter in module.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+    routers = {name.split(".")[2] for name, p in module.model.named_parameters() if ".router." in name and p.requires_grad}
+    assert routers == {"2", "3", "4", "5"}
+
+
+def test_cross_entropy_alone_reaches_every_router() -> None:
+    """Through the mix and through the attention's gates, without the help of the other losses."""
+    module = make_module()
+    torch.manual_seed(0)
+    module.losses(make_batch(), Routing(), 0.5).ce.backward()
+    for layer in module.model.model.layers[2:]:
+        assert layer.router.down.weight.grad.abs().sum() > 0
+
+
+def test_losses_do_not_depend_on_padding() -> None:
+    module, batch = make_module(), make_batch()
+    wider = {
+        name: torch.nn.functional.pad(value, (0, 6), value=-100 if name == "labels" else 0) for name, value in batch.items()
+    }
+    narrow, wide = (module.losses(b, decided(module, b), 0.5) for b in (batch, wider))
+    for term in ("ce", "ratio", "entropy", "total"):
+        torch.testing.assert_close(getattr(wide, term), getattr(narrow, term), rtol=0, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_accumulation() -> None:
+    module, batch = make_module(), make_batch()
+    module.losses(batch, decided(module, batch), 0.5).total.backward()
+    whole = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    for start in (0, 2):
+        part = rows(batch, start, start + 2)
+        (module.losses(part, decided(module, part), 0.5).total / 2).backward()
+    for name, parameter in module.model.named_parameters():
+        if name in whole:
+            # float32 sums in another order; gradients are of size 1e-3 to 1.
+            torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_full_method_has_no_routers_and_no_routing_losses() -> None:
+    module = make_module(method="full", lambda_entropy=0.0)
+    losses = module.losses(make_batch(), Routing(), 0.5)
+    assert losses.ratio == 0
+    assert torch.equal(losses.total, losses.ce)
+    assert not [name for name, _ in module.model.named_parameters() if ".router." in name]
+
+
+def test_checkpoint_holds_trainable_weights_only_and_refuses_others() -> None:
+    module = make_module()
+    state = module.state_dict()
+    assert state
+    assert all("lora_" in name or ".router." in name for name in state)
+    other = make_module(router_width=8)
+    with pytest.raises(ValueError, match=r"another model or configuration.*router"):
+        other.load_state_dict(state)
+    with pytest.raises(ValueError, match="missing"):
+        make_module().load_state_dict(dict(list(state.items())[:-1]))
+
+
+def test_merging_keeps_the_logits() -> None:
+    module, batch = make_module(), make_batch()
+    module.eval()
+    with torch.no_grad():
+        before = module.model(batch["input_ids"], routing=Routing(threshold=0.5), use_cache=False).logits
+        after = module.merge()(batch["input_ids"], routing=Routing(threshold=0.5), use_cache=False).logits
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert not [name for name, _ in module.model.named_parameters() if "lora" in name]
+
+
+class Interrupt(Callback):
+    """Stops training as a crash would, behind a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def train(root: Path, resume: Path | None = None, interrupt: int | None = None, accumulate: int = 1) -> QTALEModule:
+    """Ten steps on a few facts, with dropout, Gumbel noise, a schedule and a shuffled order."""
+    module = QTALEModule(name="tiny", router_width=16, train_all=False, ratio_schedule=0.5, lr=1e-3, lora_dropout=0.1)
+    data = CommonsenseDataModule("facts", batch_size=8, limit_train=56, limit_validation=8, calibration_rows=8)
+    data.tokenizer = module.tokenizer
+    checkpoint = ModelCheckpoint(dirpath=root, save_last=True, every_n_train_steps=1, save_top_k=0)
+    trainer = L.Trainer(
+        max_steps=10, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[checkpoint, *([Interrupt(interrupt)] if interrupt else [])], use_distributed_sampler=False,
+        limit_val_batches=0, accumulate_grad_batches=accumulate, default_root_dir=root,
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    return module
+
+
+@pytest.mark.parametrize(("interrupt", "accumulate"), [(3, 1), (6, 1), (7, 1), (4, 2)])
+def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, accumulate: int) -> None:
+    """Interrupted within the first epoch of six batches, at its end, and within the second: bit for bit the same."""
+    whole = train(tmp_path / "whole", accumulate=accumulate)
+    train(tmp_path / "part", interrupt=interrupt, accumulate=accumulate)
+    resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "last.ckpt", accumulate=accumulate)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "gpt2"}, "unknown model 'gpt2'.*llama2-7b"),
+        ({"method": "magic"}, "unknown method 'magic'.*qtale"),
+        ({"target_ratio": 1.5}, "target_ratio 1.5"),
+        ({"method": "dllm", "lambda_entropy": 0.5}, "lambda_entropy"),
+        ({"lr": 0.0}, "--model.lr"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QTALEModule(**options)
