@@ -18,13 +18,19 @@ from qtale_lightning.report.results import atomic_path
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", type=Path, help="write the measurements to this file")
-    made.add_argument("--quick", action="store_true", help="a small model and few repeats, to see that it runs")
+    made.add_argument(
+        "--quick", action="store_true", help="a small model and few repeats, to see that it runs"
+    )
     return made
 
 
-def interleaved(contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def interleaved(
+    contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
     """Seconds of each contender, one after the other in every round, so that drift of the machine hits all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + repeats):
@@ -51,7 +57,9 @@ def claim(name: str, value: float, goal: float, better: str) -> dict[str, Any]:
     return {"claim": name, "value": value, "goal": goal, "better": better, "met": met}
 
 
-def report(name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None) -> None:
+def report(
+    name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None
+) -> None:
     """Print the table, hardware and claims; write them as JSON where a file is given."""
     console = Console()
     table = Table(title=name, caption=hardware())
@@ -62,7 +70,8 @@ def report(name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mappin
     console.print(table)
     for one in claims:
         sign = "≥" if one["better"] == "higher" else "≤"
-        console.print(f"{one['claim']}: {one['value']:.3f} (goal {sign} {one['goal']:g}: {'met' if one['met'] else 'not met'})")
+        met = "met" if one["met"] else "not met"
+        console.print(f"{one['claim']}: {one['value']:.3f} (goal {sign} {one['goal']:g}: {met})")
     if target is not None:
         content = {
             "benchmark": name, "hardware": hardware(), "versions": package_versions(),

@@ -51,8 +51,14 @@ def main() -> None:
     ours = QTALEModule(name=args.model, router_width=args.router_width, lambda_entropy=0.5)
     ours.attach(load_base(args.model, dtype=dtype))
     ours.train()
-    lora: dict[str, Any] = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    dense = get_peft_model(load_base(args.model, dtype=dtype), LoraConfig(**lora)).train()
+    lora: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+    }
+    base = load_base(args.model, dtype=dtype)
+    dense = get_peft_model(base, LoraConfig(**lora)).train()  # LoRA goes into `base` itself
     batch = make_batch(dense.config.vocab_size, args.batch, args.length)
 
     def trainer(model: torch.nn.Module, loss: Any) -> Any:
@@ -68,9 +74,9 @@ def main() -> None:
         return step
 
     def answers_only() -> Tensor:
-        hidden = dense.base_model.model.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
+        hidden = base.model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)[0]
         targets = batch["labels"][:, 1:]
-        logits = dense.base_model.model.lm_head(hidden[:, :-1][targets != -100])
+        logits = base.lm_head(hidden[:, :-1][targets != -100])
         return torch.nn.functional.cross_entropy(logits.float(), targets[targets != -100])
 
     contenders = {
@@ -97,7 +103,9 @@ def main() -> None:
         }
         for name, values in seconds.items()
     ]
-    claims = [claim("QTALE step over Hugging Face + peft step", median_ratio(seconds["QTALE"], peer), 1.25, "lower")]
+    claims = [
+        claim("QTALE step over Hugging Face + peft step", median_ratio(seconds["QTALE"], peer), 1.25, "lower")
+    ]
     report("train_step", rows, claims, args.json)
 
 

@@ -31,8 +31,6 @@ log = logging.getLogger(__name__)
 # inference decisions and the final target ratio, so that a schedule's early, expensive models don't win.
 BEST = "val/loss"
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
 
 class QTALECLI(LightningCLI):
     """Parses a run's configuration and makes its module and data; the trainer is made for ``fit`` only."""

@@ -169,7 +169,7 @@ class QTALEModule(L.LightningModule):
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trainable weights only."""
         return {f"model.{name}": value for name, value in trainable_state(self.model).items()}
 
@@ -218,7 +218,7 @@ class QTALEModule(L.LightningModule):
         routing = Routing(temperature=self.temperature)
         target = self.current_target()
         losses = self.losses(batch, routing, target)
-        layers = ExecutionRatio(len(self.model.model.layers)).to(self.device)
+        layers = ExecutionRatio(len(self.model.model.layers), sync_on_compute=False).to(self.device)
         layers.update(routing)
         per_layer = layers.compute()
         logs: dict[str, Any] = {
@@ -246,7 +246,10 @@ class QTALEModule(L.LightningModule):
         self.log("train/tokens_per_second", float(batch["attention_mask"].sum()) / seconds)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """The objective at inference decisions (p ≥ 0.5, no noise) and the final target: what the best checkpoint minimises."""
+        """The objective at inference decisions (p ≥ 0.5, no noise) and the final target.
+
+        The best checkpoint is the one that minimises it.
+        """
         routing = Routing()
         losses = self.losses(batch, routing, self.target_ratio)
         self.validation_ratio.update(routing)

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -30,7 +30,7 @@ from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.mappings import quantized_linear_names
 from qtale_lightning.quantization.result import AWQSearch, apply
 from qtale_lightning.quantization.rtn import check_quantizable
-from qtale_lightning.report.results import load_results, update_results, upsert_evaluation
+from qtale_lightning.report.results import Evaluation, load_results, update_results, upsert_evaluation
 from qtale_lightning.run import RunDirectory, replacing
 
 log = logging.getLogger(__name__)
@@ -159,24 +159,8 @@ def quantize(
     if not missing:
         return
     started = time.perf_counter()
-    model = load_exported(run)
-    shapes = {name: tuple(model.get_submodule(name).weight.shape) for name in quantized_linear_names(model)}
-    for b in missing:
-        check_quantizable(shapes, b, group_size)
-    ids = data.calibration_sequences(sequences)
-    longest = max(map(len, ids))
-    batch = torch.tensor([s + [0] * (longest - len(s)) for s in ids], device=model.device)
-    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in ids], device=model.device)
-    log.info("calibrating on %d training sequences, %d tokens, routing on", len(ids), int(mask.sum()))
-    with _progress("AWQ search, layers", len(model.model.layers)) as advance:
-        searches = awq.search(
-            model,
-            lambda: model.model(batch, attention_mask=mask, use_cache=False),
-            missing,
-            group_size,
-            progress=lambda *_: advance(),
-        )
-    del model
+    searches = _search(run, data, missing, group_size, sequences)
+    assert data.tokenizer is not None  # calibration sequences were made with it
     for b, search in searches.items():
         quantized = load_exported(run)
         apply(quantized, search)
@@ -188,6 +172,32 @@ def quantize(
     console.print(f"AWQ at {names} bits, group size {group_size}: {time.perf_counter() - started:.0f} s")
 
 
+def _search(
+    run: RunDirectory, data: CommonsenseDataModule, bits: Sequence[int], group_size: int, sequences: int
+) -> dict[int, AWQSearch]:
+    """AWQ's search at each precision; the model it runs on is freed before the quantized ones are loaded."""
+    model = load_exported(run)
+    shapes = {}
+    for name in quantized_linear_names(model):
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        shapes[name] = (rows, columns)
+    for b in bits:
+        check_quantizable(shapes, b, group_size)
+    ids = data.calibration_sequences(sequences)
+    longest = max(map(len, ids))
+    batch = torch.tensor([s + [0] * (longest - len(s)) for s in ids], device=model.device)
+    mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in ids], device=model.device)
+    log.info("calibrating on %d training sequences, %d tokens, routing on", len(ids), int(mask.sum()))
+    with _progress("AWQ search, layers", len(model.model.layers)) as advance:
+        return awq.search(
+            model,
+            lambda: model.model(batch, attention_mask=mask, use_cache=False),
+            bits,
+            group_size,
+            progress=lambda *_: advance(),
+        )
+
+
 # ------------------------------------------------------------------------------------------------------- sweep
 
 
@@ -197,16 +207,16 @@ def evaluate(
     model: RoutedLlamaForCausalLM,
     bits: int,
     theta: float | None,
-    split: str,
+    split: Literal["calibration", "validation"],
     group_size: int,
-) -> dict[str, Any]:
+) -> Evaluation:
     """Score a split at one precision and θ, and keep the row in ``results.json``; a row already there is returned."""
     questions = data.questions(split)
     protocol = data.protocol() | {"scoring": "log-likelihood", "execution": "packed"}
-    for row in load_results(run.root)["evaluation"]:
-        key = (row["bits"], row["theta"], row["split"], row["examples"], row["protocol"])
+    for known in load_results(run.root)["evaluation"]:
+        key = (known["bits"], known["theta"], known["split"], known["examples"], known["protocol"])
         if key == (bits, theta, split, len(questions), protocol):
-            return dict(row)
+            return known
     theta_text = "" if theta is None else f", θ = {theta:g}"
     with _progress(f"{bits} bits{theta_text}, {split}", len(questions)) as advance:
         started = time.perf_counter()
@@ -224,7 +234,7 @@ def evaluate(
     context = (
         sum(len(c) for q in questions for c in q.contexts) / sum(len(q.contexts) for q in questions) + 1
     ) / 2
-    row = {
+    row: Evaluation = {
         "bits": bits,
         "engine": ENGINE[bits == 16],
         "theta": theta,
@@ -242,7 +252,7 @@ def evaluate(
         "seconds": seconds,
         "protocol": protocol,
     }
-    upsert_evaluation(run.root, row)  # type: ignore[arg-type]
+    upsert_evaluation(run.root, row)
     if split == "validation":
         console.print(
             f"{bits:>2} bits{theta_text}: accuracy {100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f} %, "
@@ -284,6 +294,6 @@ def sweep(
         else:
             rows = [evaluate(run, data, model, b, theta, "calibration", group_size) for theta in grid]
             chosen, rule = validation[select(rows)["theta"]], f"{RULE}: {RULE_IN_WORDS}"
-        keys = ("bits", "engine", "theta", "average", "average_stderr", "average_nll", "execution_ratio")
-        selected.append({key: chosen[key] for key in keys} | {"rule": rule})
+        means = {key: chosen[key] for key in ("average", "average_stderr", "average_nll", "execution_ratio")}
+        selected.append({key: chosen[key] for key in ("bits", "engine", "theta")} | means | {"rule": rule})
     update_results(run.root, "selected", selected)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtale_lightning.losses import Losses, answer_loss, binary_entropy, entropy_loss, ratio_loss, sequence_mean
+from qtale_lightning.losses import (
+    Losses,
+    answer_loss,
+    binary_entropy,
+    entropy_loss,
+    ratio_loss,
+    sequence_mean,
+)
 
 
 def test_ratio_loss_by_hand() -> None:
@@ -20,7 +27,9 @@ def test_ratio_loss_by_hand() -> None:
 def test_entropy_loss_by_hand() -> None:
     logits = torch.tensor([[[[0.0, 0.0], [0.0, math.log(3.0)]]]])  # p = .5 and .75
     quarter = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert entropy_loss(logits, torch.tensor([[True, True]])).item() == pytest.approx(-(math.log(2) + quarter) / 2)
+    assert entropy_loss(logits, torch.tensor([[True, True]])).item() == pytest.approx(
+        -(math.log(2) + quarter) / 2
+    )
     assert entropy_loss(logits, torch.tensor([[True, False]])).item() == pytest.approx(-math.log(2))
 
 
@@ -33,7 +42,9 @@ def test_binary_entropy_of_extreme_logits_is_finite() -> None:
 def test_answer_loss_by_hand() -> None:
     targets = torch.tensor([[-100, 1, 0], [1, -100, -100]])
     answer = targets != -100
-    logits = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0], [math.log(3.0), 0.0]])  # p(target) = 3/4, 1/2, 1/4
+    logits = torch.tensor(
+        [[0.0, math.log(3.0)], [0.0, 0.0], [math.log(3.0), 0.0]]
+    )  # p(target) = 3/4, 1/2, 1/4
     expected = ((-math.log(3 / 4) - math.log(1 / 2)) / 2 - math.log(1 / 4)) / 2
     assert answer_loss(logits, targets, answer).item() == pytest.approx(expected)
 
@@ -55,7 +66,9 @@ def test_terms_do_not_depend_on_padding() -> None:
     logits, gates, free = random_case()
     wider = torch.nn.functional.pad
     more = {"free": wider(free, (0, 5)), "gates": wider(gates, (0, 5), value=1.0)}
-    assert ratio_loss(more["gates"], 5, 0.5, more["free"]).item() == pytest.approx(ratio_loss(gates, 5, 0.5, free).item())
+    assert ratio_loss(more["gates"], 5, 0.5, more["free"]).item() == pytest.approx(
+        ratio_loss(gates, 5, 0.5, free).item()
+    )
     padded = wider(logits, (0, 0, 0, 5), value=3.0)
     assert entropy_loss(padded, more["free"]).item() == pytest.approx(entropy_loss(logits, free).item())
 
@@ -63,7 +76,10 @@ def test_terms_do_not_depend_on_padding() -> None:
 def test_terms_are_means_over_sequences_so_micro_batches_add_up() -> None:
     logits, gates, free = random_case()
     for whole, parts in (
-        (ratio_loss(gates, 5, 0.5, free), [ratio_loss(gates[:, i : i + 1], 5, 0.5, free[i : i + 1]) for i in range(4)]),
+        (
+            ratio_loss(gates, 5, 0.5, free),
+            [ratio_loss(gates[:, i : i + 1], 5, 0.5, free[i : i + 1]) for i in range(4)],
+        ),
         (entropy_loss(logits, free), [entropy_loss(logits[:, i : i + 1], free[i : i + 1]) for i in range(4)]),
     ):
         assert torch.stack(parts).mean().item() == pytest.approx(whole.item(), abs=1e-6)

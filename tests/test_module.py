@@ -62,7 +62,11 @@ def test_gradient_reaches_lora_and_the_router_of_every_layer() -> None:
             assert parameter.grad.abs().sum() > 0, name
         else:
             assert parameter.grad is None, name
-    routers = {name.split(".")[2] for name, p in module.model.named_parameters() if ".router." in name and p.requires_grad}
+    routers = {
+        name.split(".")[2]
+        for name, p in module.model.named_parameters()
+        if ".router." in name and p.requires_grad
+    }
     assert routers == {"2", "3", "4", "5"}
 
 
@@ -78,7 +82,8 @@ def test_cross_entropy_alone_reaches_every_router() -> None:
 def test_losses_do_not_depend_on_padding() -> None:
     module, batch = make_module(), make_batch()
     wider = {
-        name: torch.nn.functional.pad(value, (0, 6), value=-100 if name == "labels" else 0) for name, value in batch.items()
+        name: torch.nn.functional.pad(value, (0, 6), value=-100 if name == "labels" else 0)
+        for name, value in batch.items()
     }
     narrow, wide = (module.losses(b, decided(module, b), 0.5) for b in (batch, wider))
     for term in ("ce", "ratio", "entropy", "total"):
@@ -140,10 +145,16 @@ class Interrupt(Callback):
             trainer.should_stop = True
 
 
-def train(root: Path, resume: Path | None = None, interrupt: int | None = None, accumulate: int = 1) -> QTALEModule:
+def train(
+    root: Path, resume: Path | None = None, interrupt: int | None = None, accumulate: int = 1
+) -> QTALEModule:
     """Ten steps on a few facts, with dropout, Gumbel noise, a schedule and a shuffled order."""
-    module = QTALEModule(name="tiny", router_width=16, train_all=False, ratio_schedule=0.5, lr=1e-3, lora_dropout=0.1)
-    data = CommonsenseDataModule("facts", batch_size=8, limit_train=56, limit_validation=8, calibration_rows=8)
+    module = QTALEModule(
+        name="tiny", router_width=16, train_all=False, ratio_schedule=0.5, lr=1e-3, lora_dropout=0.1
+    )
+    data = CommonsenseDataModule(
+        "facts", batch_size=8, limit_train=56, limit_validation=8, calibration_rows=8
+    )
     data.tokenizer = module.tokenizer
     checkpoint = ModelCheckpoint(dirpath=root, save_last=True, every_n_train_steps=1, save_top_k=0)
     trainer = L.Trainer(

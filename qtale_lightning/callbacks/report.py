@@ -35,7 +35,7 @@ class Report(Callback):
                     frame = evaluation_frame(results)
                     logger.log_table("evaluation", dataframe=frame)
                     for row in results["selected"]:
-                        summary = {k: row[k] for k in ("average", "average_nll", "execution_ratio", "theta")}  # type: ignore[literal-required]
+                        summary = {k: row[k] for k in ("average", "average_nll", "execution_ratio", "theta")}
                         logger.experiment.summary.update(
                             {f"selected/{row['bits']}bit/{k}": v for k, v in summary.items()}
                         )

@@ -16,7 +16,7 @@ class ThresholdSweep(Callback):
         thresholds: The grid of θ; 0.5 is D-LLM's, 0 executes everything.
     """
 
-    def __init__(self, thresholds: tuple[float, ...] = (0.5, 0.4, 0.3, 0.2, 0.1, 0.03, 0.005)) -> None:
+    def __init__(self, thresholds: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.03, 0.005)) -> None:
         check_thresholds(thresholds)
         self.thresholds = tuple(thresholds)
         self.run: RunDirectory | None = None

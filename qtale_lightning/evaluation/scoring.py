@@ -53,7 +53,8 @@ def score(
         batch_tokens: Prompt tokens (padding included) of a batch; changes no score beyond floating-point noise.
         on_progress: Called with the number of questions finished since the last call.
     """
-    ratio = ExecutionRatio(len(model.model.layers)).to(model.device)
+    # Scoring runs on one process, also where training ran on many.
+    ratio = ExecutionRatio(len(model.model.layers), sync_on_compute=False).to(model.device)
     results: list[np.ndarray] = [np.zeros(len(question.contexts)) for question in questions]
     for batch in _batches(questions, batch_tokens):
         # Distinct prompts of the batch, and the prompt that each (question, choice) continues.

@@ -1,7 +1,9 @@
 """Choosing θ: from what calibration questions say of every θ of a grid."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
 
 RULE = "one-standard-error"
 RULE_IN_WORDS = (
@@ -21,7 +23,7 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             )
 
 
-def select(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def select(rows: Sequence[Row]) -> Row:
     """The evaluation row that the one-standard-error rule selects (see :data:`RULE_IN_WORDS`).
 
     Args:

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> LoraModel:
     """Inject LoRA into the named projections in place (paper: rank 8 on q, k, v); the tuner can merge it again."""
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets), bias="none"
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, only ever divided by the rank
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        bias="none",
     )
     return LoraModel(model, {"default": config}, "default")
 

@@ -35,7 +35,8 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _reserve(self, capacity: int) -> None:
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         missing = capacity - self.keys.shape[2]
         if missing > 0:
             missing += _GROWTH
@@ -52,7 +53,9 @@ class RoutedCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None and self.lengths is not None
+        assert self.keys is not None
+        assert self.values is not None
+        assert self.lengths is not None
         past, new = self.lengths, packing.length
         first = self.longest == 0
         if self.uniform and packing.uniform:
@@ -94,10 +97,19 @@ class RoutedCacheLayer(CacheLayerMixin):
     def select(self, index: Tensor) -> None:
         """Keep the sequences ``index (B',)``, in that order, repeated where it repeats."""
         if self.is_initialized:
-            assert self.keys is not None and self.values is not None and self.lengths is not None
+            assert self.keys is not None
+            assert self.values is not None
+            assert self.lengths is not None
             index = index.to(self.keys.device)
             self.keys, self.values = self.keys[index], self.values[index]
             self.lengths = self.lengths[index]
+
+    def memory(self) -> int:
+        """Bytes of kept keys and values (buffers' spare slots not counted)."""
+        if self.keys is None or self.lengths is None:
+            return 0
+        _, heads, _, width = self.keys.shape
+        return 2 * int(self.lengths.sum()) * heads * width * self.keys.element_size()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -110,6 +122,8 @@ class RoutedCache(Cache):
     Attributes:
         seen: Tokens (padding included) that went through the model, whichever layers they executed.
     """
+
+    layers: list[RoutedCacheLayer]  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=RoutedCacheLayer)
@@ -137,7 +151,7 @@ class RoutedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence, for several continuations of each."""
         for layer in self.layers:
-            if layer.is_initialized:
+            if layer.lengths is not None:
                 layer.select(torch.arange(len(layer.lengths)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -149,13 +163,5 @@ class RoutedCache(Cache):
         self.layers, self.seen = [], 0
 
     def memory(self) -> int:
-        """Bytes of kept keys and values (buffers' spare slots not counted)."""
-        return sum(
-            2
-            * int(layer.lengths.sum())
-            * layer.keys.shape[1]
-            * layer.keys.shape[3]
-            * layer.keys.element_size()
-            for layer in self.layers
-            if layer.is_initialized
-        )
+        """Bytes of kept keys and values of all layers."""
+        return sum(layer.memory() for layer in self.layers)

@@ -43,7 +43,8 @@ class RoutedLlamaConfig(LlamaConfig):
             )
         if self.router_width < 1 or self.reserved_tokens < 0:
             raise ValueError(
-                f"router_width {self.router_width} must be positive, reserved_tokens {self.reserved_tokens} not negative"
+                f"router_width {self.router_width} must be positive, "
+                f"reserved_tokens {self.reserved_tokens} not negative"
             )
         if self.start_layer < self.num_hidden_layers and self.reserved_tokens < 1:
             raise ValueError(
@@ -155,8 +156,8 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
 
     config: RoutedLlamaConfig
     config_class = RoutedLlamaConfig
-    _keep_in_fp32_modules_strict = ["router"]
-    _no_split_modules = ["RoutedLlamaDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 (transformers' type, no ClassVar)
+    _no_split_modules = ["RoutedLlamaDecoderLayer"]  # noqa: RUF012
 
     def __init__(self, config: RoutedLlamaConfig) -> None:
         super().__init__(config)
@@ -170,7 +171,10 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
             ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        # Annotated as the model alone, but a pair when the loading info is asked for; so is what is returned here.
+        loaded: tuple[Self, dict[str, Any]]
+        loaded = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[assignment]
+        model, info = loaded
         wrong = [
             f"{problem} {sorted(map(str, info[key]))[:3]}"
             for key, problem in (
@@ -185,7 +189,7 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
                 f"the weights in {args[0] if args else '?'} don't match its config.json (start_layer "
                 f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
             )
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model  # type: ignore[return-value]
 
     def forward(
         self,
@@ -204,7 +208,9 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RoutedCache()
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        return super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, *args
+        )
 
 
 def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForCausalLM:
@@ -222,7 +228,7 @@ def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForC
         attach_router(layer, index, router)
     for module in model.modules():
         if hasattr(module, "config"):
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     return model  # type: ignore[return-value]
 
 

@@ -8,10 +8,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the executing tokens of a ``(B, T)`` batch go: flat ``(1, N)`` for projections, rows ``(B, L)`` for attention.
+    """Where the executing tokens of a ``(B, T)`` batch go.
 
-    Rows keep the tokens' order and are left-aligned, so a causal mask alone is right for all of them; L is the
-    largest number of executing tokens in a sequence.
+    They are flat, ``(1, N)``, for projections and in rows, ``(B, L)``, for attention. Rows keep the tokens' order
+    and are left-aligned, so a causal mask alone is right for all of them; L is the largest number of executing
+    tokens in a sequence.
 
     Attributes:
         index: Flat positions of executing tokens in the batch, ``(N,)``; None when every token executes.
@@ -31,7 +32,7 @@ class Packing:
     @classmethod
     def of(cls, executing: Tensor) -> "Packing":
         """The packing of decisions, bool ``(B, T)``."""
-        batch, length = executing.shape
+        _, length = executing.shape
         counts = executing.sum(1)
         longest, shortest = (int(value) for value in torch.stack([counts.max(), counts.min()]).tolist())
         if shortest == length:

@@ -30,7 +30,10 @@ class RoutedLayer(nn.Module):
         past_key_values: RoutedCache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Hidden states after the layer, ``(B, T, D)`` from ``(B, T, D)``; ``position_embeddings`` are ``(1|B, T, d)``."""
+        """Hidden states after the layer, ``(B, T, D)`` from ``(B, T, D)``.
+
+        ``position_embeddings`` are ``(1|B, T, d)``.
+        """
         gate = routing.decide(self.layer_idx, self.router, hidden_states)
         if routing.execution == "masked":
             plan = Masked(routing.attention_bias(hidden_states.dtype), None if self.router is None else gate)
@@ -72,10 +75,11 @@ def attach_router(layer: nn.Module, index: int, router: Router | None) -> None:
     """Make a decoder layer routed in place: its parameters keep their names, and it gains a ``router`` child.
 
     Args:
-        layer: A transformers decoder layer (called with hidden states first and ``position_embeddings``, returns a tensor).
+        layer: A transformers decoder layer (called with hidden states first and ``position_embeddings``, returns a
+            tensor).
         index: Its place in the model.
         router: None for a layer that always executes.
     """
-    layer.__class__ = routed_class(type(layer))
+    layer.__class__ = routed_class(type(layer))  # type: ignore[arg-type]  # classes are hashable
     layer.layer_idx = index  # type: ignore[assignment]
-    layer.router = router
+    layer.router = router  # type: ignore[assignment]

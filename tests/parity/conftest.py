@@ -24,14 +24,14 @@ ARCHITECTURE = {
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
 
 
-@pytest.fixture()
+@pytest.fixture
 def dense() -> LlamaForCausalLM:
     """Hugging Face's own LLaMA."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).eval()
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
     """The dense fixture's weights with random routers whose decisions at θ = 0.5 are mixed."""
 
@@ -50,7 +50,7 @@ def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def routed(make_routed: MakeRouted) -> RoutedLlamaForCausalLM:
     """A routed model: the first layer always executes, two tokens are reserved."""
     return make_routed()

@@ -4,6 +4,7 @@ Tolerance 1e-5 in float32: the executions sum the same products in another order
 about 1e-7 a layer. Where the same operations run in the same order, equality is exact.
 """
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -37,18 +38,24 @@ def random_gates(model: RoutedLlamaForCausalLM, share: float, seed: int = 5) -> 
 
 
 @torch.no_grad()
-def logits(model: RoutedLlamaForCausalLM, ids: Tensor, execution: str, mask: Tensor | None = None, **how: object) -> Tensor:
+def logits(
+    model: RoutedLlamaForCausalLM, ids: Tensor, execution: str, mask: Tensor | None = None, **how: object
+) -> Tensor:
     routing = Routing(execution=execution, **how)  # type: ignore[arg-type]
     return model(ids, attention_mask=mask, routing=routing, use_cache=False).logits
 
 
-def test_theta_zero_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM) -> None:
+def test_theta_zero_is_exactly_the_base_model(
+    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM
+) -> None:
     with torch.no_grad():
         expected = dense(tokens()).logits
     assert torch.equal(logits(routed, tokens(), "packed", threshold=0.0), expected)
 
 
-def test_all_gates_on_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM) -> None:
+def test_all_gates_on_is_exactly_the_base_model(
+    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM
+) -> None:
     forced = {i: torch.ones(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
     with torch.no_grad():
         expected = dense(tokens()).logits
@@ -71,7 +78,9 @@ def test_theta_zero_with_padding_equals_hugging_face(
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
-def test_masked_equals_packed_for_random_gates(routed: RoutedLlamaForCausalLM, share: float, side: str | None) -> None:
+def test_masked_equals_packed_for_random_gates(
+    routed: RoutedLlamaForCausalLM, share: float, side: str | None
+) -> None:
     mask = None if side is None else padding(side)
     forced = random_gates(routed, share)
     masked = logits(routed, tokens(), "masked", mask, forced=forced)
@@ -81,13 +90,17 @@ def test_masked_equals_packed_for_random_gates(routed: RoutedLlamaForCausalLM, s
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_masked_equals_packed_for_the_routers_own_decisions(routed: RoutedLlamaForCausalLM, side: str) -> None:
+def test_masked_equals_packed_for_the_routers_own_decisions(
+    routed: RoutedLlamaForCausalLM, side: str
+) -> None:
     mask = padding(side)
     routings = {execution: Routing(execution=execution) for execution in ("masked", "packed")}
     outputs = {}
     for execution, routing in routings.items():
         with torch.no_grad():
-            outputs[execution] = routed(tokens(), attention_mask=mask, routing=routing, use_cache=False).logits
+            outputs[execution] = routed(
+                tokens(), attention_mask=mask, routing=routing, use_cache=False
+            ).logits
     gates = routings["masked"].stacked_gates()
     assert 0.2 < gates[:, mask.bool()].mean() < 0.8  # the fixture's routers do decide
     assert torch.equal(gates, routings["packed"].stacked_gates())
@@ -98,7 +111,9 @@ def test_masked_equals_packed_without_reserved_but_one_token(make_routed: MakeRo
     model = make_routed(start_layer=0, reserved_tokens=1)
     forced = random_gates(model, 0.3)
     torch.testing.assert_close(
-        logits(model, tokens(), "packed", forced=forced), logits(model, tokens(), "masked", forced=forced), **TOLERANCE
+        logits(model, tokens(), "packed", forced=forced),
+        logits(model, tokens(), "masked", forced=forced),
+        **TOLERANCE,
     )
 
 
@@ -135,7 +150,7 @@ def test_prefill_and_decode_equal_one_pass(routed: RoutedLlamaForCausalLM, side:
     cache, parts = RoutedCache(), []
     cuts = [0, 6, 9, *range(10, LENGTH + 1)]
     with torch.no_grad():
-        for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, end in itertools.pairwise(cuts):
             part = routed(tokens()[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
             parts.append(part.logits)
     split = torch.cat(parts, 1)
@@ -162,7 +177,13 @@ def test_two_calls_equal_one(routed: RoutedLlamaForCausalLM) -> None:
 def test_generate_equals_generation_by_full_passes(routed: RoutedLlamaForCausalLM, beams: int) -> None:
     mask = padding("left")[:3]
     ids, new = tokens()[:3], 6
-    options = {"max_new_tokens": new, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": None}
+    options = {
+        "max_new_tokens": new,
+        "do_sample": False,
+        "num_beams": beams,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     cached = routed.generate(ids, attention_mask=mask, **options)
     uncached = routed.generate(ids, attention_mask=mask, use_cache=False, **options)
     assert torch.equal(cached, uncached)

@@ -1,0 +1,55 @@
+"""Every experiment file parses into a run that can start, without data or weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.module import METHODS, QTALEModule
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+MODELS = sorted(file.stem for file in (EXPERIMENTS / "models").glob("*.yaml"))
+Options = Callable[..., list[str]]
+
+
+def test_every_model_and_method_has_a_file() -> None:
+    from qtale_lightning.models.sources import PRESETS
+
+    assert set(MODELS) == set(PRESETS)
+    assert {file.stem for file in (EXPERIMENTS / "methods").glob("*.yaml")} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", MODELS)
+def test_model_and_method_make_a_run(
+    model: str, method: str, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def untouchable(*args: object, **kwargs: object) -> None:
+        pytest.fail("weights, tokenizer or rows are read to parse a configuration")
+
+    monkeypatch.setattr(QTALEModule, "configure_model", untouchable)
+    monkeypatch.setattr("qtale_lightning.module.load_tokenizer", untouchable)
+    monkeypatch.setattr(CommonsenseDataModule, "setup", untouchable)
+    cli = QTALECLI(options(model, method, "--out", "somewhere"), "fit")
+    cli.check()
+    assert (cli.model.name, cli.model.method) == (model, method)
+    assert cli.run.root == Path("somewhere") / f"{model}-{method}-facts-s0"
+
+
+@pytest.mark.parametrize(
+    "file", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_an_experiment_file_begins_with_its_command(file: Path) -> None:
+    comments = [line for line in file.read_text(encoding="utf-8").splitlines()[:3] if line.startswith("#")]
+    assert any("make train" in line for line in comments)
+
+
+def test_a_method_changes_nothing_but_the_objective() -> None:
+    """Methods are compared with each other: what else differed would be compared too."""
+    for method in METHODS:
+        content = yaml.safe_load((EXPERIMENTS / f"methods/{method}.yaml").read_text(encoding="utf-8"))
+        assert content.keys() == {"model"}
+        assert content["model"].keys() <= {"method", "lambda_ratio", "lambda_entropy"}

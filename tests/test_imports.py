@@ -1,0 +1,90 @@
+"""The layers of the package, read from its sources: data → models → losses → module → callbacks → report."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
+
+# What a part may import of the package besides itself. Parts that aren't named here are above the callbacks, or
+# beside them, and may import everything below.
+MAY_IMPORT = {
+    "data": set(),
+    "models": set(),
+    "losses": {"models"},
+    "metrics": {"losses", "models"},
+    "quantization": set(),
+    "report": set(),
+    "evaluation": {"data", "losses", "metrics", "models", "quantization"},
+    "module": {"losses", "metrics", "models"},
+    "run": set(),
+    "tracking": set(),
+}
+# Of these, the only ones that know Lightning.
+LIGHTNING = {"data/datamodule.py", "module.py", "tracking.py"}
+ABOVE = {"callbacks", "cli", "__main__"}
+# The parts that callbacks are made from, so that can't import them.
+BELOW = {*MAY_IMPORT, "stages"}
+
+
+def part_of(file: Path) -> str:
+    """The subpackage or module that a source file belongs to."""
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(file: Path) -> set[str]:
+    """Full names of everything that a file imports, wherever in the file."""
+    package = ["qtale_lightning", *file.relative_to(PACKAGE).parts[:-1]]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def parts_imported(file: Path) -> set[str]:
+    """The package's other parts that a file imports."""
+    ours = (name.split(".") for name in imported(file) if name.startswith("qtale_lightning."))
+    return {name[1] for name in ours} - {part_of(file)}
+
+
+def sources(*parts: str) -> list[Path]:
+    return [file for file in sorted(PACKAGE.rglob("*.py")) if part_of(file) in parts]
+
+
+def test_every_layer_has_sources() -> None:
+    assert {part_of(file) for file in sources(*BELOW, *ABOVE)} == BELOW | ABOVE
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_layer_imports_only_what_is_below_it(part: str) -> None:
+    found = {
+        str(file.relative_to(PACKAGE)): parts_imported(file) - MAY_IMPORT[part] for file in sources(part)
+    }
+    assert {file: parts for file, parts in found.items() if parts} == {}
+
+
+def test_nothing_below_the_callbacks_imports_them_or_the_command_line() -> None:
+    found = {str(file.relative_to(PACKAGE)): parts_imported(file) & ABOVE for file in sources(*BELOW)}
+    assert {file: parts for file, parts in found.items() if parts} == {}
+
+
+def test_lightning_stays_where_it_belongs() -> None:
+    users = {
+        str(file.relative_to(PACKAGE))
+        for file in sources(*BELOW)
+        if any(name.split(".")[0] in ("lightning", "pytorch_lightning") for name in imported(file))
+    }
+    assert users == LIGHTNING
+
+
+def test_relative_imports_are_followed() -> None:
+    """The reader above sees what ``from .notes import …`` in report/tables.py means."""
+    assert any(
+        name.startswith("qtale_lightning.report.results.") for name in imported(PACKAGE / "report/tables.py")
+    )

@@ -1,0 +1,118 @@
+"""``plan``: what a run would cost, held to models that are really made."""
+
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from qtale_lightning.__main__ import main
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.models import RoutedLlamaForCausalLM
+from qtale_lightning.models.sources import PRESETS
+from qtale_lightning.module import METHODS, QTALEModule
+from qtale_lightning.plan import routed_config
+
+Options = Callable[..., list[str]]
+Plan = Callable[..., dict[str, str]]
+
+
+@pytest.fixture
+def plan(
+    options: Options, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Plan:
+    """Runs ``plan`` where neither network nor weights can be had, and reads its table."""
+
+    def untouchable(*args: object, **kwargs: object) -> None:
+        pytest.fail("plan reads weights, a tokenizer or the network")
+
+    def run(model: str, method: str, *more: str) -> dict[str, str]:
+        with monkeypatch.context() as patch:
+            patch.setenv("COLUMNS", "160")
+            patch.setattr(socket.socket, "connect", untouchable)
+            patch.setattr("qtale_lightning.module.load_base", untouchable)
+            patch.setattr("qtale_lightning.module.load_tokenizer", untouchable)
+            patch.setattr(LlamaForCausalLM, "from_pretrained", untouchable)
+            main(["plan", *options(model, method, "--out", str(tmp_path / "out"), *more)])
+        assert not (tmp_path / "out").exists()
+        table = capsys.readouterr().out
+        return {
+            key.strip(): value
+            for key, value in re.findall(r"^│ (.+?) +│ (.+?) +│$", table, flags=re.MULTILINE)
+        }
+
+    return run
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def count(model: torch.nn.Module, only: str = "") -> int:
+    return sum(p.numel() for name, p in model.named_parameters() if only in name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model", PRESETS)
+def test_planned_parameters_are_those_of_the_model(
+    model: str, method: str, plan: Plan, options: Options
+) -> None:
+    with torch.device("meta"):
+        made = RoutedLlamaForCausalLM(routed_config(QTALECLI(options(model, method), "plan")))
+    rows = plan(model, method)
+    assert number(rows["parameters"]) == count(made)
+    assert number(rows["of these routers"]) == count(made, ".router.")
+    assert (count(made, ".router.") == 0) == (method == "full")
+
+
+def test_parameters_of_llama2_7b(plan: Plan) -> None:
+    """Its published size; and D-LLM's routers (4096 → 512, norm, 512 → 2) in 30 of 32 layers."""
+    routers = 30 * (4096 * 512 + 512 + 512 + 512 * 2 + 2)
+    assert number(plan("llama2-7b", "full")["parameters"]) == 6_738_415_616
+    assert number(plan("llama2-7b", "qtale")["parameters"]) == 6_738_415_616 + routers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_trainable_parameters_are_those_of_the_module(method: str, plan: Plan) -> None:
+    module = QTALEModule(
+        name="tiny",
+        method=method,
+        router_width=32,
+        lora_rank=4,
+        lambda_entropy=0.5 if method == "qtale" else 0,
+    )
+    module.configure_model()
+    rows = plan("tiny", method, "--model.train_all", "false", "--model.lora_rank", "4")
+    assert number(rows["trainable parameters"]) == sum(
+        p.numel() for p in module.parameters() if p.requires_grad
+    )
+
+
+def test_training_everything_trains_everything(plan: Plan) -> None:
+    rows = plan("tiny", "qtale")
+    assert rows["trainable parameters"] == rows["parameters"]
+
+
+def test_without_routers_nothing_is_skipped(plan: Plan) -> None:
+    rows = plan("tiny", "full")
+    assert rows["share of the dense model's"] == "1.000"
+    assert float(plan("tiny", "qtale")["share of the dense model's"]) < 1
+
+
+def test_steps_follow_from_rows_epochs_and_the_effective_batch(plan: Plan) -> None:
+    """D-LLM's effective batch of 8, as 2 × 4: 100 rows make 12 steps an epoch."""
+    rows = plan("llama2-7b", "qtale", "--data.limit_train", "100", "--trainer.max_epochs", "3")
+    assert rows["effective batch"] == "8 a device"
+    assert rows["optimizer steps on one device, about"].startswith("36 (3 epochs of 100 rows)")
+
+
+def test_fewer_bits_need_less_memory(plan: Plan) -> None:
+    rows = plan("llama2-7b", "qtale", "--quantize.bits", "[4,3,2]")
+    sizes = [float(rows[f"memory to serve at {bits} bits"].split(" GiB")[0]) for bits in (16, 4, 3, 2)]
+    assert sizes == sorted(sizes, reverse=True)
+    # Weights of 2 bytes, routers of 4: nothing else is stored at 16 bits.
+    routers = number(rows["of these routers"])
+    assert sizes[0] == pytest.approx((2 * number(rows["parameters"]) + 2 * routers) / 2**30, abs=0.01)
