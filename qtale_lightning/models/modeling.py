@@ -173,7 +173,9 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         wants_info = kwargs.pop("output_loading_info", False)
         # Annotated as the model alone, but a pair when the loading info is asked for; so is what is returned here.
         loaded: tuple[Self, dict[str, Any]]
-        loaded = super().from_pretrained(*args, output_loading_info=True, **kwargs)  # type: ignore[assignment]
+        loaded = super().from_pretrained(
+            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )  # type: ignore[assignment]
         model, info = loaded
         wrong = [
             f"{problem} {sorted(map(str, info[key]))[:3]}"
