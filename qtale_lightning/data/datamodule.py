@@ -219,7 +219,7 @@ class CommonsenseDataModule(LightningDataModule):
             "max_length": self.max_length,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "root": self.root or "hub",
+            "root": self.root or ("hub" if any(TASKS[task].hub for task in self.tasks) else "built-in"),
             "limit_train": self.limit_train,
             "limit_validation": self.limit_validation,
             "calibration_rows": self.calibration_rows,

@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qtale_lightning.models.packing import Packing
 
-_GROWTH = 64  # slots added at a time, so that decoding doesn't copy the cache at every token
+_GROWTH = 64  # slots added at a time while decoding, so that not every token copies the cache
 
 
 class RoutedCacheLayer(CacheLayerMixin):
@@ -34,12 +34,12 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.lengths = torch.zeros(batch, dtype=torch.long, device=key_states.device)
         self.is_initialized = True
 
-    def _reserve(self, capacity: int) -> None:
+    def _reserve(self, capacity: int, spare: int) -> None:
         assert self.keys is not None
         assert self.values is not None
         missing = capacity - self.keys.shape[2]
         if missing > 0:
-            missing += _GROWTH
+            missing += spare
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
 
@@ -58,9 +58,10 @@ class RoutedCacheLayer(CacheLayerMixin):
         assert self.lengths is not None
         past, new = self.lengths, packing.length
         first = self.longest == 0
+        spare = _GROWTH if new == 1 else 0
         if self.uniform and packing.uniform:
             end = self.longest + new
-            self._reserve(end)
+            self._reserve(end, spare)
             self.keys[:, :, self.longest : end] = key_states
             self.values[:, :, self.longest : end] = value_states
             self.longest = end
@@ -68,7 +69,7 @@ class RoutedCacheLayer(CacheLayerMixin):
             lengths = past + packing.counts
             longest = int(lengths.max())
             # Room for padding slots too: they are written behind a sequence's end, and overwritten later.
-            self._reserve(int(past.max()) + new)
+            self._reserve(int(past.max()) + new, spare)
             slots = past[:, None] + torch.arange(new, device=past.device)
             rows = torch.arange(len(past), device=past.device)[:, None]
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
