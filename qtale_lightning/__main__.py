@@ -1,4 +1,4 @@
-"""The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|report``."""
+"""The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|report|compare``."""
 
 import logging
 import os
@@ -16,6 +16,7 @@ from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.threshold import check_thresholds
 from qtale_lightning.plan import print_plan
 from qtale_lightning.report import run_metadata, update_results, write_report
+from qtale_lightning.report.compare import compare as compare_runs
 from qtale_lightning.run import RunDirectory
 
 console = Console(stderr=True)
@@ -29,6 +30,7 @@ USAGE = """usage: python -m qtale_lightning <command> …
   evaluate RUN [--bits N] [--theta X] [OPTIONS]
                                     one precision and threshold on the validation questions
   report RUN                        figures, results.md and the summary, from results.json
+  compare RUN RUN … --to FOLDER     several runs of one protocol in one table and figure
 
 Every option of a run is shown by `fit --help`; RUN is a run's directory, and options override its configuration.
 """
@@ -124,8 +126,17 @@ def report(args: list[str]) -> None:
     write_report(run.root)
 
 
+def compare(args: list[str]) -> None:
+    """Several runs in one table and figure."""
+    if "--to" not in args[:-1]:
+        raise ValueError("name the folder that the comparison goes to: compare RUN RUN … --to FOLDER")
+    at = args.index("--to")
+    page = compare_runs([*args[:at], *args[at + 2 :]], args[at + 1])
+    print(page.read_text(encoding="utf-8"))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (fit, plan, quantize, sweep, evaluate, report)
+    command.__name__: command for command in (fit, plan, quantize, sweep, evaluate, report, compare)
 }
 
 

@@ -1,0 +1,126 @@
+"""Several runs side by side: one table and one figure, from their `results.json` alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from .figures import DPI, STYLES
+from .notes import run_title, theta_text
+from .results import Evaluation, Results, atomic_path, load_results
+from .tables import markdown_table
+
+
+def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Writes `comparison.md` and `comparison.png` of finished runs to a folder; returns the page.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`; fewer than two runs; runs whose validation rows were scored
+            under different protocols, which no table may mix.
+    """
+    if len(run_dirs) < 2:
+        raise ValueError("give at least two runs to compare")
+    runs = [load_results(run_dir) for run_dir in run_dirs]
+    _check_protocols(runs, run_dirs)
+    out = Path(out)
+    with atomic_path(out / "comparison.png") as temporary:
+        plot_comparison(runs).savefig(temporary, format="png", dpi=DPI)
+    page = out / "comparison.md"
+    with atomic_path(page) as temporary:
+        temporary.write_text(comparison_markdown(runs), encoding="utf-8")
+    return page
+
+
+def comparison_markdown(runs: Sequence[Results]) -> str:
+    """Runs × θ in rows, precisions in columns; accuracy ± standard error, nll ± standard error, execution ratio."""
+    precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
+    lines = []
+    for run in runs:
+        rows = {(row["theta"], row["bits"]): row for row in _validation(run)}
+        for theta in dict.fromkeys(theta for theta, _ in rows):
+            cells = [_cell(rows[theta, bits]) if (theta, bits) in rows else "" for bits in precisions]
+            lines.append([_method(run), theta_text(theta), *cells])
+    headers = ["method", "θ", *(f"{bits} bits" for bits in precisions)]
+    one = _validation(runs[0])[0]
+    commands = "\n".join(f"{run['run']['command']}  # commit {_commit(run)}" for run in runs)
+    return (
+        f"{markdown_table(headers, lines)}\n\n"
+        f"Average accuracy in % / nll of the gold answers in nats a token (standard errors), and the measured share of "
+        f"layers executed in brackets; {one['examples']:,} validation questions of {len(one['accuracy'])} tasks, "
+        f"seed {runs[0]['run']['seed']}. {runs[0]['run']['hardware']}.\n\n```\n{commands}\n```\n"
+    )
+
+
+def plot_comparison(runs: Sequence[Results]) -> Figure:
+    """Accuracy (top) and nll (bottom) against the share of layers executed; a column per precision, a line per run."""
+    precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
+    figure = Figure(figsize=(3.6 * len(precisions), 6.4), layout="constrained")
+    panels = figure.subplots(2, len(precisions), sharex=True, sharey="row", squeeze=False)
+    figure.suptitle(
+        f"{_setting(runs[0])} · {_validation(runs[0])[0]['examples']:,} validation questions", fontsize=11
+    )
+    for column, bits in enumerate(precisions):
+        for run, style in zip(runs, STYLES, strict=False):
+            rows = [row for row in _validation(run) if row["bits"] == bits]
+            ratio = [row["execution_ratio"] for row in rows]
+            accuracy = [100 * row["average"] for row in rows], [100 * row["average_stderr"] for row in rows]
+            nll = [row["average_nll"] for row in rows], [row["average_nll_stderr"] for row in rows]
+            for axes, (values, errors) in zip(panels[:, column], (accuracy, nll), strict=True):
+                axes.errorbar(
+                    ratio,
+                    values,
+                    errors,
+                    label=_method(run),
+                    capsize=2,
+                    elinewidth=0.8,
+                    markersize=5,
+                    **style,
+                )
+                axes.grid(alpha=0.3)
+        panels[0, column].set_title(f"{bits} bits", fontsize=10)
+        panels[1, column].set_xlabel("share of layers executed")
+    panels[0, 0].set_ylabel("average accuracy, %")
+    panels[1, 0].set_ylabel("average nll, nats")
+    panels[0, 0].legend()
+    return figure
+
+
+def _validation(run: Results) -> list[Evaluation]:
+    return [row for row in run["evaluation"] if row["split"] == "validation"]
+
+
+def _method(run: Results) -> str:
+    return run["run"]["method"]
+
+
+def _setting(run: Results) -> str:
+    """The title of the run without its method, which is what differs."""
+    return run_title(run).replace(f" · {_method(run)}", "")
+
+
+def _commit(run: Results) -> str:
+    git = run["run"]["git"]
+    return "unknown" if git is None else git["commit"][:10] + (" with changes" if git["dirty"] else "")
+
+
+def _cell(row: Evaluation) -> str:
+    return (
+        f"{100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f} / "
+        f"{row['average_nll']:.3f} ± {row['average_nll_stderr']:.3f} [{row['execution_ratio']:.3f}]"
+    )
+
+
+def _check_protocols(runs: Sequence[Results], names: Sequence[str | Path]) -> None:
+    seen: dict[str, object] = {}
+    for name, run in zip(names, runs, strict=True):
+        rows = _validation(run)
+        if not rows:
+            raise ValueError(
+                f"{name} has no validation rows: 'python -m qtale_lightning sweep {name}' makes them"
+            )
+        for row in rows:
+            seen.setdefault(str((row["examples"], sorted(row["protocol"].items(), key=str))), name)
+    if len(seen) > 1:
+        raise ValueError(
+            f"protocols differ, so the rows don't compare: {' and '.join(map(str, seen.values()))}"
+        )
