@@ -1,11 +1,13 @@
 """The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|report|compare``."""
 
+import argparse
 import logging
 import os
 import shlex
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -13,7 +15,7 @@ from rich.logging import RichHandler
 
 from qtale_lightning import stages
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.evaluation.threshold import check_thresholds
+from qtale_lightning.models.sources import check_source
 from qtale_lightning.plan import print_plan
 from qtale_lightning.report import run_metadata, update_results, write_report
 from qtale_lightning.report.compare import compare as compare_runs
@@ -40,18 +42,22 @@ def fit(args: list[str]) -> None:
     """Train and everything after it."""
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
+    check_source(cli.model.name, cli.model.path)
     run, data = cli.run, cli.prepare_data()
+    if data.steps_per_epoch < 1:
+        raise ValueError(f"fewer training rows than one batch: lower --data.batch_size ({data.batch_size})")
+    checkpoint = cli.config["ckpt_path"]
+    if checkpoint == "last" or (checkpoint is None and run.last.is_file()):
+        checkpoint = str(run.last)
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(
+            f"nothing to resume from: {checkpoint} isn't there. Leave --ckpt_path out to start."
+        )
     run.claim(cli.config_text())
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
     update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
-    checkpoint = cli.config["ckpt_path"]
-    if checkpoint == "last" or (checkpoint is None and run.last.is_file()):
-        if not run.last.is_file():
-            raise FileNotFoundError(
-                f"nothing to resume from: {run.last} isn't there. Leave --ckpt_path out to start."
-            )
-        checkpoint = str(run.last)
+    if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
     torch.set_float32_matmul_precision("high")
     cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -100,27 +106,29 @@ def sweep(args: list[str]) -> None:
 def evaluate(args: list[str]) -> None:
     """One precision and θ on the validation questions."""
     run, options = _open(args, "evaluate")
-    bits, theta = 16, None
-    while options[:1] and options[0] in ("--bits", "--theta") and len(options) > 1:
-        value = options[1]
-        if options[0] == "--bits":
-            bits = int(value)
-        else:
-            theta = float(value)
-            check_thresholds([theta])
-        options = options[2:]
+    parser = argparse.ArgumentParser(f"python -m qtale_lightning evaluate {run.root}", allow_abbrev=False)
+    parser.add_argument("--bits", type=int, default=16, help="precision, of those that the run has")
+    parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
+    own, options = parser.parse_known_args(options)
+    if own.theta is not None and not 0 <= own.theta <= 1:
+        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
     cli = _configured(run, options, "evaluate")
-    model = stages.load_exported(run, bits)
+    model = stages.load_exported(run, own.bits)
     if model.config.routed_layers:
-        theta = model.config.threshold if theta is None else theta
-    elif theta is not None:
+        theta = model.config.threshold if own.theta is None else own.theta
+    elif own.theta is not None:
         raise ValueError(f"{run.root} has no routers: leave --theta out")
-    stages.evaluate(run, cli.prepare_data(), model, bits, theta, "validation", cli.quantization.group_size)
+    else:
+        theta = None
+    data = cli.prepare_data()
+    stages.evaluate(run, data, model, own.bits, theta, "validation", cli.quantization.group_size)
 
 
 def report(args: list[str]) -> None:
     """Everything that is shown, from results.json."""
-    run, _ = _open(args, "report")
+    run, options = _open(args, "report")
+    if options:
+        raise ValueError(f"report takes a run and no options, not {' '.join(options)}")
     run.require_config()
     run.merge_logs()
     write_report(run.root)
@@ -148,10 +156,13 @@ def main(argv: list[str]) -> None:
     logging.getLogger("qtale_lightning").setLevel(logging.INFO)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is given what argv holds
-    if not argv or argv[0] not in COMMANDS:
+    if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
-        raise SystemExit(0 if argv[:1] in ([], ["-h"], ["--help"]) else f"error: unknown command {argv[0]!r}")
+        raise SystemExit(0)
     try:
+        if argv[0] not in COMMANDS:
+            print(USAGE)
+            raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
         COMMANDS[argv[0]](argv[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("QTALE_TRACEBACK"):

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from qtale_lightning.callbacks import (
     AWQQuantization,
     Export,
+    LastCheckpoint,
     Report,
     RoutingMonitor,
     ThresholdSweep,
@@ -22,14 +23,18 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.models.sources import planned_config
 from qtale_lightning.module import QTALEModule
+from qtale_lightning.quantization.awq import MIN_TOKENS
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbMode, wandb_logger
 
 log = logging.getLogger(__name__)
 
-# A run is checkpointed where it is validated, and the best is chosen by this logged value: the objective at
+# The best checkpoint is chosen by this logged value: the objective at
 # inference decisions and the final target ratio, so that a schedule's early, expensive models don't win.
 BEST = "val/loss"
+
+# How often training saves what it would resume from: an interruption costs a twentieth of it at most.
+SAVES = 20
 
 
 class QTALECLI(LightningCLI):
@@ -117,11 +122,17 @@ class QTALECLI(LightningCLI):
     def check(self) -> None:
         """Refuse what can't work before anything expensive starts (ValueError)."""
         config = planned_config(self.model.name)
-        self.quantization.check(linear_shapes(config))
+        routed = self.model.method != "full"
+        reserved = self.model.routing_options["reserved_tokens"] if routed else MIN_TOKENS
+        self.quantization.check(linear_shapes(config), reserved)
         start = self.model.routing_options["start_layer"]
         if not 0 <= start < config.num_hidden_layers:
             raise ValueError(
                 f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
+            )
+        if self.config["trainer"]["max_steps"] == 0:
+            raise ValueError(
+                "--trainer.max_steps 0 trains nothing: give a number of steps, or -1 and --trainer.max_epochs"
             )
         if self.config["validations"] < 1:
             raise ValueError(f"--validations {self.config['validations']} must be at least 1")
@@ -132,28 +143,29 @@ class QTALECLI(LightningCLI):
         Validation is spread evenly over training, whether that is given in steps or in epochs.
         """
         run, options = self.run, dict(self.config["trainer"])
+        accumulate = options["accumulate_grad_batches"]
         batches = self.datamodule.steps_per_epoch * (options["max_epochs"] or 1)
         if (options["max_steps"] or -1) > 0:
-            batches = options["max_steps"] * options["accumulate_grad_batches"]
+            batches = options["max_steps"] * accumulate
         options |= {
             "default_root_dir": str(run.root),
             "use_distributed_sampler": False,  # batches by length are cut for every rank by the data module
             "val_check_interval": max(1, batches // self.config["validations"]),
             "check_val_every_n_epoch": None,
             "logger": self._loggers(run),
-            "callbacks": [*(options["callbacks"] or []), *self._callbacks(run)],
+            "callbacks": [*(options["callbacks"] or []), *self._callbacks(run, batches // accumulate)],
         }
         return L.Trainer(**options)
 
-    def _callbacks(self, run: RunDirectory) -> list[Callback]:
-        checkpoint = ModelCheckpoint(
+    def _callbacks(self, run: RunDirectory, steps: int) -> list[Callback]:
+        best = ModelCheckpoint(
             dirpath=run.best.parent,
             filename=run.best.stem,
             monitor=BEST,
             mode="min",
-            save_last=True,
             enable_version_counter=False,
         )
+        last = LastCheckpoint(run.last, every_n_train_steps=max(1, steps // SAVES))
         for stage in (self.quantization, self.threshold_sweep):
             stage.run = run
         self.threshold_sweep.bits = self.quantization.bits
@@ -165,7 +177,7 @@ class QTALECLI(LightningCLI):
             TQDMProgressBar(10),
         ]
         after = [Export(run), self.quantization, self.threshold_sweep, Report(run)]
-        return [*monitors, checkpoint, *after]
+        return [*monitors, best, last, *after]
 
     def _loggers(self, run: RunDirectory) -> list[Logger]:
         # A folder for every start: CSVLogger deletes what it finds in its own.

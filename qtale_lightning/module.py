@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmu
 from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
 from qtale_lightning.metrics import ExecutionRatio, router_statistics
 from qtale_lightning.models.adapters import (
+    PROJECTIONS,
     add_lora,
     load_trainable_state,
     mark_trainable,
@@ -98,9 +99,27 @@ class QTALEModule(L.LightningModule):
         ):
             if not 0 <= share <= 1:
                 raise ValueError(f"--model.{option} {share} is not a share: give a value in [0, 1]")
-        for option, size in (("lr", lr), ("temperature", temperature), ("lora_rank", lora_rank)):
+        positive = {
+            "lr": lr,
+            "router_lr": lr if router_lr is None else router_lr,
+            "temperature": temperature,
+            "lora_rank": lora_rank,
+            "router_width": router_width,
+            "reserved_tokens": reserved_tokens,  # a query needs a key to attend to in every layer
+        }
+        for option, size in positive.items():
             if size <= 0:
                 raise ValueError(f"--model.{option} {size} must be positive")
+        for option, weight in {"lambda_ratio": lambda_ratio, "lambda_entropy": lambda_entropy}.items():
+            if weight < 0:
+                raise ValueError(f"--model.{option} {weight} must not be negative")
+        if not 0 <= lora_dropout < 1:
+            raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
+        if unknown := set(lora_targets) - set(PROJECTIONS):
+            known = ", ".join(PROJECTIONS)
+            raise ValueError(
+                f"--model.lora_targets {sorted(unknown)}: no such projections; choose from {known}"
+            )
         self.name, self.path, self.method, self.seed = name, path, method, seed
         self.routing_options = {
             "router_width": router_width,
@@ -116,7 +135,8 @@ class QTALEModule(L.LightningModule):
             "dropout": lora_dropout,
             "targets": lora_targets,
         }
-        self.lr, self.router_lr, self.weight_decay, self.warmup = lr, router_lr or lr, weight_decay, warmup
+        self.lr, self.router_lr = lr, positive["router_lr"]
+        self.weight_decay, self.warmup = weight_decay, warmup
         # Non-strict, since a checkpoint has no frozen weights; load_state_dict checks what it has.
         self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None

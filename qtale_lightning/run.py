@@ -12,7 +12,7 @@ import yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
-_FREE_KEYS = {"config", "ckpt_path", "out", "wandb", "wandb_project", "validations", "sweep"}
+_FREE_KEYS = {"config", "ckpt_path", "out", "wandb", "wandb_project", "validations", "sweep", "quantize"}
 _FREE_TRAINER_KEYS = {
     "accelerator",
     "devices",
@@ -113,9 +113,12 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        if target.is_dir() and temporary.is_dir():  # a folder with content can't be replaced in one step
+            os.replace(target, aside := temporary.with_suffix(".old"))
+            os.replace(temporary, target)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, target)
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

@@ -205,10 +205,6 @@ def test_a_failure_leaves_what_was_there_and_no_litter(tmp_path: Path, kind: str
         assert (target / "inner" if kind == "folder" else target).read_text(encoding="utf-8") == "old"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="replacing() removes the old folder before it knows that the new one can take its place",
-)
 def test_a_block_that_wrote_nothing_doesnt_remove_what_was_there(tmp_path: Path) -> None:
     """Removing comes after writing: the old folder stays if there is nothing to take its place."""
     target = tmp_path / "model"

@@ -1,10 +1,19 @@
 """Callbacks: one job each. What runs after training is thin here and works on the run directory (stages)."""
 
 from qtale_lightning.callbacks.export import Export
+from qtale_lightning.callbacks.last_checkpoint import LastCheckpoint
 from qtale_lightning.callbacks.quantize import AWQQuantization
 from qtale_lightning.callbacks.report import Report
 from qtale_lightning.callbacks.routing_monitor import RoutingMonitor
 from qtale_lightning.callbacks.threshold_sweep import ThresholdSweep
 from qtale_lightning.callbacks.totals import TrainingTotals
 
-__all__ = ["AWQQuantization", "Export", "Report", "RoutingMonitor", "ThresholdSweep", "TrainingTotals"]
+__all__ = [
+    "AWQQuantization",
+    "Export",
+    "LastCheckpoint",
+    "Report",
+    "RoutingMonitor",
+    "ThresholdSweep",
+    "TrainingTotals",
+]

@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import Callback
 
 from qtale_lightning import stages
 from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.quantization.awq import MIN_TOKENS
 from qtale_lightning.quantization.rtn import check_quantizable
 from qtale_lightning.run import RunDirectory
 
@@ -26,10 +27,26 @@ class AWQQuantization(Callback):
         self.bits, self.group_size, self.sequences = tuple(bits), group_size, sequences
         self.run: RunDirectory | None = None
 
-    def check(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Refuse bits or a group size that don't fit linears of these (out, in) shapes (ValueError)."""
+    def check(self, shapes: Mapping[str, tuple[int, int]], reserved_tokens: int) -> None:
+        """Refuse what can't be quantized (ValueError).
+
+        Args:
+            shapes: The linears' (out, in).
+            reserved_tokens: Tokens of a sequence that execute every layer: all that a layer sees for certain.
+        """
+        if self.bits and self.sequences * reserved_tokens < MIN_TOKENS:
+            raise ValueError(
+                f"--quantize.sequences {self.sequences} calibrates a layer that routers always skip on "
+                f"{self.sequences * reserved_tokens} tokens, but the search needs {MIN_TOKENS}: give at least "
+                f"{-(-MIN_TOKENS // reserved_tokens)}"
+            )
         for bits in self.bits:
-            check_quantizable(shapes, bits, self.group_size)
+            try:
+                check_quantizable(shapes, bits, self.group_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"--quantize.bits {bits}, --quantize.group_size {self.group_size}: {error}"
+                ) from None
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Works on the run directory; the live module isn't touched."""

@@ -65,9 +65,11 @@ class CommonsenseDataModule(LightningDataModule):
         super().__init__()
         self.tasks = resolve_tasks(tasks)
         if prompt_style not in PROMPT_STYLES:
-            raise ValueError(f"unknown prompt_style {prompt_style!r}; known: {', '.join(PROMPT_STYLES)}")
+            raise ValueError(
+                f"unknown prompt style {prompt_style!r} (--data.prompt_style); known: {', '.join(PROMPT_STYLES)}"
+            )
         if mix not in MIXES:
-            raise ValueError(f"unknown mix {mix!r}; known: {', '.join(MIXES)}")
+            raise ValueError(f"unknown mix {mix!r} (--data.mix); known: {', '.join(MIXES)}")
         sizes = {
             "batch_size": batch_size,
             "max_length": max_length,
@@ -77,9 +79,9 @@ class CommonsenseDataModule(LightningDataModule):
         }
         for name, size in sizes.items():
             if size is not None and size < 1:
-                raise ValueError(f"{name} must be positive, got {size}")
+                raise ValueError(f"--data.{name} must be positive, got {size}")
         if num_workers < 0:
-            raise ValueError(f"num_workers must not be negative, got {num_workers}")
+            raise ValueError(f"--data.num_workers must not be negative, got {num_workers}")
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(
                 f"--data.root {root}: not a folder; it must hold <task>/train.jsonl files"

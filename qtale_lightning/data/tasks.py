@@ -177,10 +177,12 @@ def resolve_tasks(spec: str | Sequence[str]) -> tuple[str, ...]:
     for name in (name.strip() for part in parts for name in part.split(",")):
         if name not in TASKS and name not in SUITES:
             known = ", ".join([*SUITES, *TASKS])
-            raise ValueError(f"unknown task {name!r}; known suites and tasks: {known}")
+            raise ValueError(f"unknown task {name!r} (--data.tasks); known suites and tasks: {known}")
         names.update(dict.fromkeys(SUITES.get(name, (name,))))
     if not names:
-        raise ValueError(f"no task given; known suites and tasks: {', '.join([*SUITES, *TASKS])}")
+        raise ValueError(
+            f"no task given (--data.tasks); known suites and tasks: {', '.join([*SUITES, *TASKS])}"
+        )
     return tuple(names)
 
 

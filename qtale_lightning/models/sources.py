@@ -110,6 +110,10 @@ class _Source:
 def _source(name: str, path: str | None) -> _Source:
     known = preset(name)
     if path is not None:
+        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+            raise ModelUnavailableError(
+                f"--model.path {path}: there is no such folder; give a model's folder or a hub id"
+            )
         return _Source(path, {})
     if known.package is not None:
         spec = importlib.util.find_spec(known.package[0])
@@ -180,8 +184,7 @@ def load_base(
         ModelUnavailableError: It can't be reached; the message says what to do.
         ValueError: An unknown model, or a path that holds another architecture than the preset's.
     """
-    known = preset(name)
-    if path is None and known.hub is None:
+    if path is None and preset(name).hub is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return LlamaForCausalLM(planned_config(name)).to(dtype)  # type: ignore[arg-type]
@@ -189,10 +192,7 @@ def load_base(
     if "gguf_file" in source.options:
         # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.
         source.options["quantization_config"] = GgufConfig(dequantize=True)
-    else:
-        with _explained(name, source):
-            config = AutoConfig.from_pretrained(source.location)
-        _check_architecture(name, source.location, config)
+    check_source(name, path)
     with _explained(name, source):
         model = LlamaForCausalLM.from_pretrained(source.location, dtype=dtype, **source.options)
     if getattr(model.config, "quantization_config", None) is not None:
@@ -200,16 +200,24 @@ def load_base(
     return model
 
 
-def _check_architecture(name: str, location: str, config: Any) -> None:
+def check_source(name: str, path: str | None = None) -> None:
+    """Refuse a model that can't be reached or is another one, by its configuration alone (:func:`load_base`)."""
+    if path is None and preset(name).hub is None:
+        return
+    source = _source(name, path)
+    if "gguf_file" in source.options:
+        return
+    with _explained(name, source):
+        config = AutoConfig.from_pretrained(source.location)
     if config.model_type != "llama":
-        raise ValueError(f"{location} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
+        raise ValueError(f"{source.location} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
     expected = planned_config(name)
     wrong = [
-        f"{k} {getattr(config, k)} instead of {getattr(expected, k)}"
-        for k in _SHAPE
-        if getattr(config, k) != getattr(expected, k)
+        f"{key} {getattr(config, key)} instead of {getattr(expected, key)}"
+        for key in _SHAPE
+        if getattr(config, key) != getattr(expected, key)
     ]
     if wrong:
         raise ValueError(
-            f"{location} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
+            f"{source.location} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
         )

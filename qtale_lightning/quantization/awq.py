@@ -50,6 +50,7 @@ __all__ = [
     "search_scale",
 ]
 
+MIN_TOKENS = 32  # fewest calibration tokens that a layer's search may rest on
 SCALE_STEPS = 20  # ratios 0, 1/20, …, 19/20 between weight and activation magnitude
 CLIP_STEPS, CLIP_STEP = 10, 1 / 20  # a group's largest magnitude is shrunk by 0, 1/20, …, 9/20
 MOMENT_ROWS = 4096  # tokens converted to float32 at a time while moments are summed
@@ -149,7 +150,7 @@ def search(
     bits: Sequence[int],
     group_size: int,
     *,
-    min_tokens: int = 32,
+    min_tokens: int = MIN_TOKENS,
     progress: Callable[[str, int], None] | None = None,
 ) -> dict[int, AWQSearch]:
     """Searches scales and clips for every bit width in one forward pass.

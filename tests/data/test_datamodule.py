@@ -58,7 +58,7 @@ def local_root(tmp_path: Path) -> Path:
     ("options", "message"),
     [
         ({"tasks": "mmlu"}, "unknown task 'mmlu'"),
-        ({"prompt_style": "chat"}, "unknown prompt_style 'chat'"),
+        ({"prompt_style": "chat"}, "unknown prompt style 'chat'"),
         ({"mix": "sqrt"}, "unknown mix 'sqrt'"),
         ({"batch_size": 0}, "batch_size must be positive"),
         ({"max_length": -1}, "max_length must be positive"),

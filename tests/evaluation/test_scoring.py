@@ -1,0 +1,241 @@
+"""Scoring against full forward passes of every context and continuation alone, in float32."""
+
+import copy
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from qtale_lightning.data import EncodedPrompt
+from qtale_lightning.evaluation.scoring import score, standard_error, task_accuracy
+from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+
+ARCHITECTURE: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.2,  # large enough for decisions that differ between tokens
+}
+# Log-likelihoods are sums of up to 7 terms of size ~5 in float32: noise is ~1e-5, a wrong token or decision ~1e-1.
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def dense() -> LlamaForCausalLM:
+    """Hugging Face's own model."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).eval()
+
+
+@pytest.fixture(scope="module")
+def routed(dense: LlamaForCausalLM) -> RoutedLlamaForCausalLM:
+    """The same weights with random routers whose decisions are mixed."""
+    torch.manual_seed(1)
+    model = route(copy.deepcopy(dense), RoutedLlamaConfig(**ARCHITECTURE, router_width=16, start_layer=1))
+    for layer in model.model.layers[1:]:
+        nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
+        nn.init.zeros_(layer.router.out.bias)
+    return model.eval()
+
+
+def tokens(generator: torch.Generator, low: int, high: int) -> tuple[int, ...]:
+    length = int(torch.randint(low, high + 1, (), generator=generator))
+    return tuple(torch.randint(0, ARCHITECTURE["vocab_size"], (length,), generator=generator).tolist())
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[EncodedPrompt]:
+    """Of 2 to 4 choices; prompts of 1 to 19 tokens, shared by the choices or one a choice; answers of 1 to 7."""
+    generator = torch.Generator().manual_seed(2)
+    encoded = []
+    for number in range(12):
+        choices = 2 + number % 3
+        contexts = (tokens(generator, 3, 19),) * choices
+        if number % 4 == 3:  # as winogrande's
+            contexts = tuple(tokens(generator, 3, 19) for _ in range(choices))
+        if number == 0:  # fewer tokens than are reserved
+            contexts = ((5,),) * choices
+        # Every third question's answers are single tokens, which need no pass of their own.
+        longest = 1 if number % 3 == 1 else 7
+        continuations = tuple(tokens(generator, 1, longest) for _ in range(choices))
+        encoded.append(EncodedPrompt("facts", number % choices, contexts, continuations, (4,) * choices))
+    return encoded
+
+
+def alone(logits: torch.Tensor, context: tuple[int, ...], continuation: tuple[int, ...]) -> float:
+    """Log-likelihood of a continuation, from logits ``(T, V)`` of its whole sequence."""
+    logprobs = logits.double().log_softmax(-1)
+    return sum(float(logprobs[len(context) - 1 + i, token]) for i, token in enumerate(continuation))
+
+
+def masked(
+    model: RoutedLlamaForCausalLM, ids: tuple[int, ...], threshold: float
+) -> tuple[torch.Tensor, Routing]:
+    """Logits ``(T, V)`` and decisions of one sequence, every layer computed."""
+    routing = Routing(threshold=threshold, execution="masked")
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), routing=routing, use_cache=False).logits[0]
+    return logits, routing
+
+
+def differences(found: list[np.ndarray], expected: list[list[float]]) -> float:
+    return max(float(np.abs(a - np.array(b)).max()) for a, b in zip(found, expected, strict=True))
+
+
+def test_threshold_0_scores_as_the_dense_model(
+    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    with torch.no_grad():
+        expected = [
+            [
+                alone(dense(torch.tensor([c + a])).logits[0], c, a)
+                for c, a in zip(q.contexts, q.continuations, strict=True)
+            ]
+            for q in questions
+        ]
+    scores = score(routed, questions, threshold=0.0)
+    assert differences(scores.loglikelihoods, expected) < TOLERANCE
+    assert scores.execution == [1.0] * 5
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_routed_scores_are_those_of_masked_execution(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: float
+) -> None:
+    expected = [
+        [
+            alone(masked(routed, c + a, threshold)[0], c, a)
+            for c, a in zip(q.contexts, q.continuations, strict=True)
+        ]
+        for q in questions
+    ]
+    scores = score(routed, questions, threshold)
+    assert differences(scores.loglikelihoods, expected) < TOLERANCE
+    assert all(0.1 < ratio < 0.95 for ratio in scores.execution[1:]), (
+        "decisions aren't mixed: nothing is tested"
+    )
+
+
+def test_routing_matters_to_these_questions(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    """Otherwise the comparisons above would pass with decisions ignored."""
+    dense, sparse = score(routed, questions, 0.0), score(routed, questions, 0.5)
+    assert differences(sparse.loglikelihoods, [list(v) for v in dense.loglikelihoods]) > 0.1
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
+def test_batching_changes_nothing(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], batch_tokens: int
+) -> None:
+    usual, other = score(routed, questions, 0.5), score(routed, questions, 0.5, batch_tokens)
+    assert differences(other.loglikelihoods, [list(v) for v in usual.loglikelihoods]) < TOLERANCE
+    assert other.tokens == usual.tokens
+    assert other.execution == usual.execution
+
+
+def test_a_questions_company_changes_nothing(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    together = score(routed, questions, 0.5).loglikelihoods
+    apart = [score(routed, [question], 0.5).loglikelihoods[0] for question in questions]
+    assert differences(together, [list(v) for v in apart]) < TOLERANCE
+
+
+def test_execution_is_counted_over_computed_tokens(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    """A prompt counts once, a continuation without its last token, whose prediction nobody asks for."""
+    executed, total = torch.zeros(5, dtype=torch.long), 0
+    for question in questions:
+        for context in dict.fromkeys(question.contexts):
+            executed += masked(routed, context, 0.5)[1].executed(5)
+            total += len(context)
+        for context, answer in zip(question.contexts, question.continuations, strict=True):
+            _, routing = masked(routed, context + answer, 0.5)
+            inner = slice(len(context), len(context) + len(answer) - 1)
+            count = len(answer) - 1
+            executed += torch.stack(
+                [
+                    routing.gates[i][0, inner].sum() if i in routing.gates else torch.tensor(count)
+                    for i in range(5)
+                ]
+            ).long()
+            total += count
+    scores = score(routed, questions, 0.5)
+    assert scores.tokens == total
+    assert scores.execution == pytest.approx((executed / total).tolist(), abs=1e-6)  # float32 division
+
+
+def test_the_models_own_threshold_is_the_default(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    model = copy.deepcopy(routed)
+    model.config.threshold = 0.3
+    assert score(model, questions).execution == score(routed, questions, 0.3).execution
+    assert score(model, questions).execution != score(routed, questions, 0.5).execution
+
+
+def test_progress_counts_every_question_once(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    counts: list[int] = []
+    score(routed, questions, 0.5, batch_tokens=60, on_progress=counts.append)
+    assert sum(counts) == len(questions)
+    assert len(counts) > 1
+
+
+# ------------------------------------------------------------------------------------------------- accuracy
+
+
+def question(label: int, lengths: tuple[int, ...], answer_tokens: tuple[int, ...]) -> EncodedPrompt:
+    """With choices of these many characters and tokens."""
+    return EncodedPrompt(
+        "facts", label, ((1, 2),) * len(lengths), tuple((3,) * n for n in answer_tokens), lengths
+    )
+
+
+def test_accuracy_by_hand() -> None:
+    asked = [
+        question(0, (2, 10), (1, 4)),  # -2 > -6: acc right; per character -1 < -0.6: acc_norm wrong
+        question(1, (2, 10), (2, 5)),  # acc wrong, acc_norm right
+        question(1, (4, 4), (1, 2)),  # both right
+        question(0, (4, 4), (3, 2)),  # both wrong
+    ]
+    scores = [np.array(s) for s in ([-2.0, -6.0], [-2.0, -6.0], [-9.0, -1.0], [-9.0, -1.0])]
+    # Two hits of four: deviations of ±1/2, so a variance (n - 1) of 1/3.
+    error = math.sqrt(1 / 3 / 4)
+    nll = [2 / 1, 6 / 5, 1 / 2, 9 / 3]
+    mean = sum(nll) / 4
+    row = task_accuracy(asked, scores, "acc_norm")
+    assert row == {
+        "value": 0.5,
+        "stderr": pytest.approx(error),
+        "metric": "acc_norm",
+        "nll": pytest.approx(mean),
+        "nll_stderr": pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in nll) / 3 / 4)),
+        "acc": 0.5,
+        "acc_norm": 0.5,
+        "examples": 4,
+    }
+
+
+def test_the_two_metrics_differ_and_the_named_one_is_reported() -> None:
+    asked = [question(0, (2, 10), (1, 4))]
+    scores = [np.array([-2.0, -6.0])]
+    by_metric = {metric: task_accuracy(asked, scores, metric) for metric in ("acc", "acc_norm")}
+    assert by_metric["acc"]["value"] == 1.0
+    assert by_metric["acc_norm"]["value"] == 0.0
+    assert all((row["acc"], row["acc_norm"]) == (1.0, 0.0) for row in by_metric.values())
+
+
+def test_a_single_question_has_no_standard_error() -> None:
+    assert standard_error(np.array([0.7])) == 0.0

@@ -1,0 +1,367 @@
+"""Mistakes on the command line are refused before training, in words that name the option and what to do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtale_lightning.__main__ import main
+from qtale_lightning.models.sources import load_tokenizer
+from qtale_lightning.module import QTALEModule
+
+Options = Callable[..., list[str]]
+Refusal = Callable[..., str]
+
+SMALL = (
+    *("--data.limit_train", "16", "--data.limit_validation", "8", "--data.calibration_rows", "8"),
+    *("--data.batch_size", "4", "--trainer.max_steps", "2", "--wandb", "disabled"),
+)
+RUN = "tiny-qtale-facts-s0"
+GOOD_ROW = {"goal": "warm hands", "sol1": "wear gloves", "sol2": "hold ice", "label": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal that comes after the first step comes too late."""
+
+    def too_late(*args: object) -> None:
+        pytest.fail("training has started")
+
+    monkeypatch.setattr(QTALEModule, "training_step", too_late)
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs a command that must be refused, and returns its message."""
+
+    def run(*command: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            main(list(command))
+        message = capsys.readouterr().err
+        assert end.value.code == 2, message
+        assert "Traceback" not in message
+        return " ".join(message.split())
+
+    return run
+
+
+@pytest.fixture
+def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
+    """Runs a ``fit`` that must be refused: ``fit(*options, model=…, method=…)``."""
+
+    def run(*more: str, model: str = "tiny", method: str = "qtale") -> str:
+        return refused("fit", *options(model, method, *SMALL, "--out", str(tmp_path / "out"), *more))
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- option values
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        pytest.param(("--model.name", "gpt9"), ("'gpt9'", "--model.name", "tiny", "llama2-7b"), id="model"),
+        pytest.param(
+            ("--model.method", "lora"), ("'lora'", "--model.method", "full, dllm, qtale"), id="method"
+        ),
+        pytest.param(("--data.tasks", "mmlu"), ("'mmlu'", "csqa", "facts"), id="task"),
+        pytest.param(("--data.tasks", '["piqa","mmlu"]'), ("'mmlu'", "csqa", "facts"), id="task of a list"),
+        pytest.param(
+            ("--data.prompt_style", "essay"), ("prompt_style", "'essay'", "cloze, choice"), id="prompt style"
+        ),
+        pytest.param(
+            ("--model.target_ratio", "1.5"), ("--model.target_ratio", "1.5", "[0, 1]"), id="target ratio"
+        ),
+        pytest.param(
+            ("--model.target_ratio", "-0.1"), ("--model.target_ratio", "[0, 1]"), id="target ratio below 0"
+        ),
+        pytest.param(
+            ("--sweep.thresholds", "[0.5,1.5]"), ("--sweep.thresholds", "1.5", "[0, 1]"), id="threshold"
+        ),
+        pytest.param(("--sweep.thresholds", "[]"), ("--sweep.thresholds", "at least one"), id="no threshold"),
+        pytest.param(
+            ("--quantize.group_size", "256"), ("group_size 256", "128", "q_proj", "64"), id="group size"
+        ),
+        pytest.param(("--quantize.bits", "[9]"), ("bits", "from 2 to 8", "9"), id="bits"),
+        pytest.param(("--model.start_layer", "6"), ("--model.start_layer 6", "6 layers"), id="start layer"),
+        pytest.param(("--validations", "0"), ("--validations", "at least 1"), id="validations"),
+        pytest.param(
+            ("--model.lr", "fast"), ("model.lr", "float", "fast", "--help"), id="a word for a number"
+        ),
+        pytest.param(
+            ("--model.learning_rate", "1"), ("--model.learning_rate", "--help"), id="unknown option"
+        ),
+    ],
+)
+def test_a_value_that_cant_be(
+    fit: Refusal, tmp_path: Path, more: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    message = fit(*more)
+    assert [word for word in words if word not in message] == [], message
+    assert not (tmp_path / "out").exists(), "a refused start leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("more", "option"),
+    [
+        pytest.param(("--data.tasks", "mmlu"), "--data.tasks", id="tasks"),
+        pytest.param(("--data.prompt_style", "essay"), "--data.prompt_style", id="prompt_style"),
+        pytest.param(("--data.mix", "random"), "--data.mix", id="mix"),
+        pytest.param(("--data.batch_size", "0"), "--data.batch_size", id="batch_size"),
+        pytest.param(("--quantize.group_size", "256"), "--quantize.group_size", id="group_size"),
+        pytest.param(("--quantize.bits", "[9]"), "--quantize.bits", id="bits"),
+    ],
+)
+def test_the_message_names_the_option_in_full(fit: Refusal, more: tuple[str, ...], option: str) -> None:
+    assert option in fit(*more).split("error:")[-1]
+
+
+@pytest.mark.parametrize("method", ["dllm", "full"])
+def test_an_entropy_loss_without_the_method_for_it(fit: Refusal, method: str) -> None:
+    message = fit("--model.lambda_entropy", "0.5", method=method)
+    assert f"method {method}" in message
+    assert "--model.lambda_entropy is 0.5, and must be 0" in message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--model.router_width", "0"), id="router_width"),
+        pytest.param(("--model.reserved_tokens", "0"), id="reserved_tokens"),
+    ],
+)
+def test_a_routing_configuration_that_cant_be(fit: Refusal, more: tuple[str, ...]) -> None:
+    try:
+        message = fit(*more)
+    except Exception as error:
+        raise AssertionError("a traceback instead of a message") from error
+    assert more[0].rpartition(".")[2] in message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--model.lambda_ratio", "-1"), id="lambda_ratio"),
+        pytest.param(("--model.router_lr", "-1"), id="router_lr"),
+        pytest.param(("--model.lora_dropout", "2"), id="lora_dropout"),
+    ],
+)
+def test_a_value_that_would_train_to_no_avail(fit: Refusal, more: tuple[str, ...]) -> None:
+    assert more[0] in fit(*more)
+
+
+# ------------------------------------------------------------------------------------------------------- data
+
+
+def write_rows(root: Path, *rows: object) -> None:
+    folder = root / "piqa"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
+def test_a_data_folder_that_isnt_there(fit: Refusal, tmp_path: Path) -> None:
+    message = fit("--data.tasks", "piqa", "--data.root", str(tmp_path / "nowhere"))
+    assert f"--data.root {tmp_path / 'nowhere'}" in message
+    assert "<task>/train.jsonl" in message
+
+
+def test_a_data_folder_without_the_task(fit: Refusal, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data", GOOD_ROW)
+    message = fit("--data.tasks", "boolq", "--data.root", str(tmp_path / "data"))
+    assert str(tmp_path / "data" / "boolq" / "train.jsonl") in message
+    assert "--data.root" in message
+
+
+def test_a_malformed_row(fit: Refusal, tmp_path: Path) -> None:
+    """Named by file, line and field; and the output directory isn't taken."""
+    write_rows(tmp_path / "data", GOOD_ROW, {**GOOD_ROW, "sol2": None})
+    message = fit("--data.tasks", "piqa", "--data.root", str(tmp_path / "data"))
+    assert f"{tmp_path}/data/piqa/train.jsonl:2: field 'sol2'" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_that_the_network_would_have_to_bring(fit: Refusal) -> None:
+    message = fit("--data.tasks", "piqa")
+    assert all(words in message for words in ("baber/piqa", "--data.root FOLDER", "--data.tasks facts"))
+
+
+def test_fewer_rows_than_a_batch(fit: Refusal) -> None:
+    message = fit("--data.batch_size", "17")
+    assert "16 training rows" in message
+    assert "--data.batch_size" in message
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+def test_a_model_that_cant_be_reached(fit: Refusal) -> None:
+    """One paragraph with the three ways out: a folder, the licence, a download elsewhere."""
+    message = fit(model="llama2-7b")
+    for words in (
+        "'llama2-7b'",
+        "--model.path",
+        "licence",
+        "hf auth login",
+        "hf download meta-llama/Llama-2-7b-hf",
+    ):
+        assert words in message
+    assert "HF_HUB_OFFLINE" in message
+
+
+def test_a_model_folder_that_isnt_there(fit: Refusal, tmp_path: Path) -> None:
+    message = fit("--model.path", str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in message
+    assert "--model.path" in message
+
+
+def test_a_model_folder_is_not_taken_for_a_hub_id(fit: Refusal, tmp_path: Path) -> None:
+    assert "hf download" not in fit("--model.path", str(tmp_path / "nowhere"))
+
+
+def test_a_model_folder_of_another_architecture(fit: Refusal, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(hidden_size=64).save_pretrained(tmp_path / "other")
+    load_tokenizer("tiny").save_pretrained(tmp_path / "other")
+    message = fit("--model.path", str(tmp_path / "other"))
+    assert "hidden_size 64 instead of 128" in message
+    assert "--model.path" in message
+    assert "--model.name" in message
+
+
+# --------------------------------------------------------------------------------------------- run directories
+
+
+def save_checkpoint(run: Path, router_width: int) -> None:
+    """A last.ckpt of a tiny model with routers of this width."""
+    module = QTALEModule(name="tiny", router_width=router_width, train_all=True)
+    module.configure_model()
+    checkpoint = {
+        "pytorch-lightning_version": "2.6.6",
+        "epoch": 0,
+        "global_step": 1,
+        "state_dict": module.state_dict(),
+    }
+    (run / "checkpoints").mkdir(parents=True)
+    torch.save(checkpoint, run / "checkpoints" / "last.ckpt")
+
+
+def test_a_directory_of_another_configuration(fit: Refusal, tmp_path: Path) -> None:
+    """Refused by its differing keys; what is in it stays."""
+    run = tmp_path / "out" / RUN
+    save_checkpoint(run, router_width=32)
+    (run / "config.yaml").write_text("model: {lr: 0.5}\n", encoding="utf-8")
+    message = fit()
+    assert "another configuration" in message
+    assert str(run) in message
+    assert "--out" in message
+    assert (run / "config.yaml").read_text(encoding="utf-8") == "model: {lr: 0.5}\n"
+
+
+def test_nothing_to_resume(fit: Refusal, tmp_path: Path) -> None:
+    message = fit("--ckpt_path", "last")
+    assert "nothing to resume from" in message
+    assert str(tmp_path / "out" / RUN / "checkpoints" / "last.ckpt") in message
+    assert "Leave --ckpt_path out" in message
+
+
+def test_a_checkpoint_that_isnt_there(fit: Refusal, tmp_path: Path) -> None:
+    assert str(tmp_path / "nowhere.ckpt") in fit("--ckpt_path", str(tmp_path / "nowhere.ckpt"))
+
+
+def test_a_checkpoint_of_another_architecture(fit: Refusal, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "out" / RUN, router_width=16)
+    message = fit()
+    assert "the checkpoint belongs to another model or configuration" in message
+    assert "model.layers.2.router.down.bias (16,) instead of (32,)" in message
+    assert "start a new run" in message
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [("--data.batch_size", "17"), ("--ckpt_path", "last", "--model.lr", "5")],
+    ids=lambda more: more[0],
+)
+def test_a_corrected_mistake_may_start(fit: Refusal, mistake: tuple[str, ...]) -> None:
+    fit(*mistake)
+    message = fit("--ckpt_path", "last")  # stops right behind the claim, so that nothing is trained
+    assert "another configuration" not in message
+
+
+# -------------------------------------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("command", ["quantize", "sweep", "evaluate", "report"])
+def test_a_stage_on_a_folder_that_is_no_run(refused: Refusal, tmp_path: Path, command: str) -> None:
+    message = refused(command, str(tmp_path))
+    assert f"{tmp_path} is no run" in message
+    assert "config.yaml" in message
+    assert "make train" in message
+
+
+@pytest.mark.parametrize("command", ["quantize", "sweep", "evaluate", "report"])
+def test_a_stage_without_a_run_shows_the_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command])
+    assert end.value.code == 2
+    assert f"{command} RUN" in capsys.readouterr().out
+
+
+def test_an_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["trian"])
+    assert end.value.code == 2
+    shown = capsys.readouterr()
+    assert "usage:" in shown.out
+    assert "'trian'" in shown.err
+
+
+@pytest.fixture
+def claimed(options: Options, tmp_path: Path) -> str:
+    """A run that has its configuration and nothing else."""
+    from qtale_lightning.cli import QTALECLI
+
+    cli = QTALECLI(options("tiny", "qtale", *SMALL, "--out", str(tmp_path)), "fit")
+    cli.run.claim(cli.config_text())
+    return str(cli.run.root)
+
+
+def test_a_stage_before_its_model(refused: Refusal, claimed: str) -> None:
+    for command in ("quantize", "sweep", "evaluate"):
+        message = refused(command, claimed)
+        assert f"{claimed}/model isn't there" in message
+        assert "make train" in message
+
+
+def test_a_threshold_that_is_none(refused: Refusal, claimed: str) -> None:
+    assert "2.0 is not a probability" in refused("evaluate", claimed, "--theta", "2")
+
+
+def test_a_precision_that_isnt_there(refused: Refusal, claimed: str) -> None:
+    message = refused("evaluate", claimed, "--bits", "5")
+    assert "model-awq-5bit isn't there" in message
+    assert "quantize" in message
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--bits", "four"), ("--bits=5",), ("--data.limit_validation", "8", "--bits", "5")],
+    ids=["no number", "with =", "behind another option"],
+)
+def test_evaluates_own_options_are_parsed_as_all_others(
+    refused: Refusal, claimed: str, more: tuple[str, ...]
+) -> None:
+    message = refused("evaluate", claimed, *more).split("error:")[-1]
+    assert "--bits" in message or "model-awq-5bit isn't there" in message
+    assert "unrecognized" not in message
+
+
+def test_report_refuses_options_that_it_hasnt(
+    refused: Refusal, claimed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qtale_lightning.__main__.write_report", lambda run: pytest.fail("reported"))
+    assert "--theta" in refused("report", claimed, "--theta", "0.5")
