@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lightning.files import replacing
 from qtale_lightning.report.metadata import hardware, package_versions
-from qtale_lightning.report.results import atomic_path
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -77,5 +77,5 @@ def report(
             "benchmark": name, "hardware": hardware(), "versions": package_versions(),
             "rows": list(rows), "claims": list(claims),
         }  # fmt: skip
-        with atomic_path(target) as temporary:
+        with replacing(target) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

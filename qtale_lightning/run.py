@@ -1,14 +1,13 @@
 """A run's directory: where its parts lie, and to which configuration it belongs."""
 
 import csv
-import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from qtale_lightning.files import replacing
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
@@ -104,25 +103,6 @@ class RunDirectory:
             writer.writeheader()
             writer.writerows(rows)
         return target
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """A temporary path for a file or folder that takes ``target``'s place when the block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if target.is_dir() and temporary.is_dir():  # a folder with content can't be replaced in one step
-            os.replace(target, aside := temporary.with_suffix(".old"))
-            os.replace(temporary, target)
-            shutil.rmtree(aside)
-        else:
-            os.replace(temporary, target)
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def _fixed(text: str) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation import cost
 from qtale_lightning.evaluation.scoring import score, task_accuracy
 from qtale_lightning.evaluation.threshold import RULE, RULE_IN_WORDS, select
+from qtale_lightning.files import replacing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
@@ -31,7 +32,7 @@ from qtale_lightning.quantization.mappings import quantized_linear_names
 from qtale_lightning.quantization.result import AWQSearch, apply
 from qtale_lightning.quantization.rtn import check_quantizable
 from qtale_lightning.report.results import Evaluation, load_results, update_results, upsert_evaluation
-from qtale_lightning.run import RunDirectory, replacing
+from qtale_lightning.run import RunDirectory
 
 log = logging.getLogger(__name__)
 console = Console()

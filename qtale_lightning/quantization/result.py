@@ -1,7 +1,6 @@
 """What an AWQ search found for one bit width, and how a model takes it on."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qtale_lightning.files import replacing
 from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers
 from qtale_lightning.quantization.rtn import fake_quantize
 
@@ -50,12 +50,8 @@ class AWQSearch:
         tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
         numbers = {name: getattr(self, name) for name in ("bits", "group_size", "errors", "tokens")}
         metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in numbers.items()}
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with replacing(path) as unfinished:
             save_file(tensors, unfinished, metadata)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "AWQSearch":

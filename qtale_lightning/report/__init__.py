@@ -4,10 +4,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .figures import write_figures
-from .metadata import run_metadata
-from .results import Results, load_results, save_results, update_results, upsert_evaluation, validate
-from .tables import print_summary, write_markdown
+from qtale_lightning.report.figures import write_figures
+from qtale_lightning.report.metadata import run_metadata
+from qtale_lightning.report.results import (
+    Results,
+    load_results,
+    save_results,
+    update_results,
+    upsert_evaluation,
+    validate,
+)
+from qtale_lightning.report.tables import print_summary, write_markdown
 
 __all__ = [
     "Results",

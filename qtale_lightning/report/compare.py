@@ -5,10 +5,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .figures import DPI, STYLES
-from .notes import run_title, theta_text
-from .results import Evaluation, Results, atomic_path, load_results
-from .tables import markdown_table
+from qtale_lightning.files import replacing
+from qtale_lightning.report.figures import DPI, STYLES
+from qtale_lightning.report.notes import run_title, theta_text
+from qtale_lightning.report.results import Evaluation, Results, load_results
+from qtale_lightning.report.tables import markdown_table
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -23,10 +24,10 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     runs = [load_results(run_dir) for run_dir in run_dirs]
     _check_protocols(runs, run_dirs)
     out = Path(out)
-    with atomic_path(out / "comparison.png") as temporary:
+    with replacing(out / "comparison.png") as temporary:
         plot_comparison(runs).savefig(temporary, format="png", dpi=DPI)
     page = out / "comparison.md"
-    with atomic_path(page) as temporary:
+    with replacing(page) as temporary:
         temporary.write_text(comparison_markdown(runs), encoding="utf-8")
     return page
 

@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from .notes import DLLM_THETA, run_title
-from .results import (
+from qtale_lightning.files import replacing
+from qtale_lightning.report.notes import DLLM_THETA, run_title
+from qtale_lightning.report.results import (
     Evaluation,
     Results,
-    atomic_path,
     load_results,
     same_theta,
     selected_row,
@@ -250,7 +250,7 @@ def write_figures(run_dir: str | Path) -> list[Path]:
     for name, figure in figures.items():
         for kind in ("png", "pdf"):
             path = run_dir / "plots" / f"{name}.{kind}"
-            with atomic_path(path) as temporary:
+            with replacing(path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=DPI)
             written.append(path)
     return written

@@ -7,7 +7,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from .results import Git, Run
+from qtale_lightning.report.results import Git, Run
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "autoawq", "wandb", "datasets", "torchmetrics")
 

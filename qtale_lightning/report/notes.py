@@ -2,7 +2,7 @@
 
 import math
 
-from .results import Evaluation, Results, same_theta, selected_row, validation_series
+from qtale_lightning.report.results import Evaluation, Results, same_theta, selected_row, validation_series
 
 TASK_NAMES = {
     "piqa": "PIQA",

@@ -6,14 +6,13 @@ stage that writes it has run.
 """
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, cast
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+
+from qtale_lightning.files import replacing
 
 SCHEMA: Literal[1] = 1
 FILE_NAME = "results.json"
@@ -199,7 +198,7 @@ def save_results(run_dir: str | Path, results: Results) -> Path:
     path = Path(run_dir) / FILE_NAME
     validate(results, str(path))
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
@@ -281,15 +280,3 @@ def same_theta(one: float | None, other: float | None) -> bool:
     if one is None or other is None:
         return one is other
     return abs(one - other) < 1e-9
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, that takes its place when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

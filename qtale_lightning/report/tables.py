@@ -14,7 +14,8 @@ import rich.table
 from rich.console import Console
 from rich.markup import escape
 
-from .notes import (
+from qtale_lightning.files import replacing
+from qtale_lightning.report.notes import (
     COST_RULE,
     NOISE_RULE,
     TASK_NAMES,
@@ -24,10 +25,9 @@ from .notes import (
     run_title,
     theta_text,
 )
-from .results import (
+from qtale_lightning.report.results import (
     Evaluation,
     Results,
-    atomic_path,
     load_results,
     selected_choice,
     selected_row,
@@ -252,7 +252,7 @@ def write_markdown(run_dir: str | Path) -> Path:
     run_dir = Path(run_dir)
     plots = [f"plots/{name}.png" for name in CAPTIONS if (run_dir / "plots" / f"{name}.png").is_file()]
     text = markdown(load_results(run_dir), plots)
-    with atomic_path(run_dir / "results.md") as temporary:
+    with replacing(run_dir / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return run_dir / "results.md"
 
