@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.logging import RichHandler
+from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning import stages
 from qtale_lightning.cli import QTALECLI
@@ -59,7 +59,6 @@ def fit(args: list[str]) -> None:
     update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
-    torch.set_float32_matmul_precision("high")
     cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
 
 
@@ -70,7 +69,7 @@ def plan(args: list[str]) -> None:
     print_plan(cli)
 
 
-def _open(args: list[str], command: str) -> tuple[RunDirectory, list[str]]:
+def _open(args: list[str]) -> tuple[RunDirectory, list[str]]:
     """The run directory that a stage command names, and the arguments behind it."""
     if not args or args[0].startswith("-"):
         print(USAGE)
@@ -87,7 +86,7 @@ def _configured(run: RunDirectory, options: list[str], command: str) -> QTALECLI
 
 def quantize(args: list[str]) -> None:
     """AWQ of a finished run."""
-    run, options = _open(args, "quantize")
+    run, options = _open(args)
     cli = _configured(run, options, "quantize")
     cli.check()
     q = cli.quantization
@@ -96,7 +95,7 @@ def quantize(args: list[str]) -> None:
 
 def sweep(args: list[str]) -> None:
     """Sweep the precisions that are there over θ."""
-    run, options = _open(args, "sweep")
+    run, options = _open(args)
     cli = _configured(run, options, "sweep")
     q = cli.quantization
     stages.sweep(run, cli.prepare_data(), q.bits, cli.threshold_sweep.thresholds, q.group_size)
@@ -105,7 +104,7 @@ def sweep(args: list[str]) -> None:
 
 def evaluate(args: list[str]) -> None:
     """One precision and θ on the validation questions."""
-    run, options = _open(args, "evaluate")
+    run, options = _open(args)
     parser = argparse.ArgumentParser(f"python -m qtale_lightning evaluate {run.root}", allow_abbrev=False)
     parser.add_argument("--bits", type=int, default=16, help="precision, of those that the run has")
     parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
@@ -126,7 +125,7 @@ def evaluate(args: list[str]) -> None:
 
 def report(args: list[str]) -> None:
     """Everything that is shown, from results.json."""
-    run, options = _open(args, "report")
+    run, options = _open(args)
     if options:
         raise ValueError(f"report takes a run and no options, not {' '.join(options)}")
     run.require_config()
@@ -154,7 +153,11 @@ def main(argv: list[str]) -> None:
         level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
     )
     logging.getLogger("qtale_lightning").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Not for the user: batches of a few kilobytes need no workers, a resumed run's folder isn't empty, and Lightning's
+    # own use of torch is Lightning's concern.
+    for message in (".*does not have many workers", ".*exists and is not empty", ".*treespec, LeafSpec"):
+        warnings.filterwarnings("ignore", message=message)
+    disable_progress_bar()  # transformers', one for every load and save
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is given what argv holds
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)

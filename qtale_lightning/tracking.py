@@ -41,6 +41,8 @@ def wandb_logger(root: Path, mode: WandbMode, project: str) -> WandbLogger | Non
     if not identity.is_file():
         identity.write_text(secrets.token_hex(4), encoding="utf-8")
     for attempt in dict.fromkeys((mode, "offline")):
+        if attempt == "offline":
+            os.environ.setdefault("WANDB_SILENT", "true")  # there is no page to announce
         logger = WandbLogger(
             name=root.name,
             project=project,
