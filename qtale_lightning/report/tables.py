@@ -40,7 +40,7 @@ CAPTIONS = {
     "losses": "Losses and routing during training.",
 }
 COST_COLUMNS = ["layers executed", "counted FLOPs", "measured s"]
-TEXT_COLUMNS = {"what", "value", "precision", "mark"}
+TEXT_COLUMNS = {"what", "value", "precision", "mark", "method"}
 
 
 @dataclass
