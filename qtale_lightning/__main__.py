@@ -4,11 +4,13 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
@@ -59,7 +61,11 @@ def fit(args: list[str]) -> None:
     update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
     if checkpoint is not None:
         console.print(f"resuming from {checkpoint}")
-    cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    try:
+        cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+    except SIGTERMException:  # Lightning's own exit status for it is 0, and a scheduler requeues what failed
+        console.print(f"stopped by SIGTERM; the same command resumes from {run.last}")
+        raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def plan(args: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,6 +277,31 @@ def test_the_newest_checkpoint_is_kept_behind_the_last_validation(
     run = Run("full", tmp_path / "tiny-full-facts-s0", [])
     assert run.checkpoint("best")["global_step"] in (4, 8)
     assert run.checkpoint("last")["global_step"] == 9
+
+
+def test_a_terminated_run_ends_with_an_error_and_resumes(
+    options: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["fit", *options("tiny", "full", *SMALL, "--quantize.bits", "[]", "--out", str(tmp_path))]
+    step = QTALEModule.training_step
+
+    def terminated(module: QTALEModule, batch: Any, batch_idx: int) -> Any:
+        if module.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(QTALEModule, "training_step", terminated)
+        with pytest.raises(SystemExit) as end:
+            start(command)
+    assert end.value.code == 128 + signal.SIGTERM
+    run = Run("full", tmp_path / "tiny-full-facts-s0", command)
+    assert 3 <= run.checkpoint("last")["global_step"] < 8
+    assert not (run.root / "model").exists()
+    start(command)
+    assert run.checkpoint("last")["global_step"] == 8
+    assert run.results()["train"]["steps"] == 8
+    assert run.results()["selected"]
 
 
 @pytest.mark.parametrize("run", ["full", "dllm", "qtale"], indirect=True)
