@@ -11,6 +11,8 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.module import METHODS, QTALEModule
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+# Results keep the resolved configuration of a run that was, which nobody starts from.
+EXPERIMENT_FILES = [file for file in sorted(EXPERIMENTS.rglob("*.yaml")) if "results" not in file.parts]
 MODELS = sorted(file.stem for file in (EXPERIMENTS / "models").glob("*.yaml"))
 Options = Callable[..., list[str]]
 
@@ -39,9 +41,7 @@ def test_model_and_method_make_a_run(
     assert cli.run.root == Path("somewhere") / f"{model}-{method}-facts-s0"
 
 
-@pytest.mark.parametrize(
-    "file", sorted(EXPERIMENTS.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
-)
+@pytest.mark.parametrize("file", EXPERIMENT_FILES, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_an_experiment_file_begins_with_its_command(file: Path) -> None:
     comments = [line for line in file.read_text(encoding="utf-8").splitlines()[:3] if line.startswith("#")]
     assert any("make train" in line for line in comments)
