@@ -1,27 +1,17 @@
 """Weights & Biases, best effort: training never waits for it and never stops because of it."""
 
 import logging
-import netrc
 import os
 import secrets
 from pathlib import Path
 from typing import Literal
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 log = logging.getLogger(__name__)
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-
-def logged_in() -> bool:
-    """Whether W&B finds an API key without asking for one."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def wandb_logger(root: Path, mode: WandbMode, project: str) -> WandbLogger | None:
@@ -31,11 +21,9 @@ def wandb_logger(root: Path, mode: WandbMode, project: str) -> WandbLogger | Non
     in the same place.
     """
     if mode == "auto":
-        mode = "online" if logged_in() else "offline"
+        mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
     if mode == "disabled":
         return None
-    import wandb
-
     identity = root / "wandb" / "run-id.txt"
     identity.parent.mkdir(parents=True, exist_ok=True)
     if not identity.is_file():
@@ -57,4 +45,5 @@ def wandb_logger(root: Path, mode: WandbMode, project: str) -> WandbLogger | Non
             return logger
         except Exception as error:  # its failures have many types, and none may stop training
             log.warning("W&B can't be used %s (%s)", attempt, error)
+            wandb.teardown()  # else it takes the run's id for one in use
     return None
