@@ -1,0 +1,37 @@
+"""The main job on two processes: DDP on the CPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qtale_lightning.report.results import load_results
+
+
+def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Eight micro-batches of four on each of two devices are 64 examples; scoring afterwards needs no other process."""
+    more = (
+        *("--data.batch_size", "4", "--data.limit_validation", "12", "--data.calibration_rows", "8"),
+        *(
+            "--trainer.max_steps",
+            "8",
+            "--validations",
+            "2",
+            "--quantize.bits",
+            "[]",
+            "--sweep.thresholds",
+            "[0.5]",
+        ),
+        *("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        *("--wandb", "disabled", "--out", str(tmp_path)),
+    )
+    command = [sys.executable, "-m", "qtale_lightning", "fit", *options("tiny", "qtale", *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = load_results(tmp_path / "tiny-qtale-facts-s0")
+    assert results["train"]["steps"] == 8
+    assert results["train"]["examples"] == 64
+    assert [row["split"] for row in results["evaluation"]] == ["calibration", "validation"]
+    assert results["selected"][0]["bits"] == 16
