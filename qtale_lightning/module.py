@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import LlamaConfig, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
 from qtale_lightning.metrics import ExecutionRatio, router_statistics
@@ -166,15 +166,16 @@ class QTALEModule(L.LightningModule):
         """A module of the same configuration, its model not loaded yet."""
         return type(self)(**self._arguments)
 
-    def attach(self, base: Any) -> None:
-        """Make ``base``, a LLaMA, the model that is trained: routers, LoRA, and what is frozen."""
+    def routed_config(self, base: LlamaConfig) -> RoutedLlamaConfig:
+        """A base architecture with this method's routers; ``full`` has none."""
         options = dict(self.routing_options)
         if self.method == "full":
-            options["start_layer"] = base.config.num_hidden_layers
-        config = RoutedLlamaConfig(
-            **{**base.config.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options}
-        )
-        self.model = route(base, config)
+            options["start_layer"] = base.num_hidden_layers
+        return RoutedLlamaConfig(**{**base.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options})
+
+    def attach(self, base: Any) -> None:
+        """Make ``base``, a LLaMA, the model that is trained: routers, LoRA, and what is frozen."""
+        self.model = route(base, self.routed_config(base.config))
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)

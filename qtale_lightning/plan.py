@@ -22,12 +22,7 @@ TRAINING_ROWS = {
 
 def routed_config(cli: "QTALECLI") -> RoutedLlamaConfig:
     """The architecture that the run trains."""
-    model = cli.model
-    base = planned_config(model.name)
-    options = dict(model.routing_options)
-    if model.method == "full":
-        options["start_layer"] = base.num_hidden_layers
-    return RoutedLlamaConfig(**{**base.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options})
+    return cli.model.routed_config(planned_config(cli.model.name))
 
 
 def lora_parameters(cli: "QTALECLI", config: RoutedLlamaConfig) -> int:
