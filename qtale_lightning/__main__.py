@@ -29,7 +29,7 @@ USAGE = """usage: python -m qtale_lightning <command> …
 
   fit --config FILE … [OPTIONS]     train, then export, quantize, sweep and report; resumes an interrupted run
   plan --config FILE … [OPTIONS]    what fit would cost, without loading weights
-  quantize RUN [OPTIONS]            AWQ of a finished run at each of --quantize.bits
+  quantize RUN [OPTIONS]            a finished run at each of --quantize.bits, by --quantize.engine
   sweep RUN [OPTIONS]               accuracy and cost at each precision and each of --sweep.thresholds
   evaluate RUN [--bits N] [--theta X] [OPTIONS]
                                     one precision and threshold on the validation questions
@@ -95,16 +95,17 @@ def quantize(args: list[str]) -> None:
     run, options = _open(args)
     cli = _configured(run, options, "quantize")
     cli.check()
-    q = cli.quantization
-    stages.quantize(run, cli.prepare_data(), q.bits, q.group_size, q.sequences)
+    stages.quantize(run, cli.prepare_data(), cli.quantization.options)
 
 
 def sweep(args: list[str]) -> None:
     """Sweep the precisions that are there over θ."""
     run, options = _open(args)
     cli = _configured(run, options, "sweep")
-    q = cli.quantization
-    stages.sweep(run, cli.prepare_data(), q.bits, cli.threshold_sweep.thresholds, q.group_size)
+    quantization = cli.quantization.options
+    stages.sweep(
+        run, cli.prepare_data(), quantization.bits, quantization.engine, cli.threshold_sweep.thresholds
+    )
     write_report(run.root)
 
 
@@ -112,13 +113,15 @@ def evaluate(args: list[str]) -> None:
     """One precision and θ on the validation questions."""
     run, options = _open(args)
     parser = argparse.ArgumentParser(f"python -m qtale_lightning evaluate {run.root}", allow_abbrev=False)
-    parser.add_argument("--bits", type=int, default=16, help="precision, of those that the run has")
+    parser.add_argument("--bits", type=float, default=16, help="precision, of those that the run has")
     parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
     own, options = parser.parse_known_args(options)
     if own.theta is not None and not 0 <= own.theta <= 1:
         raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
     cli = _configured(run, options, "evaluate")
-    model = stages.load_exported(run, own.bits)
+    bits = int(own.bits) if own.bits == int(own.bits) else own.bits
+    engine = cli.quantization.options.engine
+    model = stages.load_exported(run, bits, engine)
     if model.config.routed_layers:
         theta = model.config.threshold if own.theta is None else own.theta
     elif own.theta is not None:
@@ -126,7 +129,7 @@ def evaluate(args: list[str]) -> None:
     else:
         theta = None
     data = cli.prepare_data()
-    stages.evaluate(run, data, model, own.bits, theta, "validation", cli.quantization.group_size)
+    stages.evaluate(run, data, model, bits, engine, theta, "validation")
 
 
 def report(args: list[str]) -> None:

@@ -23,7 +23,8 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.models.sources import planned_config
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.quantization.awq import MIN_TOKENS
+from qtale_lightning.quantization.calibration import MIN_TOKENS
+from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbMode, wandb_logger
 
@@ -124,7 +125,10 @@ class QTALECLI(LightningCLI):
         config = planned_config(self.model.name)
         routed = self.model.method != "full"
         reserved = self.model.routing_options["reserved_tokens"] if routed else MIN_TOKENS
-        self.quantization.check(linear_shapes(config), reserved)
+        shapes = linear_shapes(config)
+        layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+        named = {f"{layer}.{name}": shapes[name.split(".")[1]] for layer in layers for name in LINEARS}
+        self.quantization.options.check(named, reserved)
         start = self.model.routing_options["start_layer"]
         if not 0 <= start < config.num_hidden_layers:
             raise ValueError(
@@ -168,14 +172,14 @@ class QTALECLI(LightningCLI):
         last = LastCheckpoint(run.last, every_n_train_steps=max(1, steps // SAVES))
         for stage in (self.quantization, self.threshold_sweep):
             stage.run = run
-        self.threshold_sweep.bits = self.quantization.bits
-        self.threshold_sweep.group_size = self.quantization.group_size
+        self.threshold_sweep.quantization = self.quantization.options
         monitors = [
             TrainingTotals(run),
             RoutingMonitor(run),
             LearningRateMonitor("step"),
-            TQDMProgressBar(10),
         ]
+        if self.config["trainer"]["enable_progress_bar"] is not False:
+            monitors.append(TQDMProgressBar(10))
         after = [Export(run), self.quantization, self.threshold_sweep, Report(run)]
         return [*monitors, best, last, *after]
 

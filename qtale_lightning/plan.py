@@ -55,10 +55,10 @@ def print_plan(cli: "QTALECLI") -> None:
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
     table.add_row("memory to train, about", _size(_training_bytes(cli, config, trainable, micro * length)))
-    for bits in (16, *cli.quantization.bits):
-        served = cost.weight_bytes(config, bits, cli.quantization.group_size)
+    for bits in (16, *cli.quantization.options.bits):
+        served = cost.weight_bytes(config, bits, cli.quantization.options.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
-        table.add_row(f"memory to serve at {bits} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
+        table.add_row(f"memory to serve at {bits:g} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
     table.add_row("effective batch", f"{micro * accumulate} a device")
     steps = trainer["max_steps"]
     if steps is None or steps < 0:

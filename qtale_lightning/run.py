@@ -22,6 +22,10 @@ _FREE_TRAINER_KEYS = {
 }
 
 
+# Names of files by engine: the suite's own AWQ is the one that needs no other name.
+_PREFIX = {"native": "awq", "autoawq": "autoawq", "rtn": "rtn"}
+
+
 class RunDirectory:
     """``<out>/<model>-<method>-<data>-s<seed>``, and what lies in it.
 
@@ -47,13 +51,21 @@ class RunDirectory:
         """The newest checkpoint, to resume from."""
         return self.root / "checkpoints" / "last.ckpt"
 
-    def model(self, bits: int = 16) -> Path:
-        """The exported model at a precision."""
-        return self.root / ("model" if bits == 16 else f"model-awq-{bits}bit")
+    def model(self, bits: float = 16, engine: str = "native") -> Path:
+        """The exported model at a precision, quantized by an engine below 16 bits."""
+        return self.root / ("model" if bits == 16 else f"model-{_PREFIX[engine]}-{bits:g}bit")
 
-    def search(self, bits: int) -> Path:
-        """The scales and clips that AWQ's search found."""
-        return self.root / f"awq-search-{bits}bit.safetensors"
+    def search(self, bits: float, engine: str = "native") -> Path:
+        """The scales and clips that an engine's search found."""
+        return self.root / f"{_PREFIX[engine]}-search-{bits:g}bit.safetensors"
+
+    def weight_bytes(self, bits: float = 16, engine: str = "native") -> int:
+        """Bytes of the tensors that :meth:`model` holds on disk (the files' headers not counted)."""
+        total = 0
+        for file in self.model(bits, engine).glob("*.safetensors"):
+            with file.open("rb") as opened:
+                total += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+        return total
 
     def claim(self, text: str) -> None:
         """Take the directory for a configuration (YAML), or accept that it's already this configuration's.

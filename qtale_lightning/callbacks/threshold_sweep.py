@@ -6,6 +6,7 @@ from lightning.pytorch.callbacks import Callback
 from qtale_lightning import stages
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.threshold import check_thresholds
+from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.run import RunDirectory
 
 
@@ -20,13 +21,12 @@ class ThresholdSweep(Callback):
         check_thresholds(thresholds)
         self.thresholds = tuple(thresholds)
         self.run: RunDirectory | None = None
-        self.bits: tuple[int, ...] = ()
-        self.group_size = 128
+        self.quantization: QuantizationOptions | None = None  # whose precisions are swept
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Works on the run directory; the live module isn't touched."""
-        if self.run is None or not trainer.is_global_zero:
+        if self.run is None or self.quantization is None or not trainer.is_global_zero:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, CommonsenseDataModule)
-        stages.sweep(self.run, data, self.bits, self.thresholds, self.group_size)
+        stages.sweep(self.run, data, self.quantization.bits, self.quantization.engine, self.thresholds)

@@ -140,12 +140,12 @@ def parameter_counts(config: Any) -> ParameterCounts:
     )
 
 
-def weight_bytes(config: Any, bits: int, group_size: int | None = None) -> int:
+def weight_bytes(config: Any, bits: float, group_size: int | None = None) -> int:
     """Bytes of a model's stored weights, packed tightly.
 
     At 16 bits every weight takes 2 bytes. Below, the decoder layers' linears take `bits` a weight, plus a
-    16-bit scale and a `bits`-wide zero point a group; embeddings, `lm_head`, norms and biases take 2 bytes.
-    Routers are float32 always.
+    16-bit scale and a `bits`-wide zero point a group (`bits` may be an average over linears); embeddings,
+    `lm_head`, norms and biases take 2 bytes. Routers are float32 always.
 
     Args:
         group_size: inputs that share a scale; needed below 16 bits.
@@ -160,7 +160,7 @@ def weight_bytes(config: Any, bits: int, group_size: int | None = None) -> int:
         return (FULL_BITS * linear_weights + rest_bits) // 8
     if group_size is None:
         raise ValueError(f"group_size is needed for the size at {bits} bits")
-    check_quantizable(linear_shapes(config), bits, group_size)
+    check_quantizable(linear_shapes(config), math.ceil(bits), group_size)
     group_bits = group_size * bits + SCALE_BITS + bits
     return math.ceil((linear_weights // group_size * group_bits + rest_bits) / 8)
 

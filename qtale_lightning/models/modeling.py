@@ -14,6 +14,9 @@ from qtale_lightning.models.routed_layer import attach_router
 from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
 
+# The name under which `quantization.checkpoint` registers its quantizer with transformers.
+PACKED = "qtale"
+
 
 @strict
 class RoutedLlamaConfig(LlamaConfig):
@@ -171,6 +174,13 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
             ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.get("config")
+        if config is None and args:
+            config = kwargs["config"] = cls.config_class.from_pretrained(args[0])
+        packed = getattr(config, "quantization_config", None)
+        if config is not None and isinstance(packed, dict) and packed.get("quant_method") == "awq":
+            # transformers gives this format to another package; the suite's quantizer runs it by PyTorch's kernels.
+            config.quantization_config = packed | {"quant_method": PACKED}
         # Annotated as the model alone, but a pair when the loading info is asked for; so is what is returned here.
         loaded: tuple[Self, dict[str, Any]]
         loaded = super().from_pretrained(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ScaleMapping(NamedTuple):
@@ -48,12 +48,29 @@ class DecoderLayer:
             or self.linears[mapping.previous].out_features == self.linears[mapping.linears[0]].in_features
         ]
 
+    def scaled_columns(self, name: str, scales: dict[str, Tensor]) -> Tensor:
+        """A linear's weight for scaled inputs, shape `(out, in)`, float32: its columns times their scales.
+
+        Args:
+            scales: by the full name of the operation before.
+        """
+        weight = self.linears[name].weight.detach().float()
+        mapping = next(mapping for mapping in MAPPINGS if name in mapping.linears)
+        scale = scales.get(self.path(mapping.previous))
+        return weight if scale is None else weight * scale.to(weight.device)
+
+
+def split_name(linear: str) -> tuple[str, ScaleMapping]:
+    """The decoder layer of a linear, both by full name, and the mapping that scales its input."""
+    layer, block, name = linear.rsplit(".", 2)
+    return layer, next(mapping for mapping in MAPPINGS if f"{block}.{name}" in mapping.linears)
+
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """Finds a model's decoder layers (`model.layers`).
 
     Raises:
-        ValueError: the model isn't of the LLaMA family, or its LoRA weights are not merged.
+        ValueError: the model isn't of the LLaMA family, its LoRA weights are not merged, or it is quantized.
     """
     modules = dict(model.named_modules())
     if "model.layers" not in modules:
@@ -63,6 +80,10 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
         layer = DecoderLayer(f"model.layers.{index}", module, {})
         for name in LINEARS:
             linear = modules.get(layer.path(name))
+            if type(linear).__name__ == "QuantizedLinear":
+                raise ValueError(
+                    f"{layer.path(name)} is quantized already: quantize the full-precision model instead"
+                )
             if not isinstance(linear, nn.Linear):
                 found = "missing" if linear is None else f"a {type(linear).__name__}"
                 raise ValueError(
@@ -74,6 +95,10 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     return layers
 
 
-def quantized_linear_names(model: nn.Module) -> list[str]:
-    """The full names of the linears that AWQ quantizes: seven in each decoder layer."""
-    return [layer.path(name) for layer in decoder_layers(model) for name in LINEARS]
+def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Weight shapes `(out, in)` of what is quantized, by full names: seven linears in each decoder layer."""
+    return {
+        layer.path(name): (layer.linears[name].out_features, layer.linears[name].in_features)
+        for layer in decoder_layers(model)
+        for name in LINEARS
+    }

@@ -21,6 +21,8 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Quantity = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
+Bits = Annotated[int | float, Field(ge=1, le=32)]
+"""Of a weight's code; a fraction is the average over linears of several widths."""
 Threshold = Fraction | None
 """θ: a token executes a layer iff p(execute) >= θ. None: a model without routers."""
 
@@ -91,7 +93,7 @@ class Evaluation(TypedDict):
     quantizer ("none" at 16 bits). `execution_ratio_per_layer` has shape `(layers,)`.
     """
 
-    bits: Annotated[int, Field(ge=1, le=32)]
+    bits: Bits
     engine: str
     theta: Threshold
     split: Literal["calibration", "validation"]
@@ -115,7 +117,7 @@ class Selected(TypedDict):
     The report takes its figures from the validation row at this θ; those here are for whoever reads the JSON.
     """
 
-    bits: int
+    bits: Bits
     engine: NotRequired[str]
     theta: Threshold
     rule: str
@@ -239,7 +241,7 @@ def _load_or_new(run_dir: str | Path) -> Results:
     return {"schema": SCHEMA, "evaluation": [], "selected": []}
 
 
-def _identity(row: Evaluation) -> tuple[str, int, str, float]:
+def _identity(row: Evaluation) -> tuple[str, float, str, float]:
     """What makes a row unique, as a sort key. θ is rounded: 0.1 + 0.2 and 0.3 are one grid point."""
     theta = row["theta"]
     return row["split"], -row["bits"], row["engine"], 1.0 if theta is None else -round(theta, 9)
@@ -249,7 +251,7 @@ def validation_series(results: Results) -> dict[str, list[Evaluation]]:
     """The validation rows of each quantized model, θ descending, by a label: "4-bit", or "4-bit native" where
     several engines share the bits."""
     rows = sorted((row for row in results["evaluation"] if row["split"] == "validation"), key=_identity)
-    engines: dict[int, set[str]] = {}
+    engines: dict[float, set[str]] = {}
     for row in rows:
         engines.setdefault(row["bits"], set()).add(row["engine"])
     series: dict[str, list[Evaluation]] = {}

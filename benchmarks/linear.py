@@ -1,0 +1,128 @@
+"""The int4 linear against `nn.Linear` in bfloat16 and float32 at LLaMA-2-7B's widths: tokens a second.
+
+    python benchmarks/linear.py [--tokens 1 8 48 64 512] [--repeats 15] [--json FILE]
+
+`int4` is what a quantized model runs. Its two ways are measured beside it, to see that it chooses well: the kernel
+(good for a few tokens, whose time is that of reading the weights) and blocks dequantized in cache (for many).
+The limit is the larger of two times measured here in the same run: reading the int4 weights at this machine's
+bandwidth, and the products at the speed of a large bfloat16 matrix product.
+"""
+
+import copy
+import itertools
+import math
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import torch
+from common import claim, interleaved, median_ratio, parser, report
+from torch import nn
+
+from qtale_lightning.quantization.kernels import CROSSOVER_TOKENS, Int4CPU
+from qtale_lightning.quantization.rtn import Scheme, quantize
+
+SHAPES = {"q_proj": (4096, 4096), "gate_proj": (11008, 4096), "down_proj": (4096, 11008)}  # (out, in)
+GROUP_SIZE = 128
+BYTES = 2**29 + 2**27  # of int4 weights that take turns: more than any cache holds
+
+
+class Copies:
+    """As many copies of a linear as don't fit into a cache, used in turn, as a model's layers are."""
+
+    def __init__(self, one: Any, count: int) -> None:
+        self._all = itertools.cycle([one, *(copy.deepcopy(one) for _ in range(count - 1))])
+
+    def next(self) -> Any:
+        """The next copy."""
+        return next(self._all)
+
+
+def bandwidth(repeats: int) -> float:
+    """Bytes a second that a sum over 1 GiB reads."""
+    data = torch.ones(2**28)
+    return data.numel() * 4 / _median(lambda: data.sum(), repeats)
+
+
+def arithmetic(repeats: int) -> float:
+    """FLOPs a second of a bfloat16 matrix product of 2048³."""
+    one = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    return 2 * 2048**3 / _median(lambda: one @ one, repeats)
+
+
+def _median(run: Any, repeats: int) -> float:
+    run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Measure and report."""
+    options = parser(__doc__)
+    options.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 48, 64, 512])
+    options.add_argument("--repeats", type=int, default=15)
+    args = options.parse_args()
+    shapes = SHAPES
+    if args.quick:
+        shapes, args.repeats, args.tokens = {"q_proj": (512, 512)}, 3, [1, 64]
+    torch.manual_seed(0)
+    read, compute = bandwidth(args.repeats), arithmetic(args.repeats)
+    print(
+        f"{read / 1e9:.1f} GB/s read, {compute / 1e9:.0f} GFLOP/s in bfloat16, {torch.get_num_threads()} threads"
+    )
+    rows = []
+    for name, (outputs, inputs) in shapes.items():
+        weight = torch.randn(outputs, inputs) / inputs**0.5
+        quantized = quantize(weight, Scheme(4, GROUP_SIZE))
+        if not Int4CPU.supports(quantized):
+            print("skipped: the int4 kernel of this processor has no known layout")
+            return
+        int4 = Int4CPU(quantized)
+        low = nn.Linear(inputs, outputs, bias=False).to(torch.bfloat16)
+        full = nn.Linear(inputs, outputs, bias=False)
+        for linear in (low, full):
+            linear.weight.copy_(weight)
+        copies = 1 if args.quick else math.ceil(BYTES / int4.packed.numel())
+        int4s, lows, fulls = (Copies(one, copies) for one in (int4, low, full))
+        for tokens in args.tokens:
+            x = torch.randn(tokens, inputs)
+            x16 = x.bfloat16()
+            contenders = {
+                "bf16": partial(lambda lows, x: lows.next()(x), lows, x16),
+                "float32": partial(lambda fulls, x: fulls.next()(x), fulls, x),
+                "int4": partial(lambda int4s, x: int4s.next()(x), int4s, x16),
+                "kernel": partial(lambda int4s, x: int4s.next().by_kernel(x), int4s, x16),
+                "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, x16),
+            }
+            if tokens > 2 * CROSSOVER_TOKENS:
+                del contenders["kernel"]  # seconds a call
+            seconds = interleaved(contenders, args.repeats)
+            size = int4.packed.numel() + 2 * int4.scales_and_offsets.numel()
+            limit = max(size / read, 2 * tokens * outputs * inputs / compute)
+            medians = {key: statistics.median(values) for key, values in seconds.items()}
+            rows.append(
+                {"linear": f"{name} {outputs}×{inputs}", "tokens": tokens}
+                | {f"{key} tokens/s": tokens / medians[key] for key in ("float32", "bf16", "int4")}
+                | {"limit tokens/s": tokens / limit, "of limit": limit / medians["int4"]}
+                | {"over bf16": median_ratio(seconds["bf16"], seconds["int4"])}
+                | {"over float32": median_ratio(seconds["float32"], seconds["int4"])}
+                | {
+                    "kernel ms": 1e3 * medians.get("kernel", float("nan")),
+                    "blocks ms": 1e3 * medians["blocks"],
+                }
+            )
+    claims = []
+    for tokens, goal in ((min(args.tokens), 2.0), (max(args.tokens), 1.0)):
+        slowest = min(row["over bf16"] for row in rows if row["tokens"] == tokens)
+        claims.append(claim(f"int4 over bf16, {tokens} tokens, slowest shape", slowest, goal, "higher"))
+    report("linear", rows, claims, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""The engine `autoawq`: AWQ's search by AutoAWQ 0.2.9's own functions, the reference for the engine `native`.
+
+AutoAWQ's quantizer changes the weights of the model that it searches. Here its functions get copies, one block at
+a time, and its findings become a recipe. Each layer's search is that of its `quantize()`: scales of all
+mappings on the unscaled weights, then clips on the scaled ones.
+
+What it needs beyond `native`: memory for the inputs of a layer's linears, and 20 runs of the layer at each precision.
+"""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtale_lightning.quantization.awq import output_errors
+from qtale_lightning.quantization.calibration import (
+    MIN_TOKENS,
+    Batch,
+    check_model,
+    collect_moments,
+    hooks,
+    layer_by_layer,
+    plain_float32,
+)
+from qtale_lightning.quantization.mappings import (
+    LINEARS,
+    MAPPINGS,
+    NOT_CLIPPED,
+    DecoderLayer,
+    split_name,
+)
+from qtale_lightning.quantization.precision import Bits
+from qtale_lightning.quantization.recipe import CLIP_STEP, Recipe
+from qtale_lightning.quantization.rtn import Scheme
+
+# The module whose output AutoAWQ compares in the search for a mapping's scales, by the operation before.
+INSPECTED = {
+    "input_layernorm": "self_attn",
+    "self_attn.v_proj": "self_attn.o_proj",
+    "post_attention_layernorm": "mlp",
+    "mlp.up_proj": "mlp.down_proj",
+}
+OUTPUT_CHUNK = 64  # AutoAWQ's clip search takes outputs in multiples of this only
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""A module's positional and keyword arguments."""
+
+
+@cache
+def _quantizer_class() -> Any:
+    """AutoAWQ's `AwqQuantizer`, imported when first needed: the import takes seconds.
+
+    Raises:
+        ImportError: the package isn't installed, or can't be imported.
+    """
+    # The package puts its own warning filter before all others, so that its farewell can only be caught.
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            from awq.quantize.quantizer import AwqQuantizer
+        except ImportError as error:
+            raise ImportError(
+                f"the engine autoawq needs the package autoawq ({error}): pip install autoawq==0.2.9, "
+                "or choose the engine native"
+            ) from error
+    for warning in caught:
+        if "AutoAWQ is officially deprecated" not in str(warning.message):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return AwqQuantizer
+
+
+def make_quantizer(scheme: Scheme) -> Any:
+    """AutoAWQ's quantizer with all that its search functions read, and their defaults.
+
+    Its constructor would load a calibration set and run the model on it.
+    """
+    quantizer = object.__new__(_quantizer_class())
+    quantizer.w_bit, quantizer.group_size = scheme.bits, scheme.group_size
+    quantizer.zero_point = not scheme.symmetric
+    quantizer.duo_scaling = True
+    quantizer.n_parallel_calib_samples = None
+    quantizer.max_chunk_memory = 1024**3
+    return quantizer
+
+
+class _Replay(nn.Module):
+    """A copy of a module, for AutoAWQ to change, that repeats the calls which the original got in calibration."""
+
+    def __init__(self, module: nn.Module, calls: Sequence[Call]) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(module)
+        self.calls = calls
+        # AutoAWQ backs weights up by `.cpu()`, which copies nothing where they are there already: every candidate
+        # would be tried on what the one before it left.
+        self.register_state_dict_post_hook(
+            lambda module, state, prefix, metadata: state.update({k: w.clone() for k, w in state.items()})
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The outputs of all calls, shape `(tokens, out)`; the inputs are those of the calls."""
+        outputs = [self.module(*args, **kwargs) for args, kwargs in self.calls]
+        return _flat(output[0] if isinstance(output, tuple) else output for output in outputs)
+
+
+def _flat(batches: Iterable[Tensor]) -> Tensor:
+    """The tokens of all batches, shape `(tokens, width)` from `(..., width)`."""
+    return torch.cat([batch.flatten(0, -2) for batch in batches])
+
+
+def search(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    precisions: Sequence[Bits],
+    group_size: int,
+    symmetric: bool = False,
+    *,
+    min_tokens: int = MIN_TOKENS,
+    progress: Callable[[str, int], None] | None = None,
+) -> list[Recipe]:
+    """Searches scales and clips for every precision by AutoAWQ; the interface is that of `awq.search`.
+
+    Args:
+        model: a LLaMA-family causal language model in evaluation mode; it isn't changed.
+        batches: calibration tokens, as arguments of `model.model`.
+        precisions: each gives bits by linear; linears that share an input have the same.
+        min_tokens: fewest tokens that a layer's search may rest on.
+        progress: called after each layer with its name and its number of tokens.
+
+    Returns:
+        One recipe for each of `precisions`.
+
+    Raises:
+        ImportError: AutoAWQ isn't installed.
+        ValueError: the group size doesn't fit, linears that share an input have different bits, weights or
+            activations have NaN or infinity, a layer saw too few tokens, or a search found no finite error.
+    """
+    _quantizer_class()
+    for bits in precisions:
+        check_model(model, bits, group_size)
+        _check_shared_bits(bits)
+    recipes = [Recipe("autoawq", dict(bits), group_size, symmetric) for bits in precisions]
+    for layer, run in layer_by_layer(model, batches):
+        with _recorded_calls(layer) as calls:
+            moments = collect_moments(layer, run, min_tokens)
+        inputs = {name: _flat(args[0] for args, _ in calls[name]) for name in moments}
+        tokens = moments[LINEARS[0]].tokens
+        for recipe in recipes:
+            _search_scales(layer, calls, inputs, recipe)
+            with plain_float32(layer.linears[LINEARS[0]].weight.device):
+                _search_clips(layer, inputs, recipe)
+                recipe.errors.update(output_errors(layer, moments, recipe))
+            recipe.tokens[layer.name] = tokens
+        if progress:
+            progress(layer.name, tokens)
+    return recipes
+
+
+@contextmanager
+def _recorded_calls(layer: DecoderLayer) -> Iterator[dict[str, list[Call]]]:
+    """Keeps how the inspected modules, and the first linear that reads each input, are called; by their names."""
+    calls: dict[str, list[Call]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        calls[name] = []
+        return lambda module, args, kwargs: calls[name].append((args, kwargs))
+
+    names = {*INSPECTED.values(), *(mapping.linears[0] for mapping in MAPPINGS)}
+    modules = {name: layer.module.get_submodule(name) for name in names}
+    with hooks(m.register_forward_pre_hook(record(name), with_kwargs=True) for name, m in modules.items()):
+        yield calls
+
+
+def _check_shared_bits(bits: Bits) -> None:
+    """Raises ValueError where linears that share an input have different bits: AutoAWQ's search takes one width."""
+    first: dict[str, str] = {}
+    for name, width in bits.items():
+        layer, mapping = split_name(name)
+        other = first.setdefault(f"{layer}.{mapping.previous}", name)
+        if bits[other] != width:
+            raise ValueError(
+                f"AutoAWQ can't mix bits among linears that share an input: {other} has {bits[other]} and {name} "
+                f"has {width}; give them the same bits, or choose the engine native"
+            )
+
+
+# Autocast is left as it is: the block must run as it ran in calibration.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _search_scales(
+    layer: DecoderLayer, calls: dict[str, list[Call]], inputs: dict[str, Tensor], recipe: Recipe
+) -> None:
+    """Writes the scales of a layer's mappings into the recipe."""
+    for mapping in layer.scaled_mappings():
+        first, inspected = mapping.linears[0], INSPECTED[mapping.previous]
+        replay = _Replay(layer.module.get_submodule(inspected), calls[inspected])
+        linears = [
+            replay.module.get_submodule(name.removeprefix(inspected).lstrip(".")) for name in mapping.linears
+        ]
+        scheme = recipe.scheme(layer.path(first))
+        try:
+            # It reads only the names of its first two arguments, and they aren't needed.
+            _, _, scale = make_quantizer(scheme)._search_best_scale(
+                replay, replay, linears, inputs[first], replay
+            )
+        except Exception as error:
+            # AutoAWQ raises a bare Exception where no loss is finite, and asserts that there is no NaN.
+            if type(error) not in (Exception, AssertionError):
+                raise
+            raise ValueError(
+                f"{layer.name}, {', '.join(mapping.linears)} at {scheme.bits} bits: no AWQ scale has a finite "
+                "output error: its weights or activations are too large"
+            ) from error
+        recipe.scales[layer.path(mapping.previous)] = scale.float()
+
+
+def _search_clips(layer: DecoderLayer, inputs: dict[str, Tensor], recipe: Recipe) -> None:
+    """Writes the clips of a layer's linears into the recipe, given its scales."""
+    for mapping in MAPPINGS:
+        tokens = inputs[mapping.linears[0]].float()
+        if (columns := recipe.scales.get(layer.path(mapping.previous))) is not None:
+            tokens = tokens / columns.to(tokens.device)
+        for name in mapping.linears:
+            if name not in NOT_CLIPPED:
+                full = layer.path(name)
+                weight = layer.scaled_columns(name, recipe.scales)
+                quantizer = make_quantizer(recipe.scheme(full))
+                recipe.clips[full] = clip_steps(quantizer, weight, tokens).cpu()
+
+
+def clip_steps(quantizer: Any, weight: Tensor, inputs: Tensor) -> Tensor:
+    """AutoAWQ's clips of a weight as steps of `CLIP_STEP`.
+
+    Args:
+        weight: shape `(out, in)`, float32, scaled.
+        inputs: shape `(tokens, in)`, float32, scaled.
+
+    Returns:
+        Shape `(out, in / group_size)`, uint8.
+    """
+    padded = nn.functional.pad(weight, (0, 0, 0, -len(weight) % OUTPUT_CHUNK))
+    limits = quantizer._compute_best_clip(padded, inputs)[: len(weight)].squeeze(-1)
+    peaks = weight.unflatten(-1, (-1, quantizer.group_size)).abs().amax(-1)
+    steps = (1 - limits / peaks) / CLIP_STEP
+    return steps.where(peaks > 0, 0).round().to(torch.uint8)

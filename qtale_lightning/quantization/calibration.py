@@ -1,0 +1,196 @@
+"""Calibration, layer by layer: every batch passes a layer before any passes the next one.
+
+What a layer's search needs is summed while it runs and forgotten after it, so that beside the model only the
+hidden states of the calibration tokens and one layer's sums are in memory.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qtale_lightning.quantization.mappings import (
+    MAPPINGS,
+    DecoderLayer,
+    decoder_layers,
+    linear_shapes,
+)
+from qtale_lightning.quantization.rtn import check_quantizable
+
+MIN_TOKENS = 32  # fewest calibration tokens that a layer's search may rest on
+BATCH_TOKENS = 4096  # padded tokens of a batch: a layer's activations are held for one batch at a time
+MOMENT_ROWS = 4096  # tokens converted to float32 at a time while moments are summed
+
+Batch = Mapping[str, Tensor]
+"""Arguments of the model's forward: `input_ids`, shape `(B, T)`, and `attention_mask` where rows are padded."""
+
+
+def padded_batches(
+    sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu", tokens: int = BATCH_TOKENS
+) -> list[Batch]:
+    """Batches of sequences of similar length, padded on the right: at most `tokens` each, or one sequence."""
+    batches: list[Batch] = []
+    rows: list[Tensor] = []
+    ordered = sorted((torch.tensor(sequence, device=device) for sequence in sequences), key=len)
+    for i, row in enumerate(ordered):
+        rows.append(row)
+        if i + 1 == len(ordered) or (len(rows) + 1) * len(ordered[i + 1]) > tokens:
+            lengths = torch.tensor([len(row) for row in rows], device=device)
+            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
+            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+            batches.append({"input_ids": ids, "attention_mask": mask.long()})
+            rows = []
+    return batches
+
+
+@dataclass
+class Moments:
+    """Sums over the calibration tokens X of one input: G = XᵀX, shape `(in, in)`, and |x|, shape `(in,)`."""
+
+    gram: Tensor
+    abs_sum: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def zeros(cls, width: int, device: torch.device | str = "cpu") -> "Moments":
+        """The sums over no token."""
+        return cls(torch.zeros(width, width, device=device), torch.zeros(width, device=device))
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds tokens, shape `(..., in)`, in float32."""
+        for rows in inputs.reshape(-1, inputs.shape[-1]).split(MOMENT_ROWS):
+            rows = rows.float()
+            self.gram.addmm_(rows.T, rows)
+            self.abs_sum.add_(rows.abs().sum(0))
+            self.tokens += len(rows)
+
+
+class _Recorder(nn.Module):
+    """Stands in for all decoder layers, and keeps what the first of them would be called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Tensor, dict[str, Any]]] = []
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.calls.append((hidden_states, kwargs))
+        return hidden_states
+
+
+def layer_by_layer(
+    model: nn.Module, batches: Sequence[Batch]
+) -> Iterator[tuple[DecoderLayer, Callable[[], None]]]:
+    """Decoder layers in order, each with the function that runs it on all batches; call it once in each turn.
+
+    The model is never changed, so later layers see full-precision inputs, as in AutoAWQ.
+
+    Args:
+        model: a LLaMA-family causal language model in evaluation mode.
+        batches: of calibration tokens.
+    """
+    recorder = _Recorder()
+    decoder: Any = model.get_submodule("model")
+    layers = decoder.layers
+    decoder.layers = nn.ModuleList([recorder])
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                decoder(**batch, use_cache=False)
+    finally:
+        decoder.layers = layers
+    hidden, arguments = [states for states, _ in recorder.calls], [kwargs for _, kwargs in recorder.calls]
+    del recorder  # and with it the first layer's inputs, which `hidden` outgrows
+
+    for layer in decoder_layers(model):
+
+        def run(module: nn.Module = layer.module) -> None:
+            with torch.no_grad():
+                for i, kwargs in enumerate(arguments):
+                    hidden[i] = module(hidden[i], **kwargs)
+
+        yield layer, run
+
+
+def collect_moments(layer: DecoderLayer, run: Callable[[], None], min_tokens: int) -> dict[str, Moments]:
+    """Runs a layer and sums the inputs of its linears, by the first linear that reads each input.
+
+    Every token that reaches a linear counts: a routed layer that calls its linears for its executing tokens alone
+    is measured on those.
+
+    Raises:
+        ValueError: a linear saw too few tokens, or NaN or infinity.
+    """
+    moments: dict[str, Moments] = {}
+
+    def accumulate(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(linear: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0]
+            with plain_float32(inputs.device):
+                if name not in moments:
+                    moments[name] = Moments.zeros(inputs.shape[-1], inputs.device)
+                moments[name].add(inputs)
+
+        return hook
+
+    firsts = [mapping.linears[0] for mapping in MAPPINGS]
+    with hooks(layer.linears[name].register_forward_pre_hook(accumulate(name)) for name in firsts):
+        run()
+    for name in firsts:
+        seen = moments.get(name)
+        check_tokens(layer.path(name), seen.tokens if seen else 0, min_tokens)
+        if seen and not seen.gram.diagonal().isfinite().all():
+            raise ValueError(
+                f"the activations into {layer.path(name)} have NaN or infinity: check the model on these rows"
+            )
+    return moments
+
+
+def check_tokens(name: str, tokens: int, min_tokens: int) -> None:
+    """Raises ValueError where a linear's search would rest on too few tokens."""
+    if tokens < max(min_tokens, 1):
+        raise ValueError(
+            f"{name} saw {tokens} calibration tokens, the search needs {max(min_tokens, 1)} or more: "
+            "calibrate on more rows, or at a lower router threshold"
+        )
+
+
+def check_model(model: nn.Module, bits: Mapping[str, int], group_size: int) -> None:
+    """Refuses, before any compute, a model that can't be quantized so.
+
+    Raises:
+        ValueError: the group size doesn't divide a width, bits are out of range or don't name the model's linears,
+            a weight has NaN or infinity, or the model is in training mode.
+    """
+    shapes = linear_shapes(model)
+    if shapes.keys() != bits.keys():
+        raise ValueError(f"bits are given for other linears than the model's {len(shapes)}: {[*bits][:3]} …")
+    for name, shape in shapes.items():
+        check_quantizable({name: shape}, bits[name], group_size)
+    for name in shapes:
+        if not model.get_parameter(f"{name}.weight").isfinite().all():
+            raise ValueError(
+                f"the weights of {name} have NaN or infinity: check the checkpoint and the merge"
+            )
+    if model.training:
+        raise ValueError("the model is in training mode: call model.eval() before the search")
+
+
+@contextmanager
+def hooks(handles: Any) -> Iterator[None]:
+    """Registers hooks and takes them away again, whatever happens."""
+    registered = list(handles)
+    try:
+        yield
+    finally:
+        for handle in registered:
+            handle.remove()
+
+
+@contextmanager
+def plain_float32(device: torch.device) -> Iterator[None]:
+    """Plain float32 arithmetic, whatever autocast or inference mode the caller runs in."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield

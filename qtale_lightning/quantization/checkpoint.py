@@ -1,0 +1,141 @@
+"""Quantized models as transformers loads and saves them: `from_pretrained` on a packed folder runs."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qtale_lightning.quantization.linear import Layout, QuantizedLinear
+from qtale_lightning.quantization.mappings import decoder_layers
+from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_weight, scale_vectors
+from qtale_lightning.quantization.rtn import check_quantizable
+
+METHOD = "qtale"
+
+
+@register_quantization_config(METHOD)
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed folder.
+
+    Four bits everywhere with zero points are AutoAWQ's GEMM format, and say so (`quant_method` awq), so that
+    AWQ-aware tools read them; all else is this project's tight layout.
+
+    Args:
+        bits: of a code, one for all linears or by full name.
+        group_size: inputs that share a scale.
+        zero_point: levels are asymmetric.
+        engine: that searched the scales and clips, for the record.
+    """
+
+    def __init__(
+        self,
+        bits: int | Mapping[str, int],
+        group_size: int,
+        zero_point: bool = True,
+        engine: str | None = None,
+        **_: Any,  # what AWQ's own format says besides
+    ) -> None:
+        self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
+        self.bits = bits if isinstance(bits, int) else dict(bits)
+        self.group_size, self.zero_point, self.engine = group_size, zero_point, engine
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> "PackedConfig":
+        """The configuration of a model under a recipe."""
+        widths = set(recipe.bits.values())
+        bits = widths.pop() if len(widths) == 1 else recipe.bits
+        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine)
+
+    @property
+    def layout(self) -> Layout:
+        """How the codes are stored."""
+        return "gemm" if self.bits == 4 and self.zero_point else "tight"
+
+    def bits_of(self, name: str) -> int:
+        """Bits of the linear of a full name.
+
+        Raises:
+            ValueError: the configuration doesn't name it.
+        """
+        if isinstance(self.bits, int):
+            return self.bits
+        if name not in self.bits:
+            raise ValueError(f"quantization_config gives no bits for {name}: config.json isn't of this model")
+        return self.bits[name]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in config.json."""
+        known: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
+        known |= {"zero_point": self.zero_point, "engine": self.engine}
+        if self.layout == "gemm":
+            kept = ["lm_head", "router"]
+            return known | {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": kept}
+        return known | {"quant_method": METHOD}
+
+
+@register_quantizer(METHOD)
+class PackedQuantizer(HfQuantizer):
+    """Makes a loaded model's linears quantized ones before the weights arrive."""
+
+    quantization_config: PackedConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        for layer in decoder_layers(model):
+            for name, linear in layer.linears.items():
+                full, shape = layer.path(name), (linear.out_features, linear.in_features)
+                bits = config.bits_of(full)
+                check_quantizable({full: shape}, bits, config.group_size)
+                with torch.device("meta"):
+                    packed = QuantizedLinear(
+                        linear.in_features,
+                        linear.out_features,
+                        bits,
+                        config.group_size,
+                        config.layout,
+                        linear.bias is not None,
+                        linear.weight.dtype,
+                    )
+                layer.module.set_submodule(name, packed)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Scales, the only float16 tensors of such a folder, keep their dtype whatever the model's is."""
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        return None if stored in ("F16", "torch.float16") else super().get_new_dtype(converter, param, dtype)
+
+    def is_serializable(self) -> bool:
+        """Until it runs: see `QuantizedLinear`."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Codes have no gradient."""
+        return False
+
+
+@torch.no_grad()
+def quantize_model(model: nn.Module, recipe: Recipe) -> None:
+    """Replaces the decoder layers' linears by packed quantized ones, in place; all else keeps its precision.
+
+    Raises:
+        ValueError: the model is quantized already, or the recipe is of another model.
+    """
+    check_recipe(model, recipe)
+    config = PackedConfig.of(recipe)
+    for layer in decoder_layers(model):
+        packed = {}
+        for name, linear in layer.linears.items():
+            full = layer.path(name)
+            try:
+                weight = quantized_weight(layer, name, recipe)
+                packed[name] = QuantizedLinear.of(weight, recipe.bits[full], config.layout, linear.bias)
+            except ValueError as error:
+                raise ValueError(f"{full}: {error}") from error
+        for name, module in packed.items():
+            layer.module.set_submodule(name, module)
+        scale_vectors(layer, recipe)
+    model.config.quantization_config = config  # type: ignore[union-attr]

@@ -1,0 +1,194 @@
+"""Products with quantized weights: PyTorch's int4 kernels, and the plain reference that dequantizes.
+
+    y = x · Q(W)ᵀ,  Q(W) = (code - zero) · scale
+
+A kernel is prepared once for a weight and a device, and keeps the weight in its own layout.
+"""
+
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qtale_lightning.quantization.rtn import Quantized
+
+# Inputs of a group that PyTorch's int4 kernels take.
+INT4_GROUP_SIZES = (32, 64, 128, 256)
+# With this many tokens or more, dequantizing and a dense product are faster than the CPU's int4 kernel, whose time
+# grows with every token: benchmarks/linear.py measures both.
+CROSSOVER_TOKENS = 48
+# Weights dequantized at a time: in bfloat16, half of a core's 2 MB cache.
+TILE_WEIGHTS = 2**19
+
+
+class Kernel(Protocol):
+    """Multiplies tokens, shape `(M, in)`, with a quantized weight, to shape `(M, out)` in the tokens' dtype."""
+
+    name: str
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Dequantize:
+    """The reference, for any width, shape, dtype and device: dequantizes the whole weight at every call.
+
+    Holds one byte a code.
+    """
+
+    name = "dequantize at every call"
+
+    def __init__(self, weight: Quantized) -> None:
+        self.codes = weight.codes.to(torch.uint8)
+        self.scales, self.zeros = weight.scales.float(), weight.zeros.float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight = (self.codes - self.zeros).mul_(self.scales).flatten(-2)
+        return linear(x, weight.to(x.dtype))
+
+
+class Int4CPU:
+    """4 bits or fewer in the layout of PyTorch's int4 kernel for the CPU.
+
+    The kernel itself for a few tokens (decode), where reading the weights takes the time; for many (prefill), blocks
+    of outputs are dequantized within a core's cache and multiplied densely. The kernel computes in bfloat16 only: other
+    dtypes are always dequantized.
+
+    Raises:
+        ValueError: `supports` is False for this weight.
+    """
+
+    def __init__(self, weight: Quantized) -> None:
+        outputs, _, self.group_size = weight.codes.shape
+        block = kernel_block()
+        if block is None or not self.supports(weight):
+            raise ValueError(f"the CPU's int4 kernel doesn't take a weight of {outputs} outputs")
+        self.name = "int4 kernel or blocks" if self.group_size in INT4_GROUP_SIZES else "int4 blocks"
+        codes, self.scales, self.zeros, self.scales_and_offsets = _int4_terms(weight)
+        self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+        self.blocks = self.packed.view(outputs // block, codes.shape[1], block // 2)
+
+    @staticmethod
+    def supports(weight: Quantized) -> bool:
+        """Whether the weight is on the CPU, with codes below 16 and outputs in whole blocks."""
+        block = kernel_block()
+        return (
+            weight.codes.device.type == "cpu"
+            and block is not None
+            and weight.codes.shape[0] % block == 0
+            and bool(weight.codes.max() < 16)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        few = len(x) < CROSSOVER_TOKENS
+        if few and x.dtype == torch.bfloat16 and self.group_size in INT4_GROUP_SIZES:
+            return self.by_kernel(x)
+        return self.by_blocks(x)
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """PyTorch's kernel, for bfloat16 tokens: its time grows with every token."""
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.contiguous(), self.packed, self.group_size, self.scales_and_offsets
+        )
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        """Dense products with blocks of outputs that are dequantized in a core's cache."""
+        n_blocks, inputs, half = self.blocks.shape
+        block = 2 * half
+        step = max(1, TILE_WEIGHTS // (inputs * block))
+        scales, zeros = self.scales.to(x.dtype), self.zeros.to(x.dtype)
+        products = []
+        for first in range(0, n_blocks, step):
+            bytes_ = self.blocks[first : first + step].transpose(0, 1)  # (in, blocks, block / 2)
+            columns = slice(first * block, (first + bytes_.shape[1]) * block)
+            weight = x.new_empty(inputs, bytes_.shape[1], 2, half)  # the codes of outputs, by block and half
+            weight[:, :, 0] = bytes_ & 15
+            weight[:, :, 1] = bytes_ >> 4
+            groups = weight.view(-1, self.group_size, bytes_.shape[1] * block)
+            groups.sub_(zeros[:, None, columns]).mul_(scales[:, None, columns])
+            products.append(x @ groups.flatten(0, 1))
+        return torch.cat(products, dim=-1)
+
+
+class Int4CUDA:
+    """4 bits or fewer in the layout of PyTorch's int4 kernel for CUDA (tinygemm), bfloat16 only."""
+
+    name = "int4 kernel"
+
+    def __init__(self, weight: Quantized) -> None:
+        if not self.supports(weight):
+            raise ValueError("the CUDA int4 kernel doesn't take this weight")
+        self.group_size = weight.codes.shape[2]
+        codes, _, _, self.scales_and_offsets = _int4_terms(weight)
+        nibbles = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
+        self.packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, _inner_tiles(codes.shape[1]))
+
+    @staticmethod
+    def supports(weight: Quantized) -> bool:
+        """Whether the weight is on a GPU, with codes below 16 and a shape that the kernel takes."""
+        outputs, groups, group_size = weight.codes.shape
+        return (
+            weight.codes.device.type == "cuda"
+            and group_size in INT4_GROUP_SIZES
+            and outputs % 8 == 0
+            and _inner_tiles(groups * group_size) > 0
+            and bool(weight.codes.max() < 16)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        low = x.to(torch.bfloat16).contiguous()
+        product = torch.ops.aten._weight_int4pack_mm(
+            low, self.packed, self.group_size, self.scales_and_offsets
+        )
+        return product.to(x.dtype)
+
+
+def _int4_terms(weight: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes, shape `(out, in)`, scales and zero points, `(groups, out)`, and the kernels' `(groups, out, 2)` of both.
+
+    The kernels' levels are (code - 8) · scale + offset with offset = (8 - zero) · scale, rounded to bfloat16: codes of
+    fewer than 4 bits are moved to the middle, where offsets and so their rounding are small.
+    """
+    codes = weight.codes.flatten(1).to(torch.uint8)
+    shift = (15 - int(codes.max())) // 2
+    scales, zeros = (term.squeeze(-1).T.float().contiguous() for term in (weight.scales, weight.zeros))
+    zeros = zeros + shift
+    both = torch.stack([scales, (8 - zeros) * scales], dim=-1)
+    return codes + shift, scales, zeros, both.to(torch.bfloat16).contiguous()
+
+
+def _inner_tiles(inputs: int) -> int:
+    """The largest of the kernel's inner tile counts that divides the inputs; 0 where none does."""
+    return next((tiles for tiles in (8, 4, 2) if inputs % (16 * tiles) == 0), 0)
+
+
+def choose_kernel(weight: Quantized) -> Kernel:
+    """The fastest kernel that takes a weight where it lies."""
+    for kernel in (Int4CPU, Int4CUDA):
+        if kernel.supports(weight):
+            return kernel(weight)
+    return Dequantize(weight)
+
+
+@cache
+def kernel_block() -> int | None:
+    """Outputs in a block of the CPU kernel's layout here, or None where the layout is another one.
+
+    The layout follows the processor: a block of 64 outputs with AVX-512, of 32 with AVX2. In a block, byte j of an
+    input holds output j in its low and output j + block / 2 in its high half. It is not documented, so it is probed.
+    """
+    inputs = 32
+    # Random codes: they differ between outputs as between inputs, so that no other layout passes for one of these.
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (128, inputs), generator=generator, dtype=torch.int32, device="cpu")
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (RuntimeError, AttributeError):
+        return None
+    for block in (64, 32):
+        halves = packed.view(128 // block, inputs, block // 2)
+        found = torch.cat([halves & 15, halves >> 4], dim=-1).transpose(1, 2).flatten(0, 1)
+        if torch.equal(found.int(), codes):
+            return block
+    return None

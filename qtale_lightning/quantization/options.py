@@ -1,0 +1,115 @@
+"""What is asked of a quantization, and the engines that can do it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import nn
+
+from qtale_lightning.quantization import autoawq, awq
+from qtale_lightning.quantization.calibration import MIN_TOKENS, Batch
+from qtale_lightning.quantization.precision import CANDIDATES, Bits, uniform
+from qtale_lightning.quantization.recipe import Recipe, round_to_nearest
+from qtale_lightning.quantization.rtn import check_quantizable
+
+Engine = Literal["native", "autoawq", "rtn"]
+
+
+def _round_to_nearest(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    precisions: Sequence[Bits],
+    group_size: int,
+    symmetric: bool = False,
+    **_: Any,
+) -> list[Recipe]:
+    """The baseline: no scales, no clips, nothing to calibrate."""
+    return [round_to_nearest(dict(bits), group_size, symmetric) for bits in precisions]
+
+
+ENGINES: dict[Engine, Callable[..., list[Recipe]]] = {
+    "native": awq.search,
+    "autoawq": autoawq.search,
+    "rtn": _round_to_nearest,
+}
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """What to make of an exported model; see the `quantize` callback for the meaning of each.
+
+    Attributes:
+        bits: a whole number is one width for all linears, a fraction an average to be spent where errors are largest.
+    """
+
+    bits: tuple[float, ...] = (4, 3)
+    group_size: int = 128
+    engine: Engine = "native"
+    symmetric: bool = False
+    patterns: Mapping[str, int] = field(default_factory=dict)
+    sequences: int = 128
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether the engine looks at calibration sequences."""
+        return self.engine != "rtn"
+
+    def candidates(self, bits: Sequence[float]) -> tuple[int, ...]:
+        """The widths that average-bits budgets among `bits` choose from."""
+        return CANDIDATES if any(width != int(width) for width in bits) else ()
+
+    def check(self, shapes: Mapping[str, tuple[int, int]], reserved_tokens: int) -> None:
+        """Refuses what can't be quantized, before anything expensive starts.
+
+        Args:
+            shapes: the linears' `(out, in)`, by full name.
+            reserved_tokens: tokens of a sequence that execute every layer: all that a layer sees for certain.
+
+        Raises:
+            ValueError: with the option to change.
+        """
+        if self.engine not in ENGINES:
+            raise ValueError(f"--quantize.engine {self.engine!r}: choose one of {', '.join(ENGINES)}")
+        if self.sequences < 1:
+            raise ValueError(f"--quantize.sequences {self.sequences} must be positive")
+        if reserved_tokens < 1:
+            raise ValueError(
+                f"--model.reserved_tokens {reserved_tokens} must be at least 1: a query needs a key to attend to in "
+                "every layer"
+            )
+        if self.bits and self.calibrates and self.sequences * reserved_tokens < MIN_TOKENS:
+            raise ValueError(
+                f"--quantize.sequences {self.sequences} calibrates a layer that routers always skip on "
+                f"{self.sequences * reserved_tokens} tokens, but the search needs {MIN_TOKENS}: give at least "
+                f"{-(-MIN_TOKENS // reserved_tokens)}"
+            )
+        for bits in self.bits:
+            try:
+                if not math.isfinite(bits):
+                    raise ValueError("bits must be a number")
+                if bits == int(bits):
+                    check_quantizable(shapes, int(bits), self.group_size)
+                else:
+                    self._check_budget(bits)
+                    check_quantizable(shapes, CANDIDATES[0], self.group_size)
+            except ValueError as error:
+                raise ValueError(
+                    f"--quantize.bits {bits:g}, --quantize.group_size {self.group_size}: {error}"
+                ) from None
+        for pattern, width in self.patterns.items():
+            try:
+                check_quantizable({}, width, self.group_size)
+                uniform(shapes, width, {pattern: width})
+            except ValueError as error:
+                raise ValueError(f"--quantize.patterns {pattern!r}: {error}") from None
+
+    def _check_budget(self, bits: float) -> None:
+        if self.engine != "native":
+            raise ValueError("an average of bits is spent by the engine native's measured errors: choose it")
+        if self.patterns:
+            raise ValueError(
+                "an average of bits chooses every width by itself: leave --quantize.patterns out"
+            )
+        if not CANDIDATES[0] < bits < CANDIDATES[-1]:
+            raise ValueError(f"an average of bits lies between {CANDIDATES[0]} and {CANDIDATES[-1]}")

@@ -1,0 +1,209 @@
+"""A recipe: what an engine's search found for one precision, and how a model takes it on."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qtale_lightning.files import replacing
+from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers, split_name
+from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
+
+FILE_FORMAT = "qtale-quantization-2"
+CLIP_STEP = 1 / 20  # of a group's largest magnitude: a clip of k leaves (1 - k/20) of it
+
+
+class OutputError(NamedTuple):
+    """A linear's mean squared output error on its calibration inputs, over tokens and outputs.
+
+    Attributes:
+        rtn: rounded to nearest.
+        found: with the recipe's scales and clips.
+        power: mean square of the output itself.
+    """
+
+    rtn: float
+    found: float
+    power: float
+
+    @property
+    def relative(self) -> float:
+        """‖X·ΔWᵀ‖² / ‖X·Wᵀ‖² with the recipe; 0 where the output is 0."""
+        return self.found / self.power if self.power else 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a search found for one precision. Tensors lie on the CPU; names are full module names.
+
+    Attributes:
+        engine: that searched.
+        bits: by the linear's name.
+        scales: by the previous operation's name, shape `(in,)` of the linears it feeds, float32. Round-to-nearest
+            has none.
+        clips: by the linear's name, steps of `CLIP_STEP` by which a group's largest magnitude shrinks before it is
+            rounded, shape `(out, in / group_size)`, uint8. They refer to the weight with scaled columns; rows may
+            be scaled afterwards, since that scales a group as a whole.
+        errors: by the linear's name.
+        tokens: by the decoder layer's name, the calibration tokens that executed it.
+    """
+
+    engine: str
+    bits: dict[str, int]
+    group_size: int
+    symmetric: bool = False
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    clips: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, OutputError] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+
+    def scheme(self, name: str) -> Scheme:
+        """How the linear of a full name is rounded."""
+        return Scheme(self.bits[name], self.group_size, self.symmetric)
+
+    @classmethod
+    def compose(cls, parts: Mapping[str, "Recipe"]) -> "Recipe":
+        """A recipe that takes each linear, with the scales of its input, from another one.
+
+        Args:
+            parts: by linear; linears that share an input must come from the same recipe.
+        """
+        one = next(iter(parts.values()))
+        whole = cls(one.engine, {}, one.group_size, one.symmetric, tokens=one.tokens)
+        for name, part in parts.items():
+            whole.bits[name] = part.bits[name]
+            if name in part.errors:
+                whole.errors[name] = part.errors[name]
+            if name in part.clips:
+                whole.clips[name] = part.clips[name]
+            layer, mapping = split_name(name)
+            if (previous := f"{layer}.{mapping.previous}") in part.scales:
+                whole.scales[previous] = part.scales[previous]
+        return whole
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, atomically."""
+        tensors = {f"scales/{name}": scale for name, scale in self.scales.items()}
+        tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in plain.items()}
+        with replacing(Path(path)) as unfinished:
+            save_file(tensors, unfinished, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Recipe":
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a recipe.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no quantization recipe at {path}: run the quantize stage first")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            tensors = load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a safetensors file ({error}): run the search again") from error
+        if metadata.get("format") != FILE_FORMAT:
+            raise ValueError(f"{path} is not a recipe in format {FILE_FORMAT}: run the search again")
+        plain = {name: json.loads(metadata[name]) for name in _PLAIN}
+        plain["errors"] = {name: OutputError(*values) for name, values in plain["errors"].items()}
+        scales, clips = (
+            {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
+            for kind in ("scales/", "clips/")
+        )
+        return cls(scales=scales, clips=clips, **plain)
+
+
+_PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "tokens")
+
+
+def round_to_nearest(bits: dict[str, int], group_size: int, symmetric: bool = False) -> Recipe:
+    """The baseline `rtn`: no scales, no clips, nothing to calibrate."""
+    return Recipe("rtn", bits, group_size, symmetric)
+
+
+def clip_weight(weight: Tensor, steps: Tensor | None) -> Tensor:
+    """Clamps a weight's groups: shapes `(out, in)`, `(out, n_groups)`; None clips nothing."""
+    if steps is None:
+        return weight
+    groups = weight.unflatten(-1, (steps.shape[1], -1))
+    limit = clip_limit(groups.abs().amax(-1, keepdim=True), steps.to(weight.device)[..., None])
+    return groups.clamp(-limit, limit).flatten(-2)
+
+
+def clip_limit(peak: Tensor, steps: Tensor) -> Tensor:
+    """What a clip leaves of a group's largest magnitude, as AutoAWQ computes it, whose factors are Python floats.
+
+    Where a clip cuts both ends of a group, the zero point lies half-way between two codes and a last bit decides:
+    the search and what is applied must agree in it.
+    """
+    return peak * (1 - steps.double() * CLIP_STEP).to(peak.dtype)
+
+
+def quantized_weight(layer: DecoderLayer, name: str, recipe: Recipe) -> Quantized:
+    """A linear's codes, scales and zero points under a recipe: columns scaled, clipped, rounded, rows scaled back."""
+    full = layer.path(name)
+    clipped = clip_weight(layer.scaled_columns(name, recipe.scales), recipe.clips.get(full))
+    codes, scales, zeros = quantize(clipped, recipe.scheme(full))
+    rows = recipe.scales.get(full)  # the linear is the operation before another one
+    return Quantized(codes, scales if rows is None else scales / rows.to(scales)[:, None, None], zeros)
+
+
+@torch.no_grad()
+def apply_scales(model: nn.Module, recipe: Recipe) -> None:
+    """Folds the scales into the weights in place: previous operation / s, next linears' columns * s.
+
+    Logits and the hidden states between layers don't change, beyond floating-point noise.
+
+    Raises:
+        ValueError: the recipe is of another model.
+    """
+    check_recipe(model, recipe)
+    for layer in decoder_layers(model):
+        for name, linear in layer.linears.items():
+            weight, rows = layer.scaled_columns(name, recipe.scales), recipe.scales.get(layer.path(name))
+            linear.weight.copy_(weight if rows is None else weight / rows.to(weight)[:, None])
+        scale_vectors(layer, recipe)
+
+
+@torch.no_grad()
+def scale_vectors(layer: DecoderLayer, recipe: Recipe) -> None:
+    """Divides norms' weights and linears' biases by the scales of what they feed, in place."""
+    for mapping in layer.scaled_mappings():
+        scale = recipe.scales.get(layer.path(mapping.previous))
+        for parameter in layer.module.get_submodule(mapping.previous).parameters(recurse=False):
+            if scale is not None and parameter.dim() == 1:
+                parameter.div_(scale.to(parameter.device))
+
+
+def check_recipe(model: nn.Module, recipe: Recipe) -> None:
+    """Raises ValueError where the recipe's names or shapes aren't those of the model."""
+    searched = bool(recipe.scales)
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in decoder_layers(model):
+        for mapping in layer.scaled_mappings() if searched else []:
+            width = layer.linears[mapping.linears[0]].in_features
+            expected[f"scales of {layer.path(mapping.previous)}"] = (width,)
+        for name, linear in layer.linears.items():
+            expected[f"bits of {layer.path(name)}"] = ()
+            if searched and name not in NOT_CLIPPED:
+                shape = (linear.out_features, linear.in_features // recipe.group_size)
+                expected[f"clips of {layer.path(name)}"] = shape
+    found: dict[str, tuple[int, ...]] = {f"bits of {name}": () for name in recipe.bits}
+    found |= {f"scales of {name}": tuple(scale.shape) for name, scale in recipe.scales.items()}
+    found |= {f"clips of {name}": tuple(clip.shape) for name, clip in recipe.clips.items()}
+    for what in sorted(expected.keys() | found.keys()):
+        if expected.get(what) != found.get(what):
+            raise ValueError(
+                f"the recipe is of another model: the shape of the {what} is {found.get(what)}, this "
+                f"model needs {expected.get(what)}; search again"
+            )

@@ -1,0 +1,87 @@
+"""Export: the trained model in Hugging Face format, and how it is loaded again."""
+
+import logging
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from qtale_lightning.files import replacing
+from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.sources import source_name
+from qtale_lightning.module import QTALEModule
+from qtale_lightning.run import RunDirectory
+
+log = logging.getLogger(__name__)
+
+
+def export(
+    run: RunDirectory, module: QTALEModule, checkpoint: dict[str, Any] | None, dtype: torch.dtype
+) -> None:
+    """Merge the best checkpoint in float32 and save it in Hugging Face format, with routers and their configuration.
+
+    Args:
+        run: Where ``model/`` goes; nothing is done if it is there.
+        module: A fresh module of the run's configuration, its model not loaded yet; it is used up.
+        checkpoint: Trainable weights, as in the checkpoint's ``state_dict``; None exports the untrained model.
+        dtype: Of the saved weights; routers stay in float32.
+
+    Raises:
+        ValueError: The checkpoint doesn't fit, or merging changes the logits by more than rounding.
+    """
+    if run.model().is_dir():
+        return
+    module.configure_model()
+    if checkpoint is not None:
+        module.load_state_dict(checkpoint)
+    module.eval()
+    probe = torch.arange(2, 34).unsqueeze(0) % module.model.config.vocab_size
+    with torch.no_grad():
+        before = module.model(probe, routing=Routing(threshold=0.0)).logits
+        model = module.merge()
+        after = model(probe, routing=Routing(threshold=0.0)).logits
+    # float32 merging moves logits of size ~10 by ~1e-5; anything near 1e-2 is not rounding.
+    if (drift := float((before - after).abs().max())) > 1e-2:
+        raise ValueError(
+            f"merging LoRA changed logits by {drift:.3g}, more than rounding: the checkpoint is not sound"
+        )
+    for name, parameter in model.named_parameters():
+        if ".router." not in name:
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    with replacing(run.model()) as folder:
+        model.save_pretrained(folder)
+        module.tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(_model_card(run, module), encoding="utf-8")
+    log.info("exported %s (merging moved logits by %.2g at most)", run.model(), drift)
+
+
+def _model_card(run: RunDirectory, module: QTALEModule) -> str:
+    config = module.model.config
+    return (
+        f"---\nlibrary_name: transformers\ntags: [qtale, routed-llama]\n---\n# {run.root.name}\n\n"
+        f"{module.name} ({source_name(module.name, module.path)}), fine-tuned with method `{module.method}`; LoRA is "
+        f"merged. Layers {config.start_layer} to {config.num_hidden_layers - 1} have routers of width "
+        f"{config.router_width}: a token executes such a layer iff p(execute) ≥ θ = {config.threshold} "
+        "(`config.threshold`; 0 is the dense model).\n\n"
+        "```python\nimport qtale_lightning  # registers the model\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("model")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("model")\n```\n\n'
+        "Results: `../results.md`; configuration: `../config.yaml`.\n"
+    )
+
+
+def load_exported(run: RunDirectory, bits: float = 16, engine: str = "native") -> RoutedLlamaForCausalLM:
+    """The run's model at a precision, in evaluation mode, on a GPU where there is one.
+
+    Raises:
+        FileNotFoundError: That precision isn't there; the message says which stage makes it.
+    """
+    folder = run.model(bits, engine)
+    if not folder.is_dir():
+        stage = "`make train`" if bits == 16 else "`python -m qtale_lightning quantize <run>`"
+        raise FileNotFoundError(f"{folder} isn't there: {stage} makes it.")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,101 @@
+"""What can't be quantized is refused before training, with the option to change."""
+
+import re
+from typing import Any
+
+import pytest
+
+from qtale_lightning.quantization.calibration import MIN_TOKENS
+from qtale_lightning.quantization.options import ENGINES, QuantizationOptions
+
+SHAPES = {"model.layers.0.self_attn.q_proj": (128, 128), "model.layers.0.mlp.down_proj": (128, 384)}
+RESERVED = 2
+
+
+def check(reserved_tokens: int = RESERVED, **options: Any) -> None:
+    QuantizationOptions(**options).check(SHAPES, reserved_tokens)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": (2, 3, 4, 5, 6, 7, 8)},
+        {"bits": (2.5, 3.25, 7.9)},
+        {"bits": (3.5, 4), "group_size": 32, "symmetric": True},
+        {"engine": "rtn", "sequences": 1},
+        {"engine": "autoawq", "patterns": {"*.down_proj": 8}},
+        {"bits": (), "sequences": 1},  # nothing to quantize needs no calibration
+        {"sequences": -(-MIN_TOKENS // RESERVED)},
+    ],
+)
+def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
+    check(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "gptq"}, "--quantize.engine 'gptq': choose one of native, autoawq, rtn"),
+        ({"sequences": 0}, "--quantize.sequences 0 must be positive"),
+        ({"sequences": -3, "engine": "rtn"}, "--quantize.sequences -3 must be positive"),
+        ({"sequences": 15}, "--quantize.sequences 15 .* 30 tokens, .* needs 32: give at least 16$"),
+        ({"bits": (4, 1)}, "--quantize.bits 1, --quantize.group_size 128: bits must be from 2 to 8"),
+        ({"bits": (9,)}, "--quantize.bits 9, .*: bits must be from 2 to 8"),
+        ({"bits": (16,)}, "--quantize.bits 16, .*: bits must be from 2 to 8"),
+        ({"group_size": 256}, "--quantize.group_size 256: .* input width 128 of q_proj.* such as 128"),
+        ({"group_size": 0}, "--quantize.group_size 0: group_size must be positive"),
+        ({"bits": (3.5,), "group_size": 100}, "--quantize.bits 3.5, --quantize.group_size 100: .* q_proj"),
+        ({"bits": (3.5,), "engine": "rtn"}, "--quantize.bits 3.5, .* engine native's measured errors"),
+        ({"bits": (3.5,), "engine": "autoawq"}, "--quantize.bits 3.5, .* engine native's measured errors"),
+        ({"bits": (3.5,), "patterns": {"*": 8}}, "--quantize.bits 3.5, .* leave --quantize.patterns out"),
+        ({"bits": (1.5,)}, "--quantize.bits 1.5, .* lies between 2 and 8"),
+        ({"bits": (8.5,)}, "--quantize.bits 8.5, .* lies between 2 and 8"),
+        ({"patterns": {"*.down_proj": 8, "*.q_proj": 9}}, "--quantize.patterns '\\*.q_proj': .* got 9"),
+    ],
+)
+def test_what_can_not_names_its_option(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace("--quantize.", re.escape("--quantize."))):
+        check(**options)
+
+
+def test_more_reserved_tokens_need_fewer_sequences() -> None:
+    check(reserved_tokens=MIN_TOKENS, sequences=1)
+    with pytest.raises(ValueError, match=f"on {MIN_TOKENS - 1} tokens.* at least 2$"):
+        check(reserved_tokens=MIN_TOKENS - 1, sequences=1)
+
+
+@pytest.mark.parametrize("reserved_tokens", [0, -1])
+def test_a_layer_must_see_some_tokens(reserved_tokens: int) -> None:
+    with pytest.raises(ValueError, match=f"--model.reserved_tokens {reserved_tokens} must be at least 1"):
+        check(reserved_tokens)
+
+
+def test_a_group_must_divide_every_width() -> None:
+    """48 divides 384 alone."""
+    with pytest.raises(ValueError, match="input width 128 of q_proj"):
+        check(group_size=48)
+
+
+def test_only_averages_need_candidates() -> None:
+    options = QuantizationOptions()
+    assert options.candidates([4, 3.0]) == ()
+    assert options.candidates([]) == ()
+    assert options.candidates([4, 3.5]) == (2, 3, 4, 8)
+
+
+def test_only_round_to_nearest_needs_no_calibration() -> None:
+    assert {engine: QuantizationOptions(engine=engine).calibrates for engine in ENGINES} == {
+        "native": True,
+        "autoawq": True,
+        "rtn": False,
+    }
+
+
+def test_round_to_nearest_has_the_engines_interface() -> None:
+    precisions = [{"model.layers.0.mlp.up_proj": bits} for bits in (4, 3)]
+    recipes = ENGINES["rtn"](None, [], precisions, 32, True, progress=lambda *_: pytest.fail("no layers"))
+    assert [recipe.bits for recipe in recipes] == precisions
+    for recipe in recipes:
+        assert (recipe.engine, recipe.group_size, recipe.symmetric) == ("rtn", 32, True)
+        assert (recipe.scales, recipe.clips, recipe.errors) == ({}, {}, {})
