@@ -4,9 +4,9 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -14,6 +14,8 @@ from rich.table import Table
 
 from qtale_lightning.files import replacing
 from qtale_lightning.report.metadata import hardware, package_versions
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -29,10 +31,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    contenders: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2
-) -> dict[str, list[float]]:
+    contenders: Mapping[Key, Callable[[], Any]], repeats: int, warmup: int = 2
+) -> dict[Key, list[float]]:
     """Seconds of each contender, one after the other in every round, so that drift of the machine hits all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    seconds: dict[Key, list[float]] = {name: [] for name in contenders}
     for round_ in range(warmup + repeats):
         for name, run in contenders.items():
             if torch.cuda.is_available():

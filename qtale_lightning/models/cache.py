@@ -14,25 +14,27 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: Buffers ``(B, H, capacity, d)``; slots at and behind a sequence's length are unused.
-        lengths: Tokens kept of each sequence, ``(B,)``.
-        longest: The largest of them.
+        lengths: Tokens kept of each sequence, B of them.
     """
 
     is_sliding = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.lengths: Tensor | None = None
-        self.longest = 0
-        self.uniform = True
+        self.lengths: tuple[int, ...] = ()
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty buffers for keys like ``key_states (B, H, *, d)``."""
         batch, heads, _, width = key_states.shape
         self.keys = key_states.new_zeros(batch, heads, 0, width)
         self.values = value_states.new_zeros(batch, heads, 0, width)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=key_states.device)
+        self.lengths = (0,) * batch
         self.is_initialized = True
+
+    @property
+    def longest(self) -> int:
+        """Slots in use by the longest sequence."""
+        return max(self.lengths, default=0)
 
     def _reserve(self, capacity: int, spare: int) -> None:
         assert self.keys is not None
@@ -55,32 +57,27 @@ class RoutedCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
         assert self.values is not None
-        assert self.lengths is not None
         past, new = self.lengths, packing.length
-        first = self.longest == 0
-        spare = _GROWTH if new == 1 else 0
-        if self.uniform and packing.uniform:
-            end = self.longest + new
-            self._reserve(end, spare)
-            self.keys[:, :, self.longest : end] = key_states
-            self.values[:, :, self.longest : end] = value_states
-            self.longest = end
+        shortest, longest = min(past), max(past)
+        # Room for padding slots too: they are written behind a sequence's end, and overwritten later.
+        self._reserve(longest + new, _GROWTH if new == 1 else 0)
+        aligned = shortest == longest
+        if aligned:
+            self.keys[:, :, longest : longest + new] = key_states
+            self.values[:, :, longest : longest + new] = value_states
         else:
-            lengths = past + packing.counts
-            longest = int(lengths.max())
-            # Room for padding slots too: they are written behind a sequence's end, and overwritten later.
-            self._reserve(int(past.max()) + new, spare)
-            slots = past[:, None] + torch.arange(new, device=past.device)
-            rows = torch.arange(len(past), device=past.device)[:, None]
+            starts = torch.tensor(past, device=key_states.device)
+            slots = starts[:, None] + torch.arange(new, device=key_states.device)
+            rows = torch.arange(len(past), device=key_states.device)[:, None]
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
-            self.longest, self.uniform = longest, bool((lengths == longest).all())
-        self.lengths = past + packing.counts
-        keys, values = self.keys[:, :, : self.longest], self.values[:, :, : self.longest]
-        if first or (new == 1 and self.uniform and packing.uniform):
+        self.lengths = tuple(kept + count for kept, count in zip(past, packing.counts, strict=True))
+        end = self.longest
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        if longest == 0 or (new == 1 and aligned and packing.uniform):
             return keys, values, None
-        queries = past[:, None] + torch.arange(new, device=past.device)
-        mask = torch.arange(self.longest, device=past.device) <= queries[:, :, None]
+        queries = torch.tensor(past, device=keys.device)[:, None] + torch.arange(new, device=keys.device)
+        mask = torch.arange(end, device=keys.device) <= queries[:, :, None]
         return keys, values, mask[:, None]
 
     def get_seq_length(self) -> int:
@@ -100,17 +97,16 @@ class RoutedCacheLayer(CacheLayerMixin):
         if self.is_initialized:
             assert self.keys is not None
             assert self.values is not None
-            assert self.lengths is not None
             index = index.to(self.keys.device)
             self.keys, self.values = self.keys[index], self.values[index]
-            self.lengths = self.lengths[index]
+            self.lengths = tuple(self.lengths[i] for i in index.tolist())
 
     def memory(self) -> int:
         """Bytes of kept keys and values (buffers' spare slots not counted)."""
-        if self.keys is None or self.lengths is None:
+        if self.keys is None:
             return 0
         _, heads, _, width = self.keys.shape
-        return 2 * int(self.lengths.sum()) * heads * width * self.keys.element_size()
+        return 2 * sum(self.lengths) * heads * width * self.keys.element_size()
 
     def reset(self) -> None:
         """Forget everything."""
@@ -152,8 +148,7 @@ class RoutedCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence, for several continuations of each."""
         for layer in self.layers:
-            if layer.lengths is not None:
-                layer.select(torch.arange(len(layer.lengths)).repeat_interleave(repeats))
+            layer.select(torch.arange(len(layer.lengths)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences ``indices``."""

@@ -4,12 +4,13 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.cache import RoutedCache
+from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.routed_layer import attach_router
 from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
@@ -239,6 +240,8 @@ def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForC
             )
         attach_router(layer, index, router)
     for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = RoutedLinear
         if hasattr(module, "config"):
             module.config = config  # type: ignore[assignment]
     return model  # type: ignore[return-value]

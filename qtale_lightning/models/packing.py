@@ -15,37 +15,43 @@ class Packing:
     tokens in a sequence.
 
     Attributes:
+        counts: Executing tokens of each sequence, B of them.
         index: Flat positions of executing tokens in the batch, ``(N,)``; None when every token executes.
-        row, slot: Their sequence and their place in it, ``(N,)``.
-        counts: Executing tokens of each sequence, ``(B,)``.
-        length: L.
-        uniform: All counts are equal, so that rows are a view of the flat tokens.
+        slots: Flat positions of executing tokens in the rows, ``(N,)``; None where rows are a view of the flat tokens.
     """
 
-    index: Tensor | None
-    row: Tensor
-    slot: Tensor
-    counts: Tensor
-    length: int
-    uniform: bool
+    counts: tuple[int, ...]
+    index: Tensor | None = None
+    slots: Tensor | None = None
 
     @classmethod
     def of(cls, executing: Tensor) -> "Packing":
         """The packing of decisions, bool ``(B, T)``."""
         _, length = executing.shape
-        counts = executing.sum(1)
-        longest, shortest = (int(value) for value in torch.stack([counts.max(), counts.min()]).tolist())
-        if shortest == length:
-            empty = counts.new_empty(0)
-            return cls(None, empty, empty, counts, length, uniform=True)
+        counts = tuple(executing.sum(1).tolist())
+        longest, shortest = max(counts), min(counts)
+        if shortest == length or longest == 0:
+            return cls(counts)
         index = executing.flatten().nonzero().squeeze(1)
-        row = index // length
-        slot = (executing.cumsum(1) - 1).flatten()[index]
-        return cls(index, row, slot, counts, longest, uniform=longest == shortest)
+        if longest == shortest:
+            return cls(counts, index)
+        rows = torch.arange(len(counts), device=executing.device).mul_(longest)
+        slots = (rows[:, None] + executing.cumsum(1)).flatten()[index] - 1
+        return cls(counts, index, slots)
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return max(self.counts)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all counts are equal, so that rows are a view of the flat tokens."""
+        return self.slots is None
 
     def gather(self, x: Tensor) -> Tensor:
         """Executing tokens of ``(B, T, …)`` as ``(1, N, …)``; the tensor itself when every token executes."""
-        return x if self.index is None else x.flatten(0, 1)[self.index].unsqueeze(0)
+        return x if self.index is None else x.flatten(0, 1).index_select(0, self.index).unsqueeze(0)
 
     def scatter(self, x: Tensor, packed: Tensor) -> Tensor:
         """``x (B, T, …)`` with its executing tokens replaced by ``packed (1, N, …)``."""
@@ -54,19 +60,19 @@ class Packing:
         return x.flatten(0, 1).index_copy(0, self.index, packed.squeeze(0)).view_as(x)
 
     def to_rows(self, x: Tensor) -> Tensor:
-        """Heads of flat tokens ``(1, H, N, d)`` as rows ``(B, H, L, d)``; unused slots are zero."""
+        """Flat tokens ``(1, N, H, d)`` as rows ``(B, L, H, d)``; unused slots are zero."""
         if self.index is None:
             return x
-        batch, (_, heads, _, width) = len(self.counts), x.shape
-        tokens = x.squeeze(0).transpose(0, 1)
-        if self.uniform:
-            return tokens.reshape(batch, self.length, heads, width).transpose(1, 2)
-        rows = x.new_zeros(batch, self.length, heads, width)
-        rows[self.row, self.slot] = tokens
-        return rows.transpose(1, 2)
+        shape = (len(self.counts), self.length, *x.shape[2:])
+        if self.slots is None:
+            return x.view(shape)
+        return (
+            x.new_zeros(shape[0] * shape[1], *shape[2:]).index_copy_(0, self.slots, x.squeeze(0)).view(shape)
+        )
 
     def from_rows(self, rows: Tensor) -> Tensor:
-        """Rows ``(B, L, H, d)`` as flat tokens ``(1, N, H, d)``."""
+        """Rows ``(B, L, …)`` as flat tokens ``(1, N, …)``."""
         if self.index is None:
             return rows
-        return rows.flatten(0, 1).unsqueeze(0) if self.uniform else rows[self.row, self.slot].unsqueeze(0)
+        flat = rows.flatten(0, 1)
+        return (flat if self.slots is None else flat.index_select(0, self.slots)).unsqueeze(0)

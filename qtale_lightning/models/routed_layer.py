@@ -1,19 +1,34 @@
 """The routed decoder layer: one definition, y = w · layer(x) + (1 − w) · x, and two ways to execute it."""
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
 
-from qtale_lightning.models.attention import Masked, Packed
+from qtale_lightning.models.attention import Attention, Masked, Packed
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
 
 
-class RoutedLayer(nn.Module):
-    """Mixed in before a transformers decoder layer's class, whose own forward computes ``layer(x)``.
+class RoutedLlamaAttention(LlamaAttention):
+    """A LLaMA layer's projections around an attention of our own."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention
+    ) -> Tensor:
+        """Shape ``(B, T, D)`` from ``(B, T, D)``; ``rotary`` holds cosines and sines, ``(1|B, T, d)``."""
+        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2)
+        dropout = float(self.attention_dropout or 0.0) if self.training else 0.0
+        return self.o_proj(attend(query, key, value, self.scaling, dropout).flatten(2))
+
+
+class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
+    """A LLaMA layer with a router; parameters keep their names.
 
     Masked execution computes every token and mixes; packed execution gathers the executing tokens, computes them
     alone and scatters them back. At the same decisions the two agree to floating-point noise.
@@ -22,13 +37,13 @@ class RoutedLayer(nn.Module):
     router: Router | None
     layer_idx: int
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         routing: Routing,
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: RoutedCache | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> Tensor:
         """Hidden states after the layer, ``(B, T, D)`` from ``(B, T, D)``.
 
@@ -36,50 +51,39 @@ class RoutedLayer(nn.Module):
         """
         gate = routing.decide(self.layer_idx, self.router, hidden_states)
         if routing.execution == "masked":
-            plan = Masked(routing.attention_bias(hidden_states.dtype), None if self.router is None else gate)
-            output = super().forward(
-                hidden_states, position_embeddings=position_embeddings, plan=plan, **_plain(kwargs)
-            )
+            bias = routing.attention_bias(hidden_states.dtype)
             if self.router is None:
-                return output
+                return self.execute(hidden_states, position_embeddings, Masked(bias, None))
+            output = self.execute(hidden_states, position_embeddings, Masked(bias, gate))
             weight = gate.to(output.dtype).unsqueeze(-1)
             return weight * output + (1 - weight) * hidden_states
 
-        packing = Packing.of(gate)
-        if packing.length == 0:  # nobody executes: the layer isn't called
+        packing = routing.packing(gate)
+        if packing.length == 0:  # nobody executes: the layer isn't computed
             return hidden_states
         cache = past_key_values.layer(self.layer_idx) if past_key_values is not None else None
-        output = super().forward(
-            packing.gather(hidden_states),
-            position_embeddings=tuple(
-                packing.gather(x.expand(*hidden_states.shape[:2], -1)) for x in position_embeddings
-            ),
-            plan=Packed(packing, cache),
-            **_plain(kwargs),
-        )
+        if packing.index is not None:
+            shape = hidden_states.shape[:2]
+            cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
+            position_embeddings = cos, sin
+        output = self.execute(packing.gather(hidden_states), position_embeddings, Packed(packing, cache))
         return packing.scatter(hidden_states, output)
 
-
-def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The layer's other arguments, without those that a routed layer answers itself."""
-    return {k: v for k, v in kwargs.items() if k not in ("attention_mask", "position_ids", "use_cache")}
-
-
-@cache
-def routed_class(layer_class: type[nn.Module]) -> type[nn.Module]:
-    """The routed version of a transformers decoder layer class, e.g. ``RoutedLlamaDecoderLayer``."""
-    return type(f"Routed{layer_class.__name__}", (RoutedLayer, layer_class), {"__module__": __name__})
+    def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """``layer(x)``: Hugging Face's LLaMA layer, ``(B, T, D)`` from ``(B, T, D)``, with an attention of our own."""
+        attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
+        hidden_states = hidden_states + attention
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 def attach_router(layer: nn.Module, index: int, router: Router | None) -> None:
     """Make a decoder layer routed in place: its parameters keep their names, and it gains a ``router`` child.
 
     Args:
-        layer: A transformers decoder layer (called with hidden states first and ``position_embeddings``, returns a
-            tensor).
+        layer: A transformers LLaMA layer.
         index: Its place in the model.
         router: None for a layer that always executes.
     """
-    layer.__class__ = routed_class(type(layer))  # type: ignore[arg-type]  # classes are hashable
+    layer.__class__, layer.self_attn.__class__ = RoutedLlamaDecoderLayer, RoutedLlamaAttention
     layer.layer_idx = index  # type: ignore[assignment]
     layer.router = router  # type: ignore[assignment]

@@ -31,9 +31,12 @@ class Router(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits (skip, execute), shape ``(..., 2)`` in float32, of hidden states ``(..., hidden)`` of any dtype."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            hidden = self.down(hidden_states.float())
-            return self.out(nn.functional.silu(self.norm(hidden)))
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(hidden_states)
+        hidden = self.down(hidden_states.float())
+        return self.out(nn.functional.silu(self.norm(hidden)))
 
 
 def execute_probability(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
 
 Execution = Literal["masked", "packed"]
@@ -42,6 +43,7 @@ class Routing:
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: Tensor | None = None
+    _packing: Packing | None = None
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
@@ -60,6 +62,14 @@ class Routing:
             gate = torch.where(self.free, execute_probability(logits) >= self.threshold, self.tokens)
         self.gates[layer] = gate
         return gate
+
+    def packing(self, gate: Tensor) -> Packing:
+        """Where the executing tokens of a layer go; the same for all layers that all tokens execute."""
+        if gate is not self.tokens:
+            return Packing.of(gate)
+        if self._packing is None:
+            self._packing = Packing.of(gate)
+        return self._packing
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""

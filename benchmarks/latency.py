@@ -1,0 +1,213 @@
+"""Seconds of prefill and decode at forced execution ratios: ours against dense Hugging Face and D-LLM's way.
+
+    python benchmarks/latency.py [--model smollm2-135m llama2-7b] [--layers 8] [--ratios 1 0.75 0.5 0.25] [--json FILE]
+
+`smollm2-135m` is the real model. `llama2-7b` has layers of that shape, as many as memory allows, with random weights;
+embeddings and head are whole. Routers run in every layer and their time counts; their decisions are replaced, so that
+each layer executes the given share of a prompt's tokens, and each decoded token the given share of layers.
+
+- `dense`: Hugging Face's model, SDPA attention and its own cache. `masked`: every token of every layer is computed and
+  mixed, as D-LLM does in prefill. `bf16`, `int4`: packed execution.
+- Prefill of `B × T` prompts ends in the logits of the last position; decode continues from 64 cached tokens.
+- The ideal speed-up is 1 / share of work left, embeddings and head included. In prefill the work is counted FLOPs; in
+  decode it is the bytes of weights that must be read: of a layer that any sequence of the batch executes, all of them.
+"""
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import claim, interleaved, median_ratio, parser, report
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from qtale_lightning.evaluation import cost
+from qtale_lightning.models import RoutedCache, RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models.sources import load_base, planned_config
+from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.mappings import linear_shapes
+from qtale_lightning.quantization.precision import uniform
+from qtale_lightning.quantization.recipe import round_to_nearest
+
+ROUTER_WIDTH = {"smollm2-135m": 128, "tiny": 32}  # as experiments/models sets it; others have D-LLM's 512
+PREFILL = ((16, 128), (1, 1024))
+DECODE = (1, 8)
+CONTEXT, STEPS = 64, 8
+
+
+def dense_model(name: str, layers: int | None) -> LlamaForCausalLM:
+    """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
+    if layers is None:
+        return load_base(name, dtype=torch.bfloat16).eval()
+    config = planned_config(name)
+    config.num_hidden_layers = layers
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()  # type: ignore[arg-type]
+    noise = torch.randn(2**22, dtype=torch.bfloat16).mul_(0.02)
+    for parameter in model.parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, len(flat), len(noise)):
+            flat[start : start + len(noise)] = noise[: len(flat) - start]
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were empty, too
+    return model
+
+
+def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedLlamaForCausalLM:
+    """A routed model with the dense one's weights, a router in every layer; the weights share memory."""
+    shared = {id(parameter): parameter for parameter in dense.parameters()}
+    options = {"model_type": "routed_llama", "start_layer": 0, "router_width": ROUTER_WIDTH.get(name, 512)}
+    config = RoutedLlamaConfig(**dense.config.to_dict() | options)
+    return route(copy.deepcopy(dense, shared), config).eval()
+
+
+def decisions(ratio: float, layers: int, batch: int, length: int, seed: int) -> dict[int, Tensor]:
+    """Which tokens execute each layer: the same share in every layer (prompts) or for every token (decode)."""
+    generator = torch.Generator().manual_seed(seed)
+    if length > 1:
+        order = torch.rand(layers, batch * length, generator=generator).argsort(-1).argsort(-1)
+        chosen = (order < ratio * batch * length).view(layers, batch, length)
+    else:
+        order = torch.rand(batch, layers, generator=generator).argsort(-1).argsort(-1)
+        chosen = (order < ratio * layers).T[:, :, None]
+    return dict(enumerate(chosen))
+
+
+def prefill(model: Any, ids: Tensor, routing: Callable[[], Routing] | None) -> Callable[[], Any]:
+    """A prompt's forward pass, to the logits of its last position."""
+    if routing is None:
+        return lambda: model(ids, use_cache=True, logits_to_keep=1)
+    cached = routing().execution != "masked"
+    return lambda: model(ids, use_cache=cached, routing=routing(), logits_to_keep=1)
+
+
+def decode(model: Any, batch: int, routings: list[dict[int, Tensor]] | None) -> Callable[[], Any]:
+    """`STEPS` tokens after `CONTEXT` cached ones; the cache grows from call to call."""
+    ids = torch.randint(10, model.config.vocab_size, (batch, CONTEXT))
+    if routings is None:
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    else:
+        cache = RoutedCache()
+        model(ids, past_key_values=cache, routing=Routing(threshold=0.0), logits_to_keep=1)
+    token = ids[:, :1]
+
+    def run() -> None:
+        for step in range(STEPS):
+            extra = {} if routings is None else {"routing": Routing(forced=routings[step])}
+            model(token, past_key_values=cache, use_cache=True, **extra)
+
+    return run
+
+
+def ideal_prefill(config: Any, ratio: float, length: int, batch: int) -> float:
+    """1 / share of counted FLOPs left; the head runs once a prompt."""
+
+    def flops(share: float) -> float:
+        body = cost.token_flops(config, [share] * config.num_hidden_layers, (length + 1) / 2, head=False)
+        body -= config.num_hidden_layers * cost.router_flops(config)  # not work that the dense model has
+        return batch * (length * body + cost.head_flops(config))
+
+    return flops(1.0) / flops(ratio)
+
+
+def ideal_decode(config: Any, routings: list[dict[int, Tensor]], bits: int) -> float:
+    """Dense weight bytes over those that packed execution must read: of layers that any sequence executes."""
+    layer = sum(rows * columns for rows, columns in cost.linear_shapes(config).values())
+    head = 2 * config.hidden_size * config.vocab_size
+    executed = statistics.mean(sum(bool(chosen.any()) for chosen in step.values()) for step in routings)
+    width = 2 if bits == 16 else (bits + (16 + bits) / 64) / 8
+    return (2 * layer * config.num_hidden_layers + head) / (width * layer * executed + head)
+
+
+@torch.inference_mode()
+def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
+    """All scenarios of one model."""
+    dense = dense_model(name, layers)
+    ours = {"bf16": routed_model(dense, name), "int4": routed_model(dense, name)}
+    group = 64 if dense.config.hidden_size % 128 else 128
+    quantize_model(ours["int4"], round_to_nearest(uniform(linear_shapes(ours["int4"]), 4, {}), group))
+    config, count = ours["bf16"].config, dense.config.num_hidden_layers
+    scenarios = [("prefill", batch, length) for batch, length in args.prefill] + [
+        ("decode", b, 1) for b in args.decode
+    ]
+    rows = []
+    for kind, batch, length in scenarios:
+        torch.manual_seed(0)
+        ids = torch.randint(10, config.vocab_size, (batch, length))
+        contenders: dict[tuple[str, float], Callable[[], Any]] = {}
+        ideal: dict[tuple[str, float], float] = {}
+        contenders["dense", 1.0] = (
+            prefill(dense, ids, None) if kind == "prefill" else decode(dense, batch, None)
+        )
+        for ratio in args.ratios:
+            steps = [decisions(ratio, count, batch, length, seed) for seed in range(STEPS)]
+            if kind == "prefill":
+                make = {
+                    execution: (lambda e=execution, forced=steps[0]: Routing(execution=e, forced=forced))
+                    for execution in ("masked", "packed")
+                }
+                if ratio == min(args.ratios):
+                    contenders["masked", ratio] = prefill(ours["bf16"], ids, make["masked"])
+                for form, model in ours.items():
+                    contenders[form, ratio] = prefill(model, ids, make["packed"])
+                    ideal[form, ratio] = ideal_prefill(config, ratio, length, batch)
+            else:
+                for form, model in ours.items():
+                    contenders[form, ratio] = decode(model, batch, steps)
+                    ideal[form, ratio] = ideal_decode(config, steps, 4 if form == "int4" else 16)
+        seconds = interleaved(contenders, args.repeats, warmup=1)
+        baseline = seconds["dense", 1.0]
+        tokens = batch * (length if kind == "prefill" else STEPS)
+        for key, values in seconds.items():
+            form, ratio = key
+            speedup = median_ratio(baseline, values)
+            best = ideal.get((form, float(ratio)), 1.0)
+            rows.append(
+                {"model": name + (f", {count} layers" if layers else ""), "run": f"{kind} {batch} × {length}"}
+                | {"form": form, "ratio": float(ratio), "ms": 1e3 * statistics.median(values)}
+                | {"tokens/s": tokens / statistics.median(values), "speed-up": speedup, "ideal": best}
+                | {"of ideal": speedup / best}
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure and report."""
+    options = parser(__doc__)
+    options.add_argument("--model", nargs="*", default=["smollm2-135m", "llama2-7b"])
+    options.add_argument(
+        "--layers", type=int, default=8, help="layers of models that aren't smollm2-135m or tiny"
+    )
+    options.add_argument("--ratios", type=float, nargs="*", default=[1.0, 0.75, 0.5, 0.25])
+    options.add_argument("--repeats", type=int, default=7)
+    args = options.parse_args()
+    args.prefill, args.decode = PREFILL, DECODE
+    if args.quick:
+        args.model, args.repeats, args.ratios = ["tiny"], 2, [1.0, 0.5]
+        args.prefill, args.decode = ((2, 16),), (1, 2)
+    rows = []
+    for name in args.model:
+        rows += measure(name, None if name in ROUTER_WIDTH else args.layers, args)
+    found = {(row["model"].split(",")[0], row["run"], row["form"], row["ratio"]): row for row in rows}
+    claims = []
+    for name, run, form, ratio, column, goal in (
+        ("llama2-7b", "prefill 16 × 128", "bf16", 0.5, "of ideal", 0.95),
+        ("llama2-7b", "decode 1 × 1", "bf16", 0.5, "of ideal", 0.9),
+        ("smollm2-135m", "decode 1 × 1", "bf16", 0.5, "of ideal", 0.85),
+        ("llama2-7b", "prefill 16 × 128", "bf16", 1.0, "speed-up", 1 / 1.05),
+        ("llama2-7b", "decode 1 × 1", "bf16", 1.0, "speed-up", 1 / 1.05),
+        ("smollm2-135m", "prefill 16 × 128", "bf16", 1.0, "speed-up", 1 / 1.05),
+        ("smollm2-135m", "decode 1 × 1", "bf16", 1.0, "speed-up", 1 / 1.05),
+        ("llama2-7b", "decode 1 × 1", "int4", 0.5, "speed-up", 5),
+    ):
+        if (name, run, form, ratio) in found:
+            what = f"{name}, {run}, {form}, ratio {ratio:g}: {column}"
+            claims.append(claim(what, found[name, run, form, ratio][column], goal, "higher"))
+    report("latency", rows, claims, args.json)
+
+
+if __name__ == "__main__":
+    main()
