@@ -67,14 +67,14 @@ class Packed:
         if length == 1:
             # One query a sequence sees all its keys: the heads that share a key head are its queries.
             query = query.reshape(batch, key.shape[1], -1, width)
-            causal = False
-        else:
-            groups = heads // key.shape[1]
-            if groups > 1:
-                key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-            causal = mask is None
         output = nn.functional.scaled_dot_product_attention(
-            query, key, value, mask, is_causal=causal, scale=scaling
+            query,
+            key,
+            value,
+            mask,
+            is_causal=mask is None and length > 1,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         return self.packing.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
 

@@ -59,6 +59,11 @@ class RoutedCacheLayer(CacheLayerMixin):
         assert self.values is not None
         past, new = self.lengths, packing.length
         shortest, longest = min(past), max(past)
+        if (
+            longest == 0 and new > 1
+        ):  # a prompt: nothing to append to, and nothing to copy until a token follows
+            self.keys, self.values, self.lengths = key_states, value_states, packing.counts
+            return key_states, value_states, None
         # Room for padding slots too: they are written behind a sequence's end, and overwritten later.
         self._reserve(longest + new, _GROWTH if new == 1 else 0)
         aligned = shortest == longest
