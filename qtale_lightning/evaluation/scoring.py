@@ -1,5 +1,6 @@
 """Log-likelihood scoring of multiple-choice questions, with lm-evaluation-harness's ``acc`` and ``acc_norm``."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.metrics import ExecutionRatio
-from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
 
@@ -43,14 +43,14 @@ def score(
 ) -> Scores:
     """Score every choice of every question in packed execution.
 
-    Each distinct prompt is computed once; its choices continue from its cache. That is exact for routed models too:
-    routing is causal, so a prompt's decisions are the same for every choice.
+    Each distinct prompt is computed once, in one sequence with its choices, which see it and not each other. That is
+    exact for routed models too: routing is causal, so a prompt's decisions are the same for every choice.
 
     Args:
         model: In evaluation mode.
         questions: Encoded; see :func:`qtale_lightning.data.tokenization.encode_prompt`.
         threshold: θ; None is the model's own.
-        batch_tokens: Prompt tokens (padding included) of a batch; changes no score beyond floating-point noise. None:
+        batch_tokens: Tokens (padding included) of a batch; changes no score beyond floating-point noise. None:
             512 on a CPU, where small batches stay in its caches, else 8192.
         on_progress: Called with the number of questions finished since the last call.
     """
@@ -59,13 +59,16 @@ def score(
     results: list[np.ndarray] = [np.zeros(len(question.contexts)) for question in questions]
     batch_tokens = batch_tokens or (512 if model.device.type == "cpu" else 8192)
     for batch in _batches(questions, batch_tokens):
-        # Distinct prompts of the batch, and the prompt that each (question, choice) continues.
-        prompts: dict[TokenIds, int] = {}
-        pairs = [(q, c) for q in batch for c in range(len(questions[q].contexts))]
-        rows = [prompts.setdefault(questions[q].contexts[c], len(prompts)) for q, c in pairs]
-        continuations = [questions[q].continuations[c] for q, c in pairs]
-        values = _continuation_loglikelihoods(model, list(prompts), rows, continuations, threshold, ratio)
-        for (q, c), value in zip(pairs, values, strict=True):
+        # Distinct prompts of the batch, and the (question, choice) pairs that continue each.
+        prompts: dict[TokenIds, list[tuple[int, int]]] = {}
+        for q in batch:
+            for c, context in enumerate(questions[q].contexts):
+                prompts.setdefault(context, []).append((q, c))
+        rows = [
+            (prompt, [questions[q].continuations[c] for q, c in pairs]) for prompt, pairs in prompts.items()
+        ]
+        values = _continuation_loglikelihoods(model, rows, threshold, ratio)
+        for (q, c), value in zip(itertools.chain(*prompts.values()), values, strict=True):
             results[q][c] = value
         on_progress(len(batch))
     return Scores(results, ratio.compute().tolist(), int(ratio.tokens))
@@ -73,7 +76,9 @@ def score(
 
 def _batches(questions: Sequence[EncodedPrompt], batch_tokens: int) -> Iterator[list[int]]:
     """Questions of similar length, longest first, so that memory runs out at once or never."""
-    sizes = [max(map(len, question.contexts)) for question in questions]
+    sizes = [
+        max(map(len, question.contexts)) + sum(map(len, question.continuations)) for question in questions
+    ]
     batch: list[int] = []
     prompts = longest = 0
     for index in sorted(range(len(questions)), key=lambda i: -sizes[i]):
@@ -87,63 +92,65 @@ def _batches(questions: Sequence[EncodedPrompt], batch_tokens: int) -> Iterator[
         yield batch
 
 
-def _pad(sequences: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and mask, ``(B, T)``."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.long) for s in sequences], batch_first=True)
-    lengths = torch.tensor([len(s) for s in sequences])
-    return ids.to(device), (torch.arange(ids.shape[1]) < lengths[:, None]).long().to(device)
+def _pad(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Numbers padded with zeros on the right, ``(B, T)``."""
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
 
 
 def _continuation_loglikelihoods(
     model: RoutedLlamaForCausalLM,
-    prompts: Sequence[TokenIds],
-    rows: Sequence[int],
-    continuations: Sequence[TokenIds],
+    rows: Sequence[tuple[TokenIds, Sequence[TokenIds]]],
     threshold: float | None,
     ratio: ExecutionRatio,
 ) -> list[float]:
-    """Log-likelihood of each continuation after its prompt ``prompts[rows[i]]``."""
-    device = model.device
-    # [STEP 1] Every prompt once; the state behind its last token predicts each continuation's first token.
-    ids, mask = _pad(prompts, device)
-    cache, routing = RoutedCache(), Routing(threshold=threshold)
-    hidden = model.model(ids, attention_mask=mask, past_key_values=cache, routing=routing).last_hidden_state
-    ratio.update(routing)
-    lengths = mask.sum(1)
-    row = torch.tensor(rows, device=device)
-    states = [hidden[torch.arange(len(prompts), device=device), lengths - 1][row]]
-    targets = [torch.tensor([c[0] for c in continuations], device=device)]
-    owners = [torch.arange(len(continuations), device=device)]
+    """Log-likelihood of each continuation after its prompt, prompt after prompt."""
+    # [STEP 1] A sequence is a prompt and all its continuations but their last tokens, as branches.
+    ids: list[list[int]] = []
+    branch: list[list[int]] = []
+    position: list[list[int]] = []
+    where: list[tuple[int, int]] = []  # (sequence, place) of the state that predicts a continuation's token,
+    target: list[int] = []  # that token,
+    owner: list[int] = []  # and the continuation it belongs to
+    owners = itertools.count()
+    for sequence, (prompt, continuations) in enumerate(rows):
+        ids.append(list(prompt))
+        branch.append([0] * len(prompt))
+        position.append(list(range(len(prompt))))
+        for number, continuation in enumerate(continuations, start=1):
+            start, inner = len(ids[-1]), len(continuation) - 1
+            places = [len(prompt) - 1, *range(start, start + inner)]
+            where += [(sequence, place) for place in places]
+            target += continuation
+            owner += [next(owners)] * len(continuation)
+            ids[-1] += continuation[:-1]
+            branch[-1] += [number] * inner
+            position[-1] += range(len(prompt), len(prompt) + inner)
 
-    # [STEP 2] The rest of each continuation, from its prompt's cache.
-    longer = [i for i, c in enumerate(continuations) if len(c) > 1]
-    if longer:
-        row = row[longer]
-        inputs, inner = _pad([continuations[i][:-1] for i in longer], device)
-        cache.select(row)
-        routing = Routing(threshold=threshold)
-        hidden = model.model(
-            inputs,
-            attention_mask=torch.cat([mask[row], inner], 1),
-            position_ids=lengths[row, None] + torch.arange(inputs.shape[1], device=device),
-            past_key_values=cache,
-            routing=routing,
-        ).last_hidden_state
-        ratio.update(routing)
-        followers, _ = _pad([continuations[i][1:] for i in longer], device)
-        states.append(hidden[inner.bool()])
-        targets.append(followers[inner.bool()])
-        owners.append(torch.tensor(longer, device=device).repeat_interleave(inner.sum(1)))
+    # [STEP 2] One pass.
+    device = model.device
+    lengths = torch.tensor([len(sequence) for sequence in ids], device=device)
+    padded = _pad(ids, device)
+    routing = Routing(threshold=threshold, branch=_pad(branch, device))
+    hidden = model.model(
+        padded,
+        attention_mask=(torch.arange(padded.shape[1], device=device) < lengths[:, None]).long(),
+        position_ids=_pad(position, device),
+        use_cache=False,
+        routing=routing,
+    ).last_hidden_state
+    ratio.update(routing)
 
     # [STEP 3] The head where a continuation token is predicted, and nowhere else.
+    states = hidden[tuple(torch.tensor(where, device=device).T)]
     loglikelihoods = -torch.cat(
         [
             nn.functional.cross_entropy(model.lm_head(s).float(), t, reduction="none")
-            for s, t in zip(torch.cat(states).split(1024), torch.cat(targets).split(1024), strict=True)
+            for s, t in zip(states.split(1024), torch.tensor(target, device=device).split(1024), strict=True)
         ]
     )
-    totals = torch.zeros(len(continuations), dtype=torch.float64, device=device)
-    return totals.index_add_(0, torch.cat(owners), loglikelihoods.double()).tolist()
+    totals = torch.zeros(next(owners), dtype=torch.float64, device=device)
+    return totals.index_add_(0, torch.tensor(owner, device=device), loglikelihoods.double()).tolist()
 
 
 def task_accuracy(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from qtale_lightning.models.cache import RoutedCacheLayer
-from qtale_lightning.models.packing import Packing
+from qtale_lightning.models.packing import Packing, branch_mask
 
 
 class Attention(Protocol):
@@ -51,10 +51,17 @@ class Masked:
 
 @dataclass(frozen=True)
 class Packed:
-    """Causally among executing tokens, flat ``(1, N)`` in and out: how they were gathered, and the layer's cache."""
+    """Causally among executing tokens, flat ``(1, N)`` in and out.
+
+    Attributes:
+        packing: How they were gathered.
+        cache: The layer's.
+        branch: See :class:`~qtale_lightning.models.routing.Routing`, ``(B, T)``; not together with a cache.
+    """
 
     packing: Packing
     cache: RoutedCacheLayer | None
+    branch: Tensor | None = None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See :class:`Attention`; keys and values join the cache."""
@@ -64,6 +71,9 @@ class Packed:
         if self.cache is not None:
             key, value, mask = self.cache.update(key, value, self.packing)
         batch, heads, length, width = query.shape
+        if self.branch is not None:
+            visible = branch_mask(self.packing.to_rows(self.packing.gather(self.branch)))
+            mask = visible.tril().unsqueeze(1)
         if length == 1:
             # One query a sequence sees all its keys: the heads that share a key head are its queries.
             query = query.reshape(batch, key.shape[1], -1, width)

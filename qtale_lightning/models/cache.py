@@ -150,6 +150,17 @@ class RoutedCache(Cache):
         """Follow beam search's choice of beams."""
         self.select(beam_idx)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not possible: which layers a token to remove has executed isn't kept.
+
+        Raises:
+            NotImplementedError: always; assisted generation ends here.
+        """
+        raise NotImplementedError(
+            "a RoutedCache cannot forget its last tokens: generate without assistant_model and "
+            "prompt_lookup_num_tokens"
+        )
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence, for several continuations of each."""
         for layer in self.layers:

@@ -14,7 +14,7 @@ class RoutedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., out)`` from ``(..., in)``."""
         weight = self.weight
-        single = x.numel() == self.in_features and self.bias is None
+        single = x.numel() == x.shape[-1] == self.in_features and self.bias is None
         if single and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu and not torch.is_grad_enabled():
             return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
         return super().forward(x)

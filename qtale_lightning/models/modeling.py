@@ -98,7 +98,7 @@ class RoutedLlamaModel(LlamaModel):
         self._complete(routing)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and routing.execution == "packed" and not self.training
-        if past_key_values is None and use_cache:
+        if past_key_values is None and use_cache and routing.branch is None:
             past_key_values = RoutedCache()
         if past_key_values is not None:
             if not isinstance(past_key_values, RoutedCache):
@@ -109,6 +109,8 @@ class RoutedLlamaModel(LlamaModel):
                 raise ValueError(
                     "masked execution computes whole sequences: use packed execution with a cache"
                 )
+            if routing.branch is not None:
+                raise ValueError("branches of a prompt are computed in one call: leave the cache out")
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
@@ -126,7 +128,8 @@ class RoutedLlamaModel(LlamaModel):
         return output
 
     def _complete(self, routing: Routing) -> None:
-        """Fill in what the caller left to the model."""
+        """Fill in what the caller left to the model, and forget what an earlier call with the same object made."""
+        routing.start()
         if routing.threshold is None:
             routing.threshold = self.config.threshold
         if not 0 <= routing.threshold <= 1:

@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def _up_to_round(count: int) -> int:
+    """How many are missing to the next round number; few tokens (decoding) have few shapes anyway."""
+    return -count % (1 if count <= 16 else 16 if count <= 128 else 32)
+
+
 @dataclass(frozen=True)
 class Packing:
     """Where the executing tokens of a ``(B, T)`` batch go.
@@ -16,7 +21,8 @@ class Packing:
 
     Attributes:
         counts: Executing tokens of each sequence, B of them.
-        index: Flat positions of executing tokens in the batch, ``(N,)``; None when every token executes.
+        index: Flat positions of executing tokens in the batch, ``(N,)``; None when every token executes, or no
+            token does: L is 0 then, and there is nothing to gather.
         slots: Flat positions of executing tokens in the rows, ``(N,)``; None where rows are a view of the flat tokens.
     """
 
@@ -25,18 +31,25 @@ class Packing:
     slots: Tensor | None = None
 
     @classmethod
-    def of(cls, executing: Tensor) -> "Packing":
-        """The packing of decisions, bool ``(B, T)``."""
+    def of(cls, executing: Tensor, align: bool = False) -> "Packing":
+        """The packing of decisions, bool ``(B, T)``.
+
+        ``align`` repeats the last executing token until N is a round number. On a CPU a matrix product of a shape that
+        wasn't seen before costs milliseconds (oneDNN generates code for it), and every layer's N would be another one.
+        """
         _, length = executing.shape
         counts = tuple(executing.sum(1).tolist())
         longest, shortest = max(counts), min(counts)
         if shortest == length or longest == 0:
             return cls(counts)
         index = executing.flatten().nonzero().squeeze(1)
-        if longest == shortest:
+        more = _up_to_round(len(index)) if align and executing.device.type == "cpu" else 0
+        if longest == shortest and not more:
             return cls(counts, index)
         rows = torch.arange(len(counts), device=executing.device).mul_(longest)
         slots = (rows[:, None] + executing.cumsum(1)).flatten()[index] - 1
+        if more:
+            index, slots = (torch.cat([places, places[-1:].expand(more)]) for places in (index, slots))
         return cls(counts, index, slots)
 
     @property
@@ -46,8 +59,8 @@ class Packing:
 
     @property
     def uniform(self) -> bool:
-        """Whether all counts are equal, so that rows are a view of the flat tokens."""
-        return self.slots is None
+        """Whether all sequences have the same number of executing tokens."""
+        return max(self.counts) == min(self.counts)
 
     def gather(self, x: Tensor) -> Tensor:
         """Executing tokens of ``(B, T, …)`` as ``(1, N, …)``; the tensor itself when every token executes."""
@@ -76,3 +89,8 @@ class Packing:
             return rows
         flat = rows.flatten(0, 1)
         return (flat if self.slots is None else flat.index_select(0, self.slots)).unsqueeze(0)
+
+
+def branch_mask(branch: Tensor) -> Tensor:
+    """Which tokens may see which, bool ``(B, T, T)``, of branches ``(B, T)``: the prompt, and the own branch."""
+    return (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])

@@ -66,7 +66,9 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
-        output = self.execute(packing.gather(hidden_states), position_embeddings, Packed(packing, cache))
+        output = self.execute(
+            packing.gather(hidden_states), position_embeddings, Packed(packing, cache, routing.branch)
+        )
         return packing.scatter(hidden_states, output)
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:

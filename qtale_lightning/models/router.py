@@ -1,5 +1,7 @@
 """The router of one decoder layer: from a token's hidden state to its execute/skip logits."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 
@@ -29,10 +31,27 @@ class Router(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.float32)
         self.out = nn.Linear(width, 2, dtype=torch.float32)
         # The wide product's weights in bfloat16, for inference, and the state of those that they were made from.
-        self._low: tuple[tuple[int, int], Tensor, Tensor] | None = None
+        self._low: tuple[object, Tensor, Tensor] | None = None
         if self.out.bias.device.type != "meta":
             with torch.no_grad():
                 self.out.bias.copy_(torch.tensor(INITIAL_BIAS))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves to another device; a new floating dtype is for the model around it."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        """As ever; and the copy for inference is made anew, since a version doesn't tell of every change.
+
+        Sharded training and `.data` write weights without one.
+        """
+        self._low = None
+        return super().train(mode)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Logits (skip, execute), shape ``(..., 2)`` in float32, of hidden states ``(..., hidden)`` of any dtype."""
@@ -40,8 +59,10 @@ class Router(nn.Module):
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(hidden_states)
-        if hidden_states.dtype == torch.bfloat16 and not self.training and not torch.is_grad_enabled():
-            tokens = hidden_states.flatten(0, -2)
+        inference = not self.training and not torch.is_grad_enabled()
+        # Weights made in inference mode have no version to tell their changes by.
+        if hidden_states.dtype == torch.bfloat16 and inference and not self.down.weight.is_inference():
+            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
             logits = [self._infer(chunk) for chunk in tokens.split(CHUNK if device == "cpu" else len(tokens))]
             flat = logits[0] if len(logits) == 1 else torch.cat(logits)
             return flat.view(*hidden_states.shape[:-1], 2)
@@ -56,10 +77,10 @@ class Router(nn.Module):
         On a CPU that is several times as fast as float32, and rounds as every other product of the model does:
         benchmarks/router.py counts what it decides otherwise.
         """
-        source = self.down.weight
-        state = (source.data_ptr(), source._version)
+        sources = self.down.weight, self.down.bias
+        state = tuple((source.data_ptr(), source._version) for source in sources)
         if self._low is None or self._low[0] != state:
-            self._low = state, source.detach().bfloat16(), self.down.bias.detach().bfloat16()
+            self._low = state, sources[0].bfloat16(), sources[1].bfloat16()
         _, weight, bias = self._low
         if len(tokens) == 1 and tokens.is_cpu:
             return self._logits(torch.addmv(bias, weight, tokens[0]).float().unsqueeze(0))

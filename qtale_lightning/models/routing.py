@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtale_lightning.models.packing import Packing
+from qtale_lightning.models.packing import Packing, branch_mask
 from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
 
 Execution = Literal["masked", "packed"]
@@ -26,6 +26,10 @@ class Routing:
         sample: Decide by straight-through Gumbel noise instead of the threshold. None: while training.
         temperature: Of the Gumbel-softmax.
         forced: Decisions to use instead of the routers', layer → bool ``(B, T)``.
+        branch: Several continuations of one prompt in one sequence, int ``(B, T)``: a token of branch b > 0 sees the
+            prompt, which is branch 0, and its own branch. Give their ``position_ids`` to the model, and no cache.
+        align: Let packed execution repeat a token, where that makes the shapes of products faster; see
+            :class:`Packing`. Not where something counts the tokens that reach a linear.
         tokens: Real (not padding) tokens of this call, bool ``(B, T)``. Set by the model.
         free: Tokens that routers decide about: real and behind the reserved initial ones, bool ``(B, T)``. Set by
             the model.
@@ -38,12 +42,19 @@ class Routing:
     sample: bool | None = None
     temperature: float = 1.0
     forced: Mapping[int, Tensor] | None = None
+    branch: Tensor | None = None
+    align: bool = True
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     free: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: Tensor | None = None
     _packing: Packing | None = None
+
+    def start(self) -> None:
+        """Forget what belongs to one pass: generate() hands the same object to every step."""
+        self.logits, self.gates = {}, {}
+        self._attention_bias = self._packing = None
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
@@ -66,9 +77,9 @@ class Routing:
     def packing(self, gate: Tensor) -> Packing:
         """Where the executing tokens of a layer go; the same for all layers that all tokens execute."""
         if gate is not self.tokens:
-            return Packing.of(gate)
+            return Packing.of(gate, self.align)
         if self._packing is None:
-            self._packing = Packing.of(gate)
+            self._packing = Packing.of(gate, self.align)
         return self._packing
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
@@ -77,6 +88,8 @@ class Routing:
             length = self.tokens.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).tril()
             allowed = causal & self.tokens[:, None, None, :]
+            if self.branch is not None:
+                allowed = allowed & branch_mask(self.branch).unsqueeze(1)
             # Finite, as in Hugging Face: a padding query that may see nothing must not become NaN.
             self._attention_bias = torch.zeros(
                 allowed.shape, dtype=dtype, device=allowed.device

@@ -102,6 +102,9 @@ def layer_by_layer(
     finally:
         decoder.layers = layers
     hidden, arguments = [states for states, _ in recorder.calls], [kwargs for _, kwargs in recorder.calls]
+    for kwargs in arguments:
+        if hasattr(kwargs.get("routing"), "align"):
+            kwargs["routing"].align = False  # a routed model must not repeat tokens that are counted here
     del recorder  # and with it the first layer's inputs, which `hidden` outgrows
 
     for layer in decoder_layers(model):

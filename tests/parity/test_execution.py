@@ -4,7 +4,6 @@ Tolerance 1e-5 in float32: the executions sum the same products in another order
 about 1e-7 a layer. Where the same operations run in the same order, equality is exact.
 """
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -143,61 +142,10 @@ def test_batch_of_n_equals_batch_of_one(routed: RoutedLlamaForCausalLM, side: st
         torch.testing.assert_close(batched[row, real], alone[0], **TOLERANCE)
 
 
-@pytest.mark.parametrize("side", [None, "left", "right"])
-def test_prefill_and_decode_equal_one_pass(routed: RoutedLlamaForCausalLM, side: str | None) -> None:
-    mask = torch.ones(BATCH, LENGTH, dtype=torch.long) if side is None else padding(side)
-    whole = logits(routed, tokens(), "masked", mask)
-    cache, parts = RoutedCache(), []
-    cuts = [0, 6, 9, *range(10, LENGTH + 1)]
-    with torch.no_grad():
-        for start, end in itertools.pairwise(cuts):
-            part = routed(tokens()[:, start:end], attention_mask=mask[:, :end], past_key_values=cache)
-            parts.append(part.logits)
-    split = torch.cat(parts, 1)
-    torch.testing.assert_close(split[mask.bool()], whole[mask.bool()], **TOLERANCE)
-    assert cache.get_seq_length() == LENGTH
-
-
-def test_cache_holds_what_was_executed_and_no_more(routed: RoutedLlamaForCausalLM) -> None:
-    cache, routing = RoutedCache(), Routing()
-    with torch.no_grad():
-        routed(tokens(), past_key_values=cache, routing=routing)
-    executed = routing.executed(5)
-    assert [sum(layer.lengths) for layer in cache.layers] == executed.tolist()
-    assert cache.memory() == int(executed.sum()) * 2 * 2 * 8 * 4  # keys and values, 2 heads of 8 float32
-
-
 def test_two_calls_equal_one(routed: RoutedLlamaForCausalLM) -> None:
     first = logits(routed, tokens(), "packed")
     logits(routed, tokens(9), "packed")
     assert torch.equal(logits(routed, tokens(), "packed"), first)
-
-
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_equals_generation_by_full_passes(routed: RoutedLlamaForCausalLM, beams: int) -> None:
-    mask = padding("left")[:3]
-    ids, new = tokens()[:3], 6
-    options = {
-        "max_new_tokens": new,
-        "do_sample": False,
-        "num_beams": beams,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    cached = routed.generate(ids, attention_mask=mask, **options)
-    uncached = routed.generate(ids, attention_mask=mask, use_cache=False, **options)
-    assert torch.equal(cached, uncached)
-    if beams == 1:
-        sequence, seen = ids, mask
-        for _ in range(new):
-            with torch.no_grad():
-                following = routed(
-                    sequence, attention_mask=seen, routing=Routing(execution="masked"), use_cache=False,
-                    position_ids=(seen.cumsum(1) - 1).clamp_min(0),
-                ).logits[:, -1].argmax(-1)  # fmt: skip
-            sequence = torch.cat([sequence, following[:, None]], 1)
-            seen = torch.cat([seen, torch.ones_like(seen[:, :1])], 1)
-        assert torch.equal(cached, sequence)
 
 
 def test_reserved_tokens_are_counted_behind_padding(routed: RoutedLlamaForCausalLM) -> None:
@@ -219,3 +167,31 @@ def test_what_cannot_work_is_refused(routed: RoutedLlamaForCausalLM) -> None:
     routed(tokens(), past_key_values=cache)
     with pytest.raises(ValueError, match="mask of all of them"):
         routed(tokens()[:, :1], attention_mask=torch.ones(BATCH, 1), past_key_values=cache)
+
+
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+def test_branches_of_a_prompt_equal_each_continuation_alone(
+    routed: RoutedLlamaForCausalLM, execution: str
+) -> None:
+    """Two continuations, of 3 and 2 tokens, behind one prompt of 4; a row of padding and another one beside."""
+    prompt, first, second = tokens()[0, :4], tokens()[1, :3], tokens()[2, :2]
+    ids = torch.stack([torch.cat([prompt, first, second, prompt[:1]]), tokens()[3, :10]])
+    branch = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0] * 10])
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], list(range(10))])
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[0, 9] = 0
+    routing = Routing(execution=execution, branch=branch)  # type: ignore[arg-type]
+    with torch.no_grad():
+        together = routed(
+            ids, attention_mask=mask, position_ids=positions, routing=routing, use_cache=False
+        ).logits
+    for places, continuation in (([0, 1, 2, 3, 4, 5, 6], first), ([0, 1, 2, 3, 7, 8], second)):
+        alone = logits(routed, torch.cat([prompt, continuation])[None], "packed")
+        torch.testing.assert_close(together[0, places], alone[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[1], logits(routed, ids[1:], "packed")[0], atol=1e-5, rtol=0)
+
+
+def test_branches_and_a_cache_are_refused(routed: RoutedLlamaForCausalLM) -> None:
+    branch = torch.zeros(BATCH, tokens().shape[1], dtype=torch.long)
+    with pytest.raises(ValueError, match="leave the cache out"):
+        routed(tokens(), past_key_values=RoutedCache(), routing=Routing(branch=branch))

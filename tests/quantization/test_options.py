@@ -74,7 +74,7 @@ def test_a_layer_must_see_some_tokens(reserved_tokens: int) -> None:
 
 def test_a_group_must_divide_every_width() -> None:
     """48 divides 384 alone."""
-    with pytest.raises(ValueError, match="input width 128 of .*q_proj"):
+    with pytest.raises(ValueError, match=r"input width 128 of .*q_proj"):
         check(group_size=48)
 
 
