@@ -11,7 +11,7 @@ and takes the token of the largest logit, which is the next step's. The prompt i
 takes the cache back to it. llama.cpp is driven by its C functions (`llama_decode` of one token, NumPy's argmax over its
 buffer of logits, nothing copied), without the Python classes above them, with as many threads as PyTorch and without
 flash attention, which costs a short context time. It repacks weights for the processor where it can. A build can crash
-there (GCC 12 miscompiles its AMX tile set-up; `CXX=clang++` at installation avoids that), so that is first tried in a
+there (GCC 12.2 drops stores of its AMX tile set-up: build it with another compiler), so that is first tried in a
 process of its own; if it fails, the weights run as stored, which is several times slower: the row says so, and
 nothing is claimed.
 

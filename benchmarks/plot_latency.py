@@ -46,9 +46,10 @@ def plot_latency(rows: list[dict[str, Any]], title: str = "") -> Figure:
     for axes, ((model, run), shown) in zip(cells, panels.items(), strict=False):
         draw(axes, shown)
         axes.set_title(f"{model}\n{run}", fontsize=9)
+    for axes in cells[len(panels) - columns : len(panels)]:  # the lowest panel of each column
+        axes.set_xlabel("share of layers executed")
     for axes in cells[len(panels) :]:
         axes.remove()
-    figure.supxlabel("share of layers executed", fontsize=10)
     figure.supylabel("speed-up over dense Hugging Face", fontsize=10)
     known = {
         label: line for axes in cells for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
