@@ -14,6 +14,8 @@ CONFIG := --config experiments/base.yaml --config experiments/models/$(MODEL).ya
           --config experiments/methods/$(METHOD).yaml \
           --data.tasks $(DATA) --seed_everything $(SEED) --out $(OUT) $(ARGS)
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
+# benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
+BENCHES := train_step linear latency router quantize llamacpp
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
@@ -59,9 +61,10 @@ lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: setup ## the benchmarks: this project and its peers side by side
-	for script in $(filter-out benchmarks/common.py,$(wildcard benchmarks/*.py)); do \
-	  $(VENV)/bin/python $$script --json benchmarks/results/$$(basename $$script .py).json || exit 1; done
+bench: setup ## this project and its peers side by side; QTALE_DATA=<folder> adds those on real rows
+	for name in $(BENCHES); do \
+	  $(VENV)/bin/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
+	$(VENV)/bin/python benchmarks/plot_latency.py benchmarks/results/latency.json benchmarks/results/latency.png
 
 clean: ## remove .venv and caches, not the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.files import replacing
 from qtale_lightning.report.metadata import hardware, package_versions
 
@@ -20,6 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
+    keep_freed_memory()  # for all contenders alike
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

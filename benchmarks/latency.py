@@ -121,7 +121,7 @@ def ideal_decode(config: Any, routings: list[dict[int, Tensor]], bits: int) -> f
     return (2 * layer * config.num_hidden_layers + head) / (width * layer * executed + head)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # as generate() does
 def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
     """All scenarios of one model."""
     dense = dense_model(name, layers)

@@ -12,6 +12,7 @@ process's resident set while it runs; the limit beside it is one layer: its weig
 
 import ctypes
 import math
+import os
 import statistics
 import threading
 import time
@@ -78,7 +79,10 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument(
-        "--data", type=Path, help="folder of <task>/train.jsonl and validation.jsonl; needed"
+        "--data",
+        type=Path,
+        default=os.environ.get("QTALE_DATA"),
+        help="folder of <task>/train.jsonl and validation.jsonl (environment: QTALE_DATA); needed",
     )
     options.add_argument("--tasks", default="csqa")
     options.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2])
@@ -91,7 +95,7 @@ def main() -> None:
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
     elif args.data is None:
-        print("skipped: give the folder of the real rows with --data")
+        print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
 
     def load() -> RoutedLlamaForCausalLM:

@@ -16,6 +16,7 @@ from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning import stages
+from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.models.sources import check_source
 from qtale_lightning.plan import print_plan
@@ -171,6 +172,7 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
+    keep_freed_memory()
     try:
         if argv[0] not in COMMANDS:
             print(USAGE)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 # What a part may import of the package besides itself. Parts that aren't named here are above the callbacks, or
 # beside them, and may import everything below.
 MAY_IMPORT = {
+    "allocator": set(),
     "files": set(),
     "data": set(),
     "models": set(),

@@ -17,4 +17,6 @@ class RoutedLinear(nn.Linear):
         single = x.numel() == x.shape[-1] == self.in_features and self.bias is None
         if single and x.dtype == weight.dtype == torch.bfloat16 and x.is_cpu and not torch.is_grad_enabled():
             return torch.mv(weight, x.flatten()).view(*x.shape[:-1], -1)
-        return super().forward(x)
+        # In inference mode PyTorch would copy the weight for every row of a strided batch: of a prompt's last position,
+        # the whole vocabulary's.
+        return super().forward(x.contiguous())

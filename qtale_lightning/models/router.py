@@ -10,8 +10,8 @@ SKIP, EXECUTE = 0, 1
 # D-LLM's initial bias of (skip, execute): training starts near 'execute', so near the pretrained model.
 INITIAL_BIAS = (0.1, 2.0)
 
-# Tokens that a router computes at a time on a CPU, so that what it makes of them stays in a core's cache.
-CHUNK = 256
+# Numbers that a router computes at a time on a CPU: 1 MB in float32, so that they stay in a core's cache.
+CHUNK = 2**18
 
 
 class Router(nn.Module):
@@ -63,7 +63,8 @@ class Router(nn.Module):
         # Weights made in inference mode have no version to tell their changes by.
         if hidden_states.dtype == torch.bfloat16 and inference and not self.down.weight.is_inference():
             tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-            logits = [self._infer(chunk) for chunk in tokens.split(CHUNK if device == "cpu" else len(tokens))]
+            rows = max(1, CHUNK // self.down.out_features) if device == "cpu" else len(tokens)
+            logits = [self._infer(chunk) for chunk in tokens.split(rows)]
             flat = logits[0] if len(logits) == 1 else torch.cat(logits)
             return flat.view(*hidden_states.shape[:-1], 2)
         return self._logits(self.down(hidden_states.float()))

@@ -18,9 +18,9 @@ from qtale_lightning.quantization.rtn import Quantized
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 # With this many tokens or more, dequantizing and a dense product are faster than the CPU's int4 kernel, whose time
 # grows with every token: benchmarks/linear.py measures both.
-CROSSOVER_TOKENS = 48
-# Weights dequantized at a time: in bfloat16, half of a core's 2 MB cache.
-TILE_WEIGHTS = 2**19
+CROSSOVER_TOKENS = 64
+# Weights dequantized at a time: 8 MB in bfloat16. Smaller blocks stay in nearer caches, but make the products narrow.
+TILE_WEIGHTS = 2**22
 
 
 class Kernel(Protocol):
@@ -52,7 +52,7 @@ class Int4CPU:
     """4 bits or fewer in the layout of PyTorch's int4 kernel for the CPU.
 
     The kernel itself for a few tokens (decode), where reading the weights takes the time; for many (prefill), blocks
-    of outputs are dequantized within a core's cache and multiplied densely. The kernel computes in bfloat16 only: other
+    of outputs are dequantized and multiplied densely. The kernel computes in bfloat16 only: other
     dtypes are always dequantized.
 
     Raises:
@@ -93,7 +93,7 @@ class Int4CPU:
         )
 
     def by_blocks(self, x: Tensor) -> Tensor:
-        """Dense products with blocks of outputs that are dequantized in a core's cache."""
+        """Dense products with blocks of outputs, each dequantized just before."""
         n_blocks, inputs, half = self.blocks.shape
         block = 2 * half
         step = max(1, TILE_WEIGHTS // (inputs * block))
