@@ -3,7 +3,7 @@
     python benchmarks/linear.py [--tokens 1 8 48 64 512] [--repeats 15] [--json FILE]
 
 `int4` is what a quantized model runs. Its two ways are measured beside it, to see that it chooses well: the kernel
-(good for a few tokens, whose time is that of reading the weights) and blocks dequantized in cache (for many).
+(good for a few tokens, whose time is that of reading the weights) and blocks dequantized one by one (for many).
 The limit is the larger of two times measured here in the same run: reading the int4 weights at this machine's
 bandwidth, and the products at the speed of a large bfloat16 matrix product.
 """
