@@ -11,9 +11,7 @@ process's resident set while it runs; the limit beside it is one layer: its weig
 """
 
 import ctypes
-import math
 import os
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -26,7 +24,7 @@ from common import claim, parser, report
 from torch import Tensor
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.evaluation.scoring import score, task_accuracy
+from qtale_lightning.evaluation.scoring import accuracy_by_task, mean_error, mean_over_tasks, score
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import padded_batches
@@ -133,25 +131,12 @@ def main() -> None:
             found.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
         )
         likelihoods = score(model, questions).loglikelihoods
-        tasks: dict[str, list[int]] = {}
-        for i, question in enumerate(questions):
-            tasks.setdefault(question.task, []).append(i)
-        scores: list[Any] = [
-            task_accuracy([questions[i] for i in rows], [likelihoods[i] for i in rows], metrics[task])
-            for task, rows in tasks.items()
-        ]
-
-        def mean(key: str) -> float:
-            return statistics.mean(one[key] for one in scores)
-
-        def error(key: str) -> float:
-            return math.hypot(*(one[key] for one in scores)) / len(scores)
-
+        accuracy = accuracy_by_task(questions, likelihoods, metrics)
         return {
             "bits": bits, "engine": engine, "search s": seconds, "extra MB": grown / 1e6, "a layer MB": limit / 1e6,
             "logits MSE": (found - exact).square().mean().item(), "KL": kl.item(),
-            "answer nll": mean("nll"), "± nll": error("nll_stderr"),
-            "accuracy %": 100 * mean("value"), "± %": 100 * error("stderr"),
+            "answer nll": mean_over_tasks(accuracy, "nll"), "± nll": mean_error(accuracy, "nll_stderr"),
+            "accuracy %": 100 * mean_over_tasks(accuracy, "value"), "± %": 100 * mean_error(accuracy, "stderr"),
         }  # fmt: skip
 
     rows = [row(model, 16, "none", 0.0, 0)]

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -182,6 +183,29 @@ def task_accuracy(
         "acc_norm": float(hits["acc_norm"].mean()),
         "examples": len(questions),
     }
+
+
+def accuracy_by_task(
+    questions: Sequence[EncodedPrompt], scores: Sequence[np.ndarray], metrics: Mapping[str, str]
+) -> dict[str, Any]:
+    """`task_accuracy` of each task among the questions, by the metric that the task reports."""
+    accuracy = {}
+    for task in dict.fromkeys(question.task for question in questions):
+        chosen = [i for i, question in enumerate(questions) if question.task == task]
+        accuracy[task] = task_accuracy(
+            [questions[i] for i in chosen], [scores[i] for i in chosen], metrics[task]
+        )
+    return accuracy
+
+
+def mean_over_tasks(accuracy: Mapping[str, Any], key: str) -> float:
+    """Mean of a number of every task, with equal weight."""
+    return sum(task[key] for task in accuracy.values()) / len(accuracy)
+
+
+def mean_error(accuracy: Mapping[str, Any], key: str) -> float:
+    """Standard error of a mean over tasks with independent questions, from the tasks' own."""
+    return float(sum(task[key] ** 2 for task in accuracy.values()) ** 0.5 / len(accuracy))
 
 
 def standard_error(values: np.ndarray) -> float:

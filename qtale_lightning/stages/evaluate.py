@@ -2,11 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation import cost
-from qtale_lightning.evaluation.scoring import score, task_accuracy
+from qtale_lightning.evaluation.scoring import accuracy_by_task, mean_error, mean_over_tasks, score
 from qtale_lightning.evaluation.threshold import RULE, RULE_IN_WORDS, select
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.report.results import Evaluation, load_results, update_results, upsert_evaluation
@@ -37,15 +37,7 @@ def evaluate(
         started = time.perf_counter()
         scores = score(model, questions, theta, on_progress=advance)
         seconds = time.perf_counter() - started
-    tasks = list(dict.fromkeys(question.task for question in questions))
-    accuracy: dict[str, Any] = {}
-    for task in tasks:
-        chosen = [i for i, question in enumerate(questions) if question.task == task]
-        accuracy[task] = task_accuracy(
-            [questions[i] for i in chosen],
-            [scores.loglikelihoods[i] for i in chosen],
-            protocol["metrics"][task],
-        )
+    accuracy = accuracy_by_task(questions, scores.loglikelihoods, protocol["metrics"])
     context = (
         sum(len(c) for q in questions for c in q.contexts) / sum(len(q.contexts) for q in questions) + 1
     ) / 2
@@ -59,10 +51,10 @@ def evaluate(
         "execution_ratio_per_layer": scores.execution,
         "flops_ratio": cost.flops_ratio(model.config, scores.execution, context),
         "accuracy": accuracy,
-        "average": _mean(accuracy, "value"),
-        "average_stderr": _mean_error(accuracy, "stderr"),
-        "average_nll": _mean(accuracy, "nll"),
-        "average_nll_stderr": _mean_error(accuracy, "nll_stderr"),
+        "average": mean_over_tasks(accuracy, "value"),
+        "average_stderr": mean_error(accuracy, "stderr"),
+        "average_nll": mean_over_tasks(accuracy, "nll"),
+        "average_nll_stderr": mean_error(accuracy, "nll_stderr"),
         "weight_bytes": run.weight_bytes(bits, engine),
         "seconds": seconds,
         "protocol": protocol,
@@ -74,15 +66,6 @@ def evaluate(
             f"nll {row['average_nll']:.3f}, execution ratio {row['execution_ratio']:.3f}, {seconds:.0f} s"
         )
     return row
-
-
-def _mean(accuracy: dict[str, Any], key: str) -> float:
-    return sum(task[key] for task in accuracy.values()) / len(accuracy)
-
-
-def _mean_error(accuracy: dict[str, Any], key: str) -> float:
-    """Standard error of a mean over tasks with independent questions."""
-    return float(sum(task[key] ** 2 for task in accuracy.values()) ** 0.5 / len(accuracy))
 
 
 def sweep(
