@@ -40,12 +40,10 @@ class Dequantize:
     name = "dequantize at every call"
 
     def __init__(self, weight: Quantized) -> None:
-        self.codes = weight.codes.to(torch.uint8)
-        self.scales, self.zeros = weight.scales.float(), weight.zeros.float()
+        self.weight = Quantized(weight.codes.to(torch.uint8), weight.scales.float(), weight.zeros.float())
 
     def __call__(self, x: Tensor) -> Tensor:
-        weight = (self.codes - self.zeros).mul_(self.scales).flatten(-2)
-        return linear(x, weight.to(x.dtype))
+        return linear(x, self.weight.dequantize().to(x.dtype))
 
 
 class Int4CPU:

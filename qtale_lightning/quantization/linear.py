@@ -112,8 +112,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, shape `(out, in)`, float32."""
-        codes, scales, zeros = self.quantized()
-        return ((codes - zeros) * scales).flatten(1)
+        return self.quantized().dequantize()
 
     def prepare(self) -> None:
         """Chooses a kernel for the device that the module is on, and gives up the storage for its layout."""

@@ -49,6 +49,10 @@ class Quantized(NamedTuple):
     scales: Tensor
     zeros: Tensor
 
+    def dequantize(self) -> Tensor:
+        """The values that the codes stand for, shape `(..., in)`, float32."""
+        return (self.codes - self.zeros).mul_(self.scales).flatten(-2)
+
 
 def check_quantizable(shapes: Mapping[str, tuple[int, int]], bits: int, group_size: int) -> None:
     """Checks that every weight can be quantized at `bits` in groups of `group_size`, before any compute.
