@@ -17,7 +17,8 @@ import torch
 from common import parser, report
 
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.evaluation.scoring import score, standard_error
+from qtale_lightning.evaluation.accuracy import standard_error
+from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model

@@ -24,7 +24,8 @@ from common import claim, parser, report
 from torch import Tensor
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.evaluation.scoring import accuracy_by_task, mean_error, mean_over_tasks, score
+from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
+from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import padded_batches

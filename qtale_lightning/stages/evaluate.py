@@ -6,7 +6,8 @@ from typing import Literal
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation import cost
-from qtale_lightning.evaluation.scoring import accuracy_by_task, mean_error, mean_over_tasks, score
+from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
+from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.evaluation.threshold import RULE, RULE_IN_WORDS, select
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.report.results import Evaluation, load_results, update_results, upsert_evaluation
