@@ -6,8 +6,15 @@ Each engine gets the same model and the same calibration tokens (training prompt
 validation questions: mean squared error and KL divergence of the logits against the model before, log-likelihood of
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
 
-AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. A search's extra memory is the growth of the
-process's resident set while it runs; the limit beside it is one layer: its weights and its second moments in float32.
+AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. A fraction among `--bits` is an average that the
+engine native spends where its errors are largest.
+
+The logits' mean squared error is given as it is, and without each token's mean over the vocabulary ("centred"): softmax
+ignores that mean, and most of the plain error is in it.
+
+A search's extra memory is the growth of the process's resident set while it runs; the limit beside it is one layer:
+its weights and its second moments in float32. A small model's is mostly activations and the allocator's reserve, so it
+is also measured on one layer of `--memory-model`'s shape, with random weights and tokens.
 """
 
 import ctypes
@@ -22,17 +29,18 @@ from typing import Any
 import torch
 from common import claim, parser, report
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
-from qtale_lightning.models.sources import load_base, load_tokenizer
+from qtale_lightning.models.sources import load_base, load_tokenizer, planned_config
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.options import ENGINES, Engine
-from qtale_lightning.quantization.precision import uniform
+from qtale_lightning.quantization.precision import CANDIDATES, allocate, uniform
 
 HELD_OUT = 64  # validation prompts, with their gold answers, whose logits are compared
 
@@ -73,6 +81,19 @@ def layer_bytes(model: RoutedLlamaForCausalLM) -> int:
     return 4 * (weights + sum(layer.linears[name].in_features ** 2 for name in inputs))
 
 
+def memory_of(name: str, group_size: int) -> tuple[float, float]:
+    """Extra bytes of a native search, and the limit, on one layer of a preset's shape: both in MB."""
+    config = planned_config(name)
+    config.num_hidden_layers, config.vocab_size = 1, 1024  # embeddings have no part in it
+    options = {"model_type": "routed_llama", "start_layer": 1}
+    model = route(LlamaForCausalLM(config), RoutedLlamaConfig(**config.to_dict() | options))
+    model = model.to(torch.bfloat16).eval()
+    batches = [{"input_ids": torch.randint(1024, (8, 128))} for _ in range(4)]
+    bits = uniform(linear_shapes(model), 4, {})
+    _, _, grown = measured(partial(ENGINES["native"], model, batches, [bits], group_size))
+    return grown / 1e6, layer_bytes(model) / 1e6
+
+
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__)
@@ -84,15 +105,19 @@ def main() -> None:
         help="folder of <task>/train.jsonl and validation.jsonl (environment: QTALE_DATA); needed",
     )
     options.add_argument("--tasks", default="csqa")
-    options.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2])
+    options.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     options.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
     options.add_argument("--group-size", type=int, default=64)
     options.add_argument("--sequences", type=int, default=128, help="calibration sequences")
     options.add_argument("--questions", type=int, default=100, help="validation questions of each task")
     options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options.add_argument(
+        "--memory-model", default="llama2-7b", help="preset whose layer's memory is measured"
+    )
     args = options.parse_args()
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
+        args.memory_model = "tiny"
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
@@ -125,9 +150,10 @@ def main() -> None:
     metrics = data.protocol()["metrics"]
 
     def row(
-        model: RoutedLlamaForCausalLM, bits: int, engine: str, seconds: float, grown: int
+        model: RoutedLlamaForCausalLM, bits: float, engine: str, seconds: float, grown: int
     ) -> dict[str, Any]:
         found = logits(model)
+        delta = found - exact
         kl = torch.nn.functional.kl_div(
             found.log_softmax(-1), exact.log_softmax(-1), log_target=True, reduction="batchmean"
         )
@@ -135,17 +161,29 @@ def main() -> None:
         accuracy = accuracy_by_task(questions, likelihoods, metrics)
         return {
             "bits": bits, "engine": engine, "search s": seconds, "extra MB": grown / 1e6, "a layer MB": limit / 1e6,
-            "logits MSE": (found - exact).square().mean().item(), "KL": kl.item(),
+            "logits MSE": delta.square().mean().item(),
+            "centred MSE": delta.sub_(delta.mean(-1, keepdim=True)).square_().mean().item(), "KL": kl.item(),
             "answer nll": mean_over_tasks(accuracy, "nll"), "± nll": mean_error(accuracy, "nll_stderr"),
             "accuracy %": 100 * mean_over_tasks(accuracy, "value"), "± %": 100 * mean_error(accuracy, "stderr"),
         }  # fmt: skip
 
     rows = [row(model, 16, "none", 0.0, 0)]
-    engines: dict[Engine, list[int]] = {"native": args.bits, "rtn": args.bits, "autoawq": args.autoawq_bits}
+    whole = [int(bits) for bits in args.bits if bits == int(bits)]
+    engines: dict[Engine, list[float]] = {
+        "native": args.bits, "rtn": [*whole], "autoawq": [*args.autoawq_bits],
+    }  # fmt: skip
     for engine, widths in engines.items():
         for bits in widths:
-            call = partial(ENGINES[engine], model, batches, [uniform(shapes, bits, {})], args.group_size)
-            (recipe,), seconds, grown = measured(call)
+            candidates = [int(bits)] if bits == int(bits) else [*CANDIDATES]
+            precisions = [uniform(shapes, width, {}) for width in candidates]
+            recipes, seconds, grown = measured(
+                partial(ENGINES[engine], model, batches, precisions, args.group_size)
+            )
+            [recipe] = (
+                recipes
+                if len(recipes) == 1
+                else [allocate(shapes, dict(zip(candidates, recipes, strict=True)), bits)]
+            )
             quantized = load()
             quantize_model(quantized, recipe)
             rows.append(row(quantized, bits, engine, seconds, grown))
@@ -162,13 +200,18 @@ def main() -> None:
     for bits in args.autoawq_bits:
         if ("native", bits) in found:
             ours, theirs = found["native", bits], found["autoawq", bits]
-            ratio = {key: ours[key] / theirs[key] for key in ("search s", "KL", "logits MSE")}
+            ratio = {key: ours[key] / theirs[key] for key in ("search s", "KL", "logits MSE", "centred MSE")}
             claims += [
                 claim(f"seconds, autoawq over native, {bits} bits", 1 / ratio["search s"], 20, "higher"),
                 claim(f"KL, native over autoawq, {bits} bits", ratio["KL"], 1, "lower"),
+                claim(f"centred MSE, native over autoawq, {bits} bits", ratio["centred MSE"], 1, "lower"),
                 claim(f"logits MSE, native over autoawq, {bits} bits", ratio["logits MSE"], 1, "lower"),
-                claim("native's extra memory in layers", ours["extra MB"] / ours["a layer MB"], 1, "lower"),
             ]
+    extra, one_layer = memory_of(args.memory_model, args.group_size)
+    what = (
+        f"native's extra memory, MB, on a layer of {args.memory_model} (limit: {one_layer:.0f} MB, the layer)"
+    )
+    claims.append(claim(what, extra, one_layer, "lower"))
     report("quantize", rows, claims, args.json)
 
 

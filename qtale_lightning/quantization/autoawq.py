@@ -7,10 +7,8 @@ mappings on the unscaled weights, then clips on the scaled ones.
 What it needs beyond `native`: memory for the inputs of a layer's linears, and 20 runs of the layer at each precision.
 """
 
-import copy
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -18,37 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning.quantization.awq import output_errors
-from qtale_lightning.quantization.calibration import (
-    MIN_TOKENS,
-    Batch,
-    check_model,
-    collect_moments,
-    hooks,
-    layer_by_layer,
-    plain_float32,
-)
-from qtale_lightning.quantization.mappings import (
-    LINEARS,
-    MAPPINGS,
-    NOT_CLIPPED,
-    DecoderLayer,
-    split_name,
-)
+from qtale_lightning.quantization.calibration import plain_float32
+from qtale_lightning.quantization.mappings import LINEARS, MAPPINGS, NOT_CLIPPED, DecoderLayer, split_name
 from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import CLIP_STEP, Recipe
+from qtale_lightning.quantization.replay import INSPECTED, Call, Replay, flat
 from qtale_lightning.quantization.rtn import Scheme
+from qtale_lightning.quantization.search import Observed, Search
 
-# The module whose output AutoAWQ compares in the search for a mapping's scales, by the operation before.
-INSPECTED = {
-    "input_layernorm": "self_attn",
-    "self_attn.v_proj": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp",
-    "mlp.up_proj": "mlp.down_proj",
-}
 OUTPUT_CHUNK = 64  # AutoAWQ's clip search takes outputs in multiples of this only
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""A module's positional and keyword arguments."""
 
 
 @cache
@@ -87,95 +63,26 @@ def make_quantizer(scheme: Scheme) -> Any:
     return quantizer
 
 
-class _Replay(nn.Module):
-    """A copy of a module, for AutoAWQ to change, that repeats the calls which the original got in calibration."""
+class _Replay(Replay):
+    """A replay that AutoAWQ can restore."""
 
     def __init__(self, module: nn.Module, calls: Sequence[Call]) -> None:
-        super().__init__()
-        self.module = copy.deepcopy(module)
-        self.calls = calls
+        super().__init__(module, calls)
         # AutoAWQ backs weights up by `.cpu()`, which copies nothing where they are there already: every candidate
         # would be tried on what the one before it left.
         self.register_state_dict_post_hook(
             lambda module, state, prefix, metadata: state.update({k: w.clone() for k, w in state.items()})
         )
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """The outputs of all calls, shape `(tokens, out)`; the inputs are those of the calls."""
-        outputs = [self.module(*args, **kwargs) for args, kwargs in self.calls]
-        return _flat(output[0] if isinstance(output, tuple) else output for output in outputs)
 
-
-def _flat(batches: Iterable[Tensor]) -> Tensor:
-    """The tokens of all batches, shape `(tokens, width)` from `(..., width)`."""
-    return torch.cat([batch.flatten(0, -2) for batch in batches])
-
-
-def search(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    precisions: Sequence[Bits],
-    group_size: int,
-    symmetric: bool = False,
-    *,
-    min_tokens: int = MIN_TOKENS,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[Recipe]:
-    """Searches scales and clips for every precision by AutoAWQ; the interface is that of `awq.search`.
-
-    Args:
-        model: a LLaMA-family causal language model in evaluation mode; it isn't changed.
-        batches: calibration tokens, as arguments of `model.model`.
-        precisions: each gives bits by linear; linears that share an input have the same.
-        min_tokens: fewest tokens that a layer's search may rest on.
-        progress: called after each layer with its name and its number of tokens.
-
-    Returns:
-        One recipe for each of `precisions`.
+def _check(bits: Bits) -> None:
+    """Refuses bits that AutoAWQ can't search.
 
     Raises:
         ImportError: AutoAWQ isn't installed.
-        ValueError: the group size doesn't fit, linears that share an input have different bits, weights or
-            activations have NaN or infinity, a layer saw too few tokens, or a search found no finite error.
+        ValueError: linears that share an input have different bits: AutoAWQ's search takes one width.
     """
     _quantizer_class()
-    for bits in precisions:
-        check_model(model, bits, group_size)
-        _check_shared_bits(bits)
-    recipes = [Recipe("autoawq", dict(bits), group_size, symmetric) for bits in precisions]
-    for layer, run in layer_by_layer(model, batches):
-        with _recorded_calls(layer) as calls:
-            moments = collect_moments(layer, run, min_tokens)
-        inputs = {name: _flat(args[0] for args, _ in calls[name]) for name in moments}
-        tokens = moments[LINEARS[0]].tokens
-        for recipe in recipes:
-            _search_scales(layer, calls, inputs, recipe)
-            with plain_float32(layer.linears[LINEARS[0]].weight.device):
-                _search_clips(layer, inputs, recipe)
-                recipe.errors.update(output_errors(layer, moments, recipe))
-            recipe.tokens[layer.name] = tokens
-        if progress:
-            progress(layer.name, tokens)
-    return recipes
-
-
-@contextmanager
-def _recorded_calls(layer: DecoderLayer) -> Iterator[dict[str, list[Call]]]:
-    """Keeps how the inspected modules, and the first linear that reads each input, are called; by their names."""
-    calls: dict[str, list[Call]] = {}
-
-    def record(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        calls[name] = []
-        return lambda module, args, kwargs: calls[name].append((args, kwargs))
-
-    names = {*INSPECTED.values(), *(mapping.linears[0] for mapping in MAPPINGS)}
-    modules = {name: layer.module.get_submodule(name) for name in names}
-    with hooks(m.register_forward_pre_hook(record(name), with_kwargs=True) for name, m in modules.items()):
-        yield calls
-
-
-def _check_shared_bits(bits: Bits) -> None:
-    """Raises ValueError where linears that share an input have different bits: AutoAWQ's search takes one width."""
     first: dict[str, str] = {}
     for name, width in bits.items():
         layer, mapping = split_name(name)
@@ -187,16 +94,23 @@ def _check_shared_bits(bits: Bits) -> None:
             )
 
 
+def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
+    """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
+    inputs = {name: flat(args[0] for args, _ in seen.calls[name]) for name in seen.moments}
+    _search_scales(layer, seen, inputs, recipe)
+    with plain_float32(layer.linears[LINEARS[0]].weight.device):
+        _search_clips(layer, inputs, recipe)
+        recipe.errors.update(output_errors(layer, seen.moments, recipe))
+
+
 # Autocast is left as it is: the block must run as it ran in calibration.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _search_scales(
-    layer: DecoderLayer, calls: dict[str, list[Call]], inputs: dict[str, Tensor], recipe: Recipe
-) -> None:
+def _search_scales(layer: DecoderLayer, seen: Observed, inputs: dict[str, Tensor], recipe: Recipe) -> None:
     """Writes the scales of a layer's mappings into the recipe."""
     for mapping in layer.scaled_mappings():
         first, inspected = mapping.linears[0], INSPECTED[mapping.previous]
-        replay = _Replay(layer.module.get_submodule(inspected), calls[inspected])
+        replay = _Replay(layer.module.get_submodule(inspected), seen.calls[inspected])
         linears = [
             replay.module.get_submodule(name.removeprefix(inspected).lstrip(".")) for name in mapping.linears
         ]
@@ -246,3 +160,10 @@ def clip_steps(quantizer: Any, weight: Tensor, inputs: Tensor) -> Tensor:
     peaks = weight.unflatten(-1, (-1, quantizer.group_size)).abs().amax(-1)
     steps = (1 - limits / peaks) / CLIP_STEP
     return steps.where(peaks > 0, 0).round().to(torch.uint8)
+
+
+# How the inspected modules are called, and the first linear that reads each input.
+_RECORDED = tuple(dict.fromkeys([*INSPECTED.values(), *(mapping.linears[0] for mapping in MAPPINGS)]))
+
+search = Search("autoawq", _search_layer, _RECORDED, check=_check)
+"""The engine `autoawq`."""

@@ -4,38 +4,40 @@ For a linear W with calibration inputs X, the matrix G = XᵀX holds all that th
 
     ‖X·ΔWᵀ‖² = tr(ΔW·G·ΔWᵀ)
 
-so that X is never stored and one pass over the calibration tokens feeds the searches of every precision.
+so that X needn't be stored and one pass over the calibration tokens feeds the searches of every precision.
 
 What this shares with AutoAWQ and where it differs:
 - Scales of `o_proj` and `down_proj`: AutoAWQ's objective exactly (up to its mean over outputs).
-- Scales of `q,k,v` and of `gate,up`: AutoAWQ compares the outputs of the whole attention block and of the
-  whole MLP. Here the objective is the summed output error of the linears themselves, an approximation.
+- Scales of `q,k,v` and of `gate,up`: as AutoAWQ, by the output error of the whole attention block and of the whole
+  MLP, which second moments don't give: the block is run again, on some of the tokens. Unlike AutoAWQ, a token's error
+  is relative to the residual stream that it is added to, whose norm the next layer divides by; and 9 of the 20
+  candidates are tried instead of all.
 - Clips: AutoAWQ's objective without its token dimension. AutoAWQ takes a stride of about 512 tokens; here all
   tokens count. `q` and `k` are not clipped, as in AutoAWQ.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qtale_lightning.quantization.calibration import (
-    MIN_TOKENS,
-    Batch,
-    Moments,
-    check_model,
-    collect_moments,
-    layer_by_layer,
-    plain_float32,
+from qtale_lightning.quantization.calibration import Moments, plain_float32
+from qtale_lightning.quantization.mappings import (
+    LINEARS,
+    MAPPINGS,
+    NOT_CLIPPED,
+    DecoderLayer,
+    ScaleMapping,
 )
-from qtale_lightning.quantization.mappings import LINEARS, MAPPINGS, NOT_CLIPPED, DecoderLayer
-from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import OutputError, Recipe, clip_limit, clip_weight
+from qtale_lightning.quantization.replay import INSPECTED, Replay
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
+from qtale_lightning.quantization.search import Observed, Search
 
 SCALE_STEPS = 20  # ratios 0, 1/20, …, 19/20 between weight and activation magnitude
 ROWS = 256  # outputs searched at a time: little memory, and a working set that a core's cache holds
+RECORDED_TOKENS = 4096  # padded calibration tokens on which blocks are run again, at least one batch
 CLIP_STEPS = 10  # a group's largest magnitude is shrunk by 0, 1/20, …, 9/20
 
 
@@ -44,40 +46,21 @@ def output_error(delta: Tensor, gram: Tensor) -> Tensor:
     return (delta @ gram).mul_(delta).sum()
 
 
-def search_scale(weights: Sequence[Tensor], moments: Moments, schemes: Sequence[Scheme]) -> Tensor:
-    """AWQ's grid search for the input scales of linears that share an input.
+Objective = Callable[[Tensor], float]
+"""The error of some outputs under input scales, shape `(in,)`."""
 
-        s = argmin ‖X·(Q(W·s)/s - W)ᵀ‖²,  s = mean|x|^r / mean(w)^(1-r),  r = 0, 1/20, …, 19/20
+
+def scale_candidates(weights: Sequence[Tensor], moments: Moments, group_size: int) -> list[Tensor]:
+    """AWQ's candidates for the input scales of linears that share an input, each of shape `(in,)`.
+
+        s = mean|x|^r / mean(w)^(1-r),  r = 0, 1/20, …, 19/20
 
     where w is |W| relative to its group's largest value, and s is normalised by √(max(s)·min(s)) (AutoAWQ's
     `duo_scaling`).
 
     Args:
         weights: the linears' weights, each of shape `(out, in)`; computed in float32.
-        schemes: how each is rounded; the group size is the same.
-
-    Returns:
-        Shape `(in,)`.
-
-    Raises:
-        ValueError: no candidate has a finite error.
     """
-    candidates = _scale_candidates(weights, moments, schemes[0].group_size)
-    errors = [0.0] * len(candidates)
-    for weight, scheme in zip(weights, schemes, strict=True):
-        for rows in weight.split(ROWS):
-            rows = rows.float()
-            for i, scale in enumerate(candidates):
-                delta = fake_quantize(rows * scale, scheme).div_(scale).sub_(rows)
-                errors[i] += output_error(delta, moments.gram).item()
-    finite = [i for i, error in enumerate(errors) if math.isfinite(error)]
-    if not finite:
-        raise ValueError("no AWQ scale has a finite output error: its weights or activations are too large")
-    return candidates[min(finite, key=errors.__getitem__)]
-
-
-def _scale_candidates(weights: Sequence[Tensor], moments: Moments, group_size: int) -> list[Tensor]:
-    """The scales that `search_scale` tries, each of shape `(in,)`."""
     total = torch.zeros_like(moments.abs_sum)
     for weight in weights:
         for rows in weight.split(ROWS):
@@ -94,14 +77,86 @@ def _scale_candidates(weights: Sequence[Tensor], moments: Moments, group_size: i
     return candidates
 
 
-def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
+def linear_objective(weight: Tensor, gram: Tensor, scheme: Scheme) -> Objective:
+    """‖X·(Q(W·s)/s - W)ᵀ‖² of one linear, of weight `(out, in)`, from G = XᵀX alone."""
+
+    def error(scale: Tensor) -> float:
+        total = 0.0
+        for rows in weight.split(ROWS):
+            rows = rows.float()
+            total += output_error(fake_quantize(rows * scale, scheme).div_(scale).sub_(rows), gram).item()
+        return total
+
+    return error
+
+
+def block_objective(replay: Replay, schemes: Mapping[str, Scheme], residuals: Iterable[Tensor]) -> Objective:
+    """Σ_t ‖B(x_t; Q(W·s)/s) - B(x_t; W)‖² / ‖h_t‖² of a block B, whose output is added to the residual stream h.
+
+    Args:
+        replay: the block; its linears are overwritten.
+        schemes: how each of them is rounded, by its name in the block.
+        residuals: h of each of the replayed calls, shape `(…, D)`.
+    """
+    linears = {name: replay.module.get_submodule(name).get_parameter("weight") for name in schemes}
+    weights = {name: weight.clone() for name, weight in linears.items()}
+    expected = [output.float() for output in replay.outputs()]
+    shares = [h.float().square().sum(-1, keepdim=True).clamp(min=1e-12).reciprocal() for h in residuals]
+
+    def error(scale: Tensor) -> float:
+        for name, scheme in schemes.items():
+            for rows, changed in zip(weights[name].split(ROWS), linears[name].split(ROWS), strict=True):
+                changed.copy_(fake_quantize(rows.float() * scale, scheme).div_(scale))
+        return sum(
+            ((found.float() - exact).square_() * share).sum().item()
+            for found, exact, share in zip(replay.outputs(), expected, shares, strict=True)
+        )
+
+    return error
+
+
+def best_of_all(candidates: Sequence[Tensor], error: Objective) -> Tensor:
+    """The candidate of least error, as AutoAWQ searches: every one is tried.
+
+    Raises:
+        ValueError: no candidate has a finite error.
+    """
+    return candidates[_least({i: error(scale) for i, scale in enumerate(candidates)})]
+
+
+def best_by_halving(candidates: Sequence[Tensor], error: Objective) -> Tensor:
+    """The candidate of least error, where the error falls and then rises along them, as it does but for noise.
+
+    Every fourth is tried, then the neighbours of the best at half the distance, and so on: 9 of 20 are.
+
+    Raises:
+        ValueError: no candidate has a finite error.
+    """
+    step = 4
+    errors = {i: error(candidates[i]) for i in range(0, len(candidates), step)}
+    while step > 1:
+        step //= 2
+        best = _least(errors)
+        errors |= {i: error(candidates[i]) for i in (best - step, best + step) if 0 <= i < len(candidates)}
+    return candidates[_least(errors)]
+
+
+def _least(errors: Mapping[int, float]) -> int:
+    finite = [i for i, error in errors.items() if math.isfinite(error)]
+    if not finite:
+        raise ValueError("no AWQ scale has a finite output error: its weights or activations are too large")
+    return min(finite, key=errors.__getitem__)
+
+
+def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, columns: Tensor | None = None) -> Tensor:
     """AWQ's search for how far to clip each output's groups before rounding.
 
     A group's own part of the output is compared, so its error needs G's diagonal block of that group alone.
 
     Args:
         weight: shape `(out, in)`, float32, scaled.
-        gram: second moment of the scaled inputs, shape `(in, in)`.
+        gram: second moment of the inputs, shape `(in, in)`.
+        columns: the scales that the inputs are divided by, shape `(in,)`.
 
     Returns:
         Steps of `CLIP_STEP`, shape `(out, in / group_size)`, uint8.
@@ -109,6 +164,9 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme) -> Tensor:
     by_group = (-1, scheme.group_size)
     blocks = gram.unflatten(1, by_group).unflatten(0, by_group).diagonal(dim1=0, dim2=2)  # (g, g, n_groups)
     blocks = blocks.permute(2, 0, 1).contiguous()  # (n_groups, g, g)
+    if columns is not None:
+        scales = columns.to(gram).unflatten(0, by_group)
+        blocks /= scales[:, :, None] * scales[:, None, :]
     return torch.cat([_search_clip(rows, blocks, scheme) for rows in weight.split(ROWS)])
 
 
@@ -126,74 +184,6 @@ def _search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
         best.masked_fill_(better, step)
         best_error = error.where(better, best_error)
     return best.squeeze(-1).T.contiguous()
-
-
-def search(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    precisions: Sequence[Bits],
-    group_size: int,
-    symmetric: bool = False,
-    *,
-    min_tokens: int = MIN_TOKENS,
-    progress: Callable[[str, int], None] | None = None,
-) -> list[Recipe]:
-    """Searches scales and clips for every precision in one pass over the calibration tokens.
-
-    Args:
-        model: a LLaMA-family causal language model in evaluation mode; it isn't changed.
-        batches: calibration tokens, as arguments of `model.model`.
-        precisions: each gives bits by linear.
-        min_tokens: fewest tokens that a layer's search may rest on.
-        progress: called after each layer with its name and its number of tokens.
-
-    Returns:
-        One recipe for each of `precisions`.
-
-    Raises:
-        ValueError: the group size doesn't fit, weights or activations have NaN or infinity, a layer saw too
-            few tokens, or a search found no finite error.
-    """
-    for bits in precisions:
-        check_model(model, bits, group_size)
-    recipes = [Recipe("native", dict(bits), group_size, symmetric) for bits in precisions]
-    for layer, run in layer_by_layer(model, batches):
-        moments = collect_moments(layer, run, min_tokens)
-        tokens = moments[LINEARS[0]].tokens
-        with plain_float32(layer.linears[LINEARS[0]].weight.device):
-            for recipe in recipes:
-                _search_layer(layer, moments, recipe)
-                recipe.tokens[layer.name] = tokens
-        if progress:
-            progress(layer.name, tokens)
-        del moments  # before the next layer's are summed
-    return recipes
-
-
-def _search_layer(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> None:
-    """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
-    scheme = {name: recipe.scheme(layer.path(name)) for name in LINEARS}
-    # [STEP 1] Scales, each mapping on the unscaled weights.
-    for mapping in layer.scaled_mappings():
-        weights = [layer.linears[name].weight.detach() for name in mapping.linears]
-        schemes = [scheme[name] for name in mapping.linears]
-        try:
-            scale = search_scale(weights, moments[mapping.linears[0]], schemes)
-        except ValueError as error:
-            widths = ", ".join(f"{name} at {scheme[name].bits} bits" for name in mapping.linears)
-            raise ValueError(f"{layer.name}, {widths}: {error}") from error
-        recipe.scales[layer.path(mapping.previous)] = scale.cpu()
-    # [STEP 2] Clips, on the weights with scaled columns and the inputs' scaled moments.
-    for mapping in MAPPINGS:
-        gram = moments[mapping.linears[0]].gram
-        if (columns := recipe.scales.get(layer.path(mapping.previous))) is not None:
-            gram = gram / (columns[:, None] * columns).to(gram)
-        for name in mapping.linears:
-            if name not in NOT_CLIPPED:
-                scaled = layer.scaled_columns(name, recipe.scales)
-                recipe.clips[layer.path(name)] = search_clip(scaled, gram, scheme[name]).cpu()
-    # [STEP 3] What it gained.
-    recipe.errors.update(output_errors(layer, moments, recipe))
 
 
 def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> dict[str, OutputError]:
@@ -218,3 +208,59 @@ def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Reci
                     sums[i] += output_error(delta, inputs.gram).item()
             errors[full] = OutputError(*(value / inputs.tokens / len(weight) for value in sums))
     return errors
+
+
+def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
+    """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
+    # [STEP 1] Scales, each mapping on the unscaled weights.
+    for mapping in layer.scaled_mappings():
+        recipe.scales[layer.path(mapping.previous)] = _search_scale(layer, seen, recipe, mapping).cpu()
+    with plain_float32(layer.linears[LINEARS[0]].weight.device):
+        # [STEP 2] Clips, on the weights with scaled columns.
+        for mapping in MAPPINGS:
+            gram = seen.moments[mapping.linears[0]].gram
+            columns = recipe.scales.get(layer.path(mapping.previous))
+            for name in mapping.linears:
+                if name not in NOT_CLIPPED:
+                    scaled = layer.scaled_columns(name, recipe.scales)
+                    clips = search_clip(scaled, gram, recipe.scheme(layer.path(name)), columns)
+                    recipe.clips[layer.path(name)] = clips.cpu()
+        # [STEP 3] What it gained.
+        recipe.errors.update(output_errors(layer, seen.moments, recipe))
+
+
+# Autocast is left as it is: a block must run as it ran in calibration.
+@torch.inference_mode(False)
+@torch.no_grad()
+def _search_scale(layer: DecoderLayer, seen: Observed, recipe: Recipe, mapping: ScaleMapping) -> Tensor:
+    """The scales of one mapping, shape `(in,)`.
+
+    Raises:
+        ValueError: no candidate has a finite error; names the layer and its linears.
+    """
+    weights = {name: layer.linears[name].weight.detach() for name in mapping.linears}
+    schemes = {name: recipe.scheme(layer.path(name)) for name in mapping.linears}
+    first = mapping.linears[0]
+    device = weights[first].device
+    with plain_float32(device):
+        moments = seen.moments[first]
+        candidates = scale_candidates([*weights.values()], moments, recipe.group_size)
+    try:
+        if len(weights) == 1:
+            with plain_float32(device):
+                return best_of_all(candidates, linear_objective(weights[first], moments.gram, schemes[first]))
+        block = INSPECTED[mapping.previous]
+        replay = Replay(layer.module.get_submodule(block), seen.calls[block])
+        inside = {name.removeprefix(f"{block}."): scheme for name, scheme in schemes.items()}
+        residuals = (args[0] for args, _ in seen.calls[mapping.previous])
+        return best_by_halving(candidates, block_objective(replay, inside, residuals))
+    except ValueError as error:
+        widths = ", ".join(f"{name} at {scheme.bits} bits" for name, scheme in schemes.items())
+        raise ValueError(f"{layer.name}, {widths}: {error}") from error
+
+
+# What a block objective compares is recorded: the blocks' calls, and the norms' inputs, which are the residual stream.
+_RECORDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+search = Search("native", _search_layer, _RECORDED, recorded_tokens=RECORDED_TOKENS)
+"""The engine `native`."""

@@ -1,0 +1,103 @@
+"""The search that the engines share: one pass over the calibration tokens, layer by layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from qtale_lightning.quantization.calibration import (
+    MIN_TOKENS,
+    Batch,
+    Moments,
+    check_model,
+    collect_moments,
+    layer_by_layer,
+)
+from qtale_lightning.quantization.mappings import LINEARS, DecoderLayer
+from qtale_lightning.quantization.precision import Bits
+from qtale_lightning.quantization.recipe import Recipe
+from qtale_lightning.quantization.replay import Call, recorded_calls
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What calibration saw of one layer.
+
+    Attributes:
+        moments: sums over the inputs of its linears, by the first linear that reads each input.
+        calls: of the modules that the engine records, by their names in the layer.
+    """
+
+    moments: dict[str, Moments]
+    calls: Mapping[str, list[Call]]
+
+
+@dataclass(frozen=True)
+class Search:
+    """An engine's search for scales and clips.
+
+    Attributes:
+        engine: its name.
+        search_layer: searches one decoder layer at a recipe's bits, and writes what it finds into the recipe.
+        recorded: modules of a layer whose calls it needs.
+        recorded_tokens: padded tokens that it needs the calls of; None takes all batches, else some that are spread
+            evenly over the calibration set.
+        check: refuses precisions that the engine can't search.
+    """
+
+    engine: str
+    search_layer: Callable[[DecoderLayer, Observed, Recipe], None]
+    recorded: tuple[str, ...]
+    recorded_tokens: int | None = None
+    check: Callable[[Bits], None] = lambda bits: None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        precisions: Sequence[Bits],
+        group_size: int,
+        symmetric: bool = False,
+        *,
+        min_tokens: int = MIN_TOKENS,
+        progress: Callable[[str, int], None] | None = None,
+    ) -> list[Recipe]:
+        """Searches scales and clips for every precision in one pass over the calibration tokens.
+
+        Args:
+            model: a LLaMA-family causal language model in evaluation mode; it isn't changed.
+            batches: calibration tokens, as arguments of `model.model`.
+            precisions: each gives bits by linear.
+            min_tokens: fewest tokens that a layer's search may rest on.
+            progress: called after each layer with its name and its number of tokens.
+
+        Returns:
+            One recipe for each of `precisions`.
+
+        Raises:
+            ImportError: the engine's package isn't installed.
+            ValueError: the group size doesn't fit, the engine can't mix bits so, weights or activations have NaN or
+                infinity, a layer saw too few tokens, or a search found no finite error.
+        """
+        for bits in precisions:
+            check_model(model, bits, group_size)
+            self.check(bits)
+        recipes = [Recipe(self.engine, dict(bits), group_size, symmetric) for bits in precisions]
+        for layer, run in layer_by_layer(model, batches):
+            with recorded_calls(layer, self.recorded, self._every(batches)) as calls:
+                seen = Observed(collect_moments(layer, run, min_tokens), calls)
+            tokens = seen.moments[LINEARS[0]].tokens
+            for recipe in recipes:
+                self.search_layer(layer, seen, recipe)
+                recipe.tokens[layer.name] = tokens
+            if progress:
+                progress(layer.name, tokens)
+            del seen, calls  # before the next layer's are summed
+        return recipes
+
+    def _every(self, batches: Sequence[Batch]) -> int:
+        """One batch of how many has its calls recorded."""
+        if self.recorded_tokens is None:
+            return 1
+        padded = sum(batch["input_ids"].numel() for batch in batches)
+        return max(1, -(-padded // self.recorded_tokens))
