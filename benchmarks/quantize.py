@@ -40,7 +40,7 @@ from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.options import ENGINES, Engine
-from qtale_lightning.quantization.precision import CANDIDATES, allocate, uniform
+from qtale_lightning.quantization.precision import allocate, neighbours, uniform
 
 HELD_OUT = 64  # validation prompts, with their gold answers, whose logits are compared
 
@@ -87,7 +87,7 @@ def memory_of(name: str, group_size: int) -> tuple[float, float]:
     config.num_hidden_layers, config.vocab_size = 1, 1024  # embeddings have no part in it
     options = {"model_type": "routed_llama", "start_layer": 1}
     model = route(LlamaForCausalLM(config), RoutedLlamaConfig(**config.to_dict() | options))
-    model = model.to(torch.bfloat16).eval()
+    model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]
     batches = [{"input_ids": torch.randint(1024, (8, 128))} for _ in range(4)]
     bits = uniform(linear_shapes(model), 4, {})
     _, _, grown = measured(partial(ENGINES["native"], model, batches, [bits], group_size))
@@ -174,7 +174,7 @@ def main() -> None:
     }  # fmt: skip
     for engine, widths in engines.items():
         for bits in widths:
-            candidates = [int(bits)] if bits == int(bits) else [*CANDIDATES]
+            candidates = [int(bits)] if bits == int(bits) else [*neighbours(bits)]
             precisions = [uniform(shapes, width, {}) for width in candidates]
             recipes, seconds, grown = measured(
                 partial(ENGINES[engine], model, batches, precisions, args.group_size)

@@ -1,4 +1,4 @@
-"""The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|report|compare``."""
+"""The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|…``; :data:`USAGE` lists all."""
 
 import argparse
 import logging
@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from transformers.utils.logging import disable_progress_bar
 
-from qtale_lightning import stages
+from qtale_lightning import harness, stages, tables
 from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.models.sources import check_source
@@ -31,11 +31,19 @@ USAGE = """usage: python -m qtale_lightning <command> …
   fit --config FILE … [OPTIONS]     train, then export, quantize, sweep and report; resumes an interrupted run
   plan --config FILE … [OPTIONS]    what fit would cost, without loading weights
   quantize RUN [OPTIONS]            a finished run at each of --quantize.bits, by --quantize.engine
-  sweep RUN [OPTIONS]               accuracy and cost at each precision and each of --sweep.thresholds
-  evaluate RUN [--bits N] [--theta X] [OPTIONS]
+  sweep RUN [OPTIONS]               accuracy and cost at each precision, and θ by --sweep.rule: from the grid
+                                    --sweep.thresholds, or for each of --sweep.budgets
+  evaluate RUN [--bits N] [--theta X …] [OPTIONS]
                                     one precision and threshold on the validation questions
+  lm-eval RUN [--tasks NAMES] [--bits N] [--theta X] [--limit N] [--batch-size N] [OPTIONS]
+                                    the same by lm-evaluation-harness, unmodified: its own tasks or local rows
+  inspect RUN [--bits N …] [--theta X] [--questions N] [--text TEXT]
+                                    a page that shows which layers each token executes, at each precision
   report RUN                        figures, results.md and the summary, from results.json
   compare RUN RUN … --to FOLDER     several runs of one protocol in one table and figure
+  table NAME --model MODEL [--data TASKS] [--seeds 0,1] [--out FOLDER] [--plan] [OPTIONS]
+                                    a declared table: what is missing is run, what is there is used again
+  figures NAME --model MODEL …      figures of a table's finished runs
 
 Every option of a run is shown by `fit --help`; RUN is a run's directory, and options override its configuration.
 """
@@ -104,9 +112,7 @@ def sweep(args: list[str]) -> None:
     run, options = _open(args)
     cli = _configured(run, options, "sweep")
     quantization = cli.quantization.options
-    stages.sweep(
-        run, cli.prepare_data(), quantization.bits, quantization.engine, cli.threshold_sweep.thresholds
-    )
+    stages.sweep(run, cli.prepare_data(), quantization.bits, quantization.engine, cli.threshold_sweep.options)
     write_report(run.root)
 
 
@@ -115,22 +121,84 @@ def evaluate(args: list[str]) -> None:
     run, options = _open(args)
     parser = argparse.ArgumentParser(f"python -m qtale_lightning evaluate {run.root}", allow_abbrev=False)
     parser.add_argument("--bits", type=float, default=16, help="precision, of those that the run has")
-    parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
+    parser.add_argument(
+        "--theta",
+        type=float,
+        nargs="+",
+        help="threshold, or one for each routed layer; by default the model's own",
+    )
     own, options = parser.parse_known_args(options)
-    if own.theta is not None and not 0 <= own.theta <= 1:
-        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
+    for value in own.theta or []:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--theta {value} is not a probability: give a value in [0, 1]")
     cli = _configured(run, options, "evaluate")
     bits = int(own.bits) if own.bits == int(own.bits) else own.bits
     engine = cli.quantization.options.engine
     model = stages.load_exported(run, bits, engine)
     if model.config.routed_layers:
         theta = model.config.threshold if own.theta is None else own.theta
+        if isinstance(theta, list) and len(theta) == 1:
+            theta = theta[0]
+        model.config.thresholds(theta)  # refuses a wrong number of them
     elif own.theta is not None:
         raise ValueError(f"{run.root} has no routers: leave --theta out")
     else:
         theta = None
     data = cli.prepare_data()
     stages.evaluate(run, data, model, bits, engine, theta, "validation")
+
+
+def lm_eval(args: list[str]) -> None:
+    """One precision and θ by lm-evaluation-harness."""
+    run, options = _open(args)
+    parser = argparse.ArgumentParser(f"python -m qtale_lightning lm-eval {run.root}", allow_abbrev=False)
+    parser.add_argument("--tasks", help="tasks joined by commas, ours or the harness's; by default the run's")
+    parser.add_argument("--bits", type=float, default=16, help="precision, of those that the run has")
+    parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
+    parser.add_argument("--limit", type=int, help="questions of each task, the first ones; by default all")
+    parser.add_argument("--batch-size", help="requests in a batch, or auto; by default 8 on a CPU, else auto")
+    own, options = parser.parse_known_args(options)
+    if own.theta is not None and not 0 <= own.theta <= 1:
+        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
+    if own.limit is not None and own.limit < 1:
+        raise ValueError(f"--limit {own.limit} must be positive")
+    cli = _configured(run, options, "lm-eval")
+    harness.lm_eval(
+        run,
+        cli.datamodule,
+        own.tasks.split(",") if own.tasks else cli.datamodule.tasks,
+        int(own.bits) if own.bits == int(own.bits) else own.bits,
+        cli.quantization.options.engine,
+        own.theta,
+        own.limit,
+        own.batch_size,
+    )
+
+
+def inspect(args: list[str]) -> None:
+    """A page of the layers that each token executes, and what quantization changes of them."""
+    run, options = _open(args)
+    parser = argparse.ArgumentParser(f"python -m qtale_lightning inspect {run.root}", allow_abbrev=False)
+    parser.add_argument(
+        "--bits", type=float, nargs="+", help="precisions beside 16; by default all there are"
+    )
+    parser.add_argument("--theta", type=float, help="threshold of all precisions; by default the model's own")
+    parser.add_argument(
+        "--questions", type=int, default=200, help="validation questions to measure changes on"
+    )
+    parser.add_argument("--text", action="append", help="a text of your own, instead of validation questions")
+    own, options = parser.parse_known_args(options)
+    if own.theta is not None and not 0 <= own.theta <= 1:
+        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
+    bits = own.bits and [int(width) if width == int(width) else width for width in own.bits]
+    cli = _configured(run, options, "inspect")
+    texts = (
+        stages.own_texts(run, own.text)
+        if own.text
+        else stages.question_texts(cli.prepare_data(), own.questions)
+    )
+    engine = cli.quantization.options.engine
+    print(stages.inspect(run, bits, engine, own.theta, texts, measured=not own.text))
 
 
 def report(args: list[str]) -> None:
@@ -152,8 +220,19 @@ def compare(args: list[str]) -> None:
     print(page.read_text(encoding="utf-8"))
 
 
+def table(args: list[str]) -> None:
+    """A declared table, and the runs that it is missing."""
+    tables.table(args)
+
+
+def figures(args: list[str]) -> None:
+    """Figures of a declared table's runs."""
+    tables.figures(args)
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
-    command.__name__: command for command in (fit, plan, quantize, sweep, evaluate, report, compare)
+    command.__name__.replace("_", "-"): command
+    for command in (fit, plan, quantize, sweep, evaluate, lm_eval, inspect, report, compare, table, figures)
 }
 
 

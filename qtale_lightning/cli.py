@@ -26,6 +26,7 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.calibration import MIN_TOKENS
 from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.run import RunDirectory
+from qtale_lightning.strategy import resolve_strategy
 from qtale_lightning.tracking import WandbMode, wandb_logger
 
 log = logging.getLogger(__name__)
@@ -107,6 +108,12 @@ class QTALECLI(LightningCLI):
         """The sweep callback."""
         return self.config_init["sweep"]
 
+    @property
+    def devices(self) -> int:
+        """Of all nodes, as far as the configuration says."""
+        devices = str(self.config["trainer"]["devices"])  # the parser leaves numbers as text, too
+        return (int(devices) if devices.isdecimal() else 1) * self.config["trainer"]["num_nodes"]
+
     def config_text(self) -> str:
         """The resolved configuration as YAML, without what belongs to this start only."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
@@ -134,6 +141,15 @@ class QTALECLI(LightningCLI):
             raise ValueError(
                 f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
             )
+        if routed:
+            self.threshold_sweep.options.check_budgets(start / config.num_hidden_layers)
+        metrics = self.datamodule.asking.metrics("calibration")
+        texts = [task for task, metric in metrics.items() if metric == "perplexity"]
+        if texts and self.threshold_sweep.options.rule == "tolerance":
+            raise ValueError(
+                f"--sweep.rule tolerance compares accuracies question by question, and {', '.join(texts)} has none: "
+                "take one-standard-error (by nll, then) or one of the budget rules"
+            )
         if self.config["trainer"]["max_steps"] == 0:
             raise ValueError(
                 "--trainer.max_steps 0 trains nothing: give a number of steps, or -1 and --trainer.max_epochs"
@@ -158,6 +174,7 @@ class QTALECLI(LightningCLI):
             "check_val_every_n_epoch": None,
             "logger": self._loggers(run),
             "callbacks": [*(options["callbacks"] or []), *self._callbacks(run, batches // accumulate)],
+            "strategy": resolve_strategy(options["strategy"]),
         }
         return L.Trainer(**options)
 
@@ -195,14 +212,8 @@ class QTALECLI(LightningCLI):
         return loggers
 
     def _effective_batch(self) -> int:
-        trainer = self.config["trainer"]
-        devices = trainer["devices"] if isinstance(trainer["devices"], int) else 1
-        return (
-            self.datamodule.batch_size
-            * trainer["accumulate_grad_batches"]
-            * max(1, devices)
-            * trainer["num_nodes"]
-        )
+        accumulate = self.config["trainer"]["accumulate_grad_batches"]
+        return self.datamodule.batch_size * accumulate * self.devices
 
 
 def _seed(seed: bool | int) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
-from qtale_lightning.metrics import ExecutionRatio, router_statistics
+from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs, router_statistics
 from qtale_lightning.models.adapters import (
     PROJECTIONS,
     add_lora,
@@ -21,6 +21,7 @@ from qtale_lightning.models.adapters import (
 )
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.sharding import shard
 from qtale_lightning.models.sources import load_base, load_tokenizer, preset
 
 METHODS = ("full", "dllm", "qtale")
@@ -142,6 +143,7 @@ class QTALEModule(L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.model: RoutedLlamaForCausalLM
         self._tuner: Any = None
+        self.routing_record: dict[str, dict[str, Any]] = {}  # of the last validation, see RoutingDiagnostics
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -160,7 +162,10 @@ class QTALEModule(L.LightningModule):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.attach(base)
+        if self.device_mesh is not None:  # of a strategy that shards
+            shard(self.model, self.device_mesh["data_parallel"])
         self.validation_ratio = ExecutionRatio(len(self.model.model.layers))
+        self.validation_routing = RoutingDiagnostics()
 
     def fresh(self) -> "QTALEModule":
         """A module of the same configuration, its model not loaded yet."""
@@ -228,10 +233,13 @@ class QTALEModule(L.LightningModule):
         progress = min(1.0, self.trainer.global_step / steps) if steps else 1.0
         return 1.0 + progress * (self.target_ratio - 1.0)
 
+    def batch_seed(self, batch: int) -> int:
+        """Seed of a batch's noise on this device."""
+        return hash((self.seed, self.global_rank, batch)) & 0x7FFF_FFFF
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed noise and dropout by (seed, rank, batch), so that a resumed run draws what an uninterrupted one does."""
-        seen = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        torch.manual_seed(hash((self.seed, self.global_rank, seen)) & 0x7FFF_FFFF)
+        torch.manual_seed(self.batch_seed(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
         self._batch_started = time.perf_counter()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -274,15 +282,19 @@ class QTALEModule(L.LightningModule):
         routing = Routing()
         losses = self.losses(batch, routing, self.target_ratio)
         self.validation_ratio.update(routing)
+        self.validation_routing.update(routing, self.batch_seed(batch_idx))
         values = {"val/loss": losses.total, "val/ce": losses.ce}
         if routing.gates:
             values |= {"val/ratio_loss": losses.ratio, "val/entropy_loss": losses.entropy}
         self.log_dict(values, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the execution ratio of the whole validation set."""
+        """Log the execution ratio and the diversity of paths of the whole validation set; keep the record."""
         self.log("val/execution_ratio", self.validation_ratio.compute().mean())
+        self.routing_record = self.validation_routing.compute()
+        self.log_dict({f"val/{name}": float(value) for name, value in path_logs(self.routing_record).items()})
         self.validation_ratio.reset()
+        self.validation_routing.reset()
 
     def configure_optimizers(self) -> Any:
         """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0."""

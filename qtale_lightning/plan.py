@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 # Public sizes of the training splits, to plan with when the data isn't on this disk.
 TRAINING_ROWS = {
     "piqa": 16113, "boolq": 9427, "social_iqa": 33410, "arc_easy": 2251, "arc_challenge": 1119, "winogrande": 40398,
-    "openbookqa": 4957, "facts": 2000,
+    "openbookqa": 4957, "facts": 2000, "mmlu": 99842, "alpaca": 49760, "samsum": 14731,
 }  # fmt: skip
 
 
@@ -59,22 +59,39 @@ def print_plan(cli: "QTALECLI") -> None:
         served = cost.weight_bytes(config, bits, cli.quantization.options.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
         table.add_row(f"memory to serve at {bits:g} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
-    table.add_row("effective batch", f"{micro * accumulate} a device")
-    steps = trainer["max_steps"]
-    if steps is None or steps < 0:
-        rows = sum(min(TRAINING_ROWS[task], data.limit_train or math.inf) for task in data.tasks)
-        steps = int(rows // micro // accumulate * (trainer["max_epochs"] or 1))
+    table.add_row("effective batch", f"{micro * accumulate * cli.devices} on {cli.devices} device(s)")
+    steps = optimizer_steps(cli)
+    if (trainer["max_steps"] or -1) < 0:
         table.add_row(
-            "optimizer steps on one device, about",
-            f"{steps:,} ({trainer['max_epochs']} epochs of {int(rows):,} rows)",
+            "optimizer steps, about",
+            f"{steps:,} ({trainer['max_epochs']} epochs of {_training_rows(cli):,} rows)",
         )
     else:
         table.add_row("optimizer steps", f"{steps:,}")
-    table.add_row(
-        "training FLOPs, about (every layer computed)",
-        f"{_training_flops(config, context) * steps * micro * accumulate * length:.2g}",
-    )
+    table.add_row("training FLOPs, about (every layer computed)", f"{training_flops(cli):.2g}")
     Console().print(table)
+
+
+def optimizer_steps(cli: "QTALECLI") -> int:
+    """Steps of the training: as given, or about, by the public sizes of the training splits."""
+    trainer, data = cli.config["trainer"], cli.datamodule
+    if (trainer["max_steps"] or -1) > 0:
+        return trainer["max_steps"]
+    batches = _training_rows(cli) // (data.batch_size * cli.devices) // trainer["accumulate_grad_batches"]
+    return batches * (trainer["max_epochs"] or 1)
+
+
+def training_flops(cli: "QTALECLI") -> float:
+    """FLOPs of the whole training, about: every layer of sequences of up to 128 tokens computed."""
+    data, length = cli.datamodule, min(cli.datamodule.max_length, 128)
+    batch = data.batch_size * cli.config["trainer"]["accumulate_grad_batches"] * cli.devices
+    tokens = optimizer_steps(cli) * batch * length
+    return _training_flops(routed_config(cli), (length + 1) / 2) * tokens
+
+
+def _training_rows(cli: "QTALECLI") -> int:
+    data = cli.datamodule
+    return int(sum(min(TRAINING_ROWS[task], data.limit_train or math.inf) for task in data.tasks))
 
 
 def _training_flops(config: RoutedLlamaConfig, context: float) -> float:

@@ -1,6 +1,8 @@
 """A run's directory: where its parts lie, and to which configuration it belongs."""
 
 import csv
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +117,11 @@ class RunDirectory:
             writer.writeheader()
             writer.writerows(rows)
         return target
+
+
+def identity(text: str) -> str:
+    """A hash of a configuration (YAML) by what makes its run: what may differ between two starts is left out."""
+    return hashlib.sha256(json.dumps(_fixed(text), sort_keys=True).encode()).hexdigest()
 
 
 def _fixed(text: str) -> dict[str, Any]:

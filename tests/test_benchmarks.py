@@ -64,7 +64,8 @@ def test_quick_run_writes_its_measurements(
     target = bench(name, "--quick", *MORE.get(name, []))
     printed = capsys.readouterr().out
     if "skipped" in printed:
-        assert name in ("llamacpp", "linear")  # a package or a processor's kernel may be missing
+        # A package or a processor's kernel may be missing.
+        assert name in ("evaluate", "llamacpp", "linear")
         assert not target.exists()
     else:
         measured(target, name)
@@ -95,8 +96,9 @@ def test_calibration_compares_on_a_finished_run(bench: Bench, finished_run: Path
     assert row["θ"] == 0.5
 
 
-def test_missing_rows_are_said(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    assert not bench("quantize").exists()
+@pytest.mark.parametrize("name", ["quantize", "evaluate"])
+def test_missing_rows_are_said(bench: Bench, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert not bench(name).exists()
     assert "skipped" in capsys.readouterr().out
 
 

@@ -67,8 +67,8 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
         pytest.param(
             ("--model.method", "lora"), ("'lora'", "--model.method", "full, dllm, qtale"), id="method"
         ),
-        pytest.param(("--data.tasks", "mmlu"), ("'mmlu'", "csqa", "facts"), id="task"),
-        pytest.param(("--data.tasks", '["piqa","mmlu"]'), ("'mmlu'", "csqa", "facts"), id="task of a list"),
+        pytest.param(("--data.tasks", "gsm8k"), ("'gsm8k'", "csqa", "facts"), id="task"),
+        pytest.param(("--data.tasks", '["piqa","gsm8k"]'), ("'gsm8k'", "csqa", "facts"), id="task of a list"),
         pytest.param(
             ("--data.prompt_style", "essay"), ("prompt_style", "'essay'", "cloze, choice"), id="prompt style"
         ),
@@ -82,12 +82,38 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             ("--sweep.thresholds", "[0.5,1.5]"), ("--sweep.thresholds", "1.5", "[0, 1]"), id="threshold"
         ),
         pytest.param(("--sweep.thresholds", "[]"), ("--sweep.thresholds", "at least one"), id="no threshold"),
+        pytest.param(("--sweep.rule", "best"), ("sweep.rule", "best", "tolerance", "budget"), id="rule"),
+        pytest.param(("--sweep.rule", "budget"), ("needs --sweep.budgets",), id="no budget"),
+        pytest.param(
+            ("--sweep.rule", "budget", "--sweep.budgets", "[0.7,0.3]"),
+            ("--sweep.budgets 0.3", "0.333 of all", "--model.start_layer"),
+            id="budget below the layers without a router",
+        ),
+        pytest.param(("--sweep.margin", "2"), ("--sweep.margin 2.0", "between 0 and 1"), id="margin"),
         pytest.param(
             ("--quantize.group_size", "256"), ("group_size 256", "128", "q_proj", "64"), id="group size"
         ),
         pytest.param(("--quantize.bits", "[9]"), ("bits", "from 2 to 8", "9"), id="bits"),
         pytest.param(("--model.start_layer", "6"), ("--model.start_layer 6", "6 layers"), id="start layer"),
         pytest.param(("--validations", "0"), ("--validations", "at least 1"), id="validations"),
+        pytest.param(
+            ("--data.tasks", "mmlu", "--data.choice_labels", "roman"),
+            ("--data.choice_labels", "'roman'", "letters, numbers"),
+            id="choice labels",
+        ),
+        pytest.param(
+            ("--data.shots", "5"), ("--data.shots 5", "facts", "mmlu"), id="shots of a task without"
+        ),
+        pytest.param(
+            ("--data.answers", "generated"),
+            ("--data.answers", "facts", "--data.prompt_style choice"),
+            id="answers",
+        ),
+        pytest.param(
+            ("--data.tasks", "mmlu,alpaca", "--sweep.rule", "tolerance"),
+            ("--sweep.rule tolerance", "alpaca has none", "one-standard-error"),
+            id="a rule of accuracies without them",
+        ),
         pytest.param(
             ("--model.lr", "fast"), ("model.lr", "float", "fast", "--help"), id="a word for a number"
         ),
@@ -107,7 +133,7 @@ def test_a_value_that_cant_be(
 @pytest.mark.parametrize(
     ("more", "option"),
     [
-        pytest.param(("--data.tasks", "mmlu"), "--data.tasks", id="tasks"),
+        pytest.param(("--data.tasks", "gsm8k"), "--data.tasks", id="tasks"),
         pytest.param(("--data.prompt_style", "essay"), "--data.prompt_style", id="prompt_style"),
         pytest.param(("--data.mix", "random"), "--data.mix", id="mix"),
         pytest.param(("--data.batch_size", "0"), "--data.batch_size", id="batch_size"),

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.report.results import load_results
 
 
@@ -35,3 +37,9 @@ def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], 
     assert results["train"]["examples"] == 64
     assert [row["split"] for row in results["evaluation"]] == ["calibration", "validation"]
     assert results["selected"][0]["bits"] == 16
+    # The paths of both devices' held-out rows, all tokens of each but the two reserved ones.
+    data = CommonsenseDataModule("facts", calibration_rows=8)
+    data.tokenizer = load_tokenizer("tiny", None)
+    data.setup()
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in data.val_dataloader())
+    assert results["routing"]["paths"]["tokens"] == tokens - 2 * 8

@@ -15,17 +15,21 @@ MAY_IMPORT = {
     "data": set(),
     "models": set(),
     "losses": {"models"},
-    "metrics": {"losses", "models"},
+    "metrics": {"losses", "models", "paths"},
+    "paths": set(),
     "quantization": {"files"},
-    "report": {"files"},
-    "evaluation": {"data", "losses", "metrics", "models", "quantization"},
+    "report": {"evaluation", "files"},
+    "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
+    "harness": {"data", "files", "run", "stages"},
     "module": {"losses", "metrics", "models"},
     "run": {"files"},
+    "strategy": {"models"},
+    "sweeps": {"files", "report"},
     "tracking": set(),
 }
 # Of these, the only ones that know Lightning.
-LIGHTNING = {"data/datamodule.py", "module.py", "tracking.py"}
-ABOVE = {"callbacks", "cli", "__main__"}
+LIGHTNING = {"data/datamodule.py", "module.py", "strategy.py", "tracking.py"}
+ABOVE = {"callbacks", "cli", "tables", "__main__"}
 # The parts that callbacks are made from, so that can't import them.
 BELOW = {*MAY_IMPORT, "stages"}
 

@@ -1,16 +1,25 @@
-"""During training: how the routers decide, averaged over the last steps, for the report."""
+"""During training: how the routers decide, for the report and W&B."""
 
+import logging
 from collections import deque
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+import wandb
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import WandbLogger
 
+from qtale_lightning.module import QTALEModule
 from qtale_lightning.report.results import update_results
 from qtale_lightning.run import RunDirectory
 
+log = logging.getLogger(__name__)
+
 WINDOW = 50  # micro-batches: long enough to average Gumbel noise out, short enough to be the end of training
+EXECUTED, FLIPPED = "execution_ratio_layer_", "flip_ratio_layer_"
+HISTOGRAMS = ("logit_gap", "probability")
 
 
 class RoutingMonitor(Callback):
@@ -23,10 +32,11 @@ class RoutingMonitor(Callback):
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.window: deque[dict[str, float]] = deque(maxlen=WINDOW)
+        self.record: dict[str, dict[str, Any]] = {}  # of the last validation, see RoutingDiagnostics
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Read what the module logged for this micro-batch."""
-        names = ("flip_ratio", "logit_gap", "entropy", "execution_ratio_layer_")
+        names = ("flip_ratio", "logit_gap", "entropy", EXECUTED)
         logged = {
             k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")
         }
@@ -34,28 +44,51 @@ class RoutingMonitor(Callback):
             {k: float(v) for k, v in logged.items() if k.startswith(names) and k != "entropy_loss"}
         )
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what the validation recorded; its histograms go to W&B now, its numbers were logged by the module."""
+        assert isinstance(pl_module, QTALEModule)
+        if not pl_module.routing_record:
+            return
+        self.record = pl_module.routing_record
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                try:
+                    histograms = {f"val/{name}": _wandb_histogram(self.record[name]) for name in HISTOGRAMS}
+                    logger.log_metrics(histograms, trainer.global_step)  # type: ignore[arg-type]
+                except Exception as error:  # W&B's failures have many types, and none may stop training
+                    log.warning("W&B did not take the routers' histograms (%s)", error)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Average the window; a model without routers has no such section."""
         if not trainer.is_global_zero or not self.window or not self.window[-1]:
             return
-        mean = {k: sum(entry[k] for entry in self.window) / len(self.window) for k in sorted(self.window[-1])}
-        layers = [value for name, value in mean.items() if name.startswith("execution_ratio_layer_")]
-        summary = {name: mean[name] for name in ("flip_ratio", "logit_gap", "entropy")}
-        update_results(self.run.root, "routing", summary | {"execution_ratio_per_layer": layers})
+        mean = {k: sum(entry[k] for entry in self.window) / len(self.window) for k in self.window[-1]}
+        layers = sorted(name for name in mean if name.startswith(EXECUTED))
+        summary: dict[str, Any] = {name: mean[name] for name in ("flip_ratio", "logit_gap", "entropy")}
+        summary["execution_ratio_per_layer"] = [mean[name] for name in layers]
+        summary["flip_ratio_per_layer"] = [mean.get(name.replace(EXECUTED, FLIPPED)) for name in layers]
+        if self.record:
+            summary["histograms"] = {name: self.record[name] for name in HISTOGRAMS}
+            summary |= {name: self.record[name] for name in ("paths", "noisy_paths")}
+        update_results(self.run.root, "routing", summary)
 
     def state_dict(self) -> dict[str, Any]:
-        """The window, so that a resumed run ends with the same summary."""
-        return (
-            {
-                "window": torch.tensor([list(entry.values()) for entry in self.window]),
-                "names": list(self.window[-1]),
-            }
-            if self.window
-            else {}
-        )
+        """The window and the record, so that a resumed run ends with the same summary."""
+        if not self.window:
+            return {}
+        return {
+            "window": torch.tensor([list(entry.values()) for entry in self.window]),
+            "names": list(self.window[-1]),
+            "record": self.record,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the window."""
+        """Restore them."""
         if state_dict:
             for values in state_dict["window"].tolist():
                 self.window.append(dict(zip(state_dict["names"], values, strict=True)))
+            self.record = state_dict.get("record", {})
+
+
+def _wandb_histogram(histogram: dict[str, list[float]]) -> wandb.Histogram:
+    return wandb.Histogram(np_histogram=(np.array(histogram["counts"]), np.array(histogram["edges"])))

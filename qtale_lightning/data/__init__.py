@@ -1,10 +1,12 @@
-"""Commonsense questions: tasks and their rows, prompts, token ids, and the Lightning data module."""
+"""Questions: tasks and their rows, prompts, token ids, and the Lightning data module."""
 
 from qtale_lightning.data.datamodule import CommonsenseDataModule
 from qtale_lightning.data.facts import facts_corpus, generate_facts
-from qtale_lightning.data.prompts import PROMPT_STYLES, Prompt, build_prompt
+from qtale_lightning.data.parsing import Question
+from qtale_lightning.data.prompts import CHOICE_LABELS, PROMPT_STYLES, Prompt, build_prompt
+from qtale_lightning.data.readers import read_hub, read_local
 from qtale_lightning.data.sampler import LengthBatchSampler
-from qtale_lightning.data.tasks import SUITES, TASKS, Question, Task, read_hub, read_local, resolve_tasks
+from qtale_lightning.data.tasks import SUITES, TASKS, Task, resolve_tasks
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
@@ -15,6 +17,7 @@ from qtale_lightning.data.tokenization import (
 )
 
 __all__ = [
+    "CHOICE_LABELS",
     "PROMPT_STYLES",
     "SUITES",
     "TASKS",

@@ -1,41 +1,51 @@
 """`CommonsenseDataModule`: from task names to training batches and scored questions."""
 
+import logging
 import warnings
+from collections.abc import Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
-from random import Random
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from qtale_lightning.data.facts import generate_facts
-from qtale_lightning.data.prompts import PROMPT_STYLES, build_prompt
+from qtale_lightning.data.asking import Asking
+from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
-from qtale_lightning.data.tasks import SUITES, TASKS, Question, Split, read_hub, read_local, resolve_tasks
+from qtale_lightning.data.splits import Examples, task_rows
+from qtale_lightning.data.tasks import SUITES, TASKS, resolve_tasks
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
     collate,
-    encode_prompt,
     training_example,
 )
 
 MIXES = ("proportional", "uniform")
 
+log = logging.getLogger(__name__)
+
 
 class CommonsenseDataModule(LightningDataModule):
-    """Commonsense multiple-choice questions: trained on as the right answer's text, scored choice by choice.
+    """Questions: trained on as the right answer's text, scored choice by choice, and answered in writing.
 
     Set `tokenizer` to the model's tokenizer before `setup`.
 
     Args:
-        tasks: A task, a suite (csqa), or a list of them; "facts" is built in and needs no files.
+        tasks: A task, a suite (csqa, generality), or a list of them; "facts" is built in and needs no files.
         root: Folder with <task>/train.jsonl and <task>/validation.jsonl. None reads the Hugging Face hub.
-        prompt_style: cloze (score each choice's text) or choice (score each choice's letter).
+        prompt_style: cloze (score each choice's text) or choice (score each choice's letter); mmlu is always choice.
+        choice_labels: What choices are called in the choice style: letters or numbers.
+        shots: Examples before each scored question of mmlu, from its dev rows (<root>/mmlu/dev.jsonl).
+        answers: How validation questions with choices are answered: scored (by log-likelihood) or generated (the model
+            writes; what can't be read is wrong).
+        max_new_tokens: Tokens of the longest generated answer. None: 16 where choices are given, samsum 96, alpaca 128.
+        generations: Validation rows of each task measured by perplexity whose generated answer is kept with the run.
         batch_size: Sequences in a batch of one device.
-        max_length: Tokens of the longest sequence, its EOS included; longer ones are cut at their left.
+        max_length: Tokens of the longest sequence, its EOS included; longer ones are cut at their left, and long texts
+            that are answers at their end.
         limit_train: Training rows of each task, chosen by the seed. None takes all.
         limit_validation: Validation rows of each task, chosen by the seed. None takes all.
         calibration_rows: Rows of each task held out of the training split; the threshold is selected on them.
@@ -53,6 +63,11 @@ class CommonsenseDataModule(LightningDataModule):
         tasks: str | list[str] = "csqa",
         root: str | None = None,
         prompt_style: str = "cloze",
+        choice_labels: str = "letters",
+        shots: int = 0,
+        answers: str = "scored",
+        max_new_tokens: int | None = None,
+        generations: int = 8,
         batch_size: int = 16,
         max_length: int = 512,
         limit_train: int | None = None,
@@ -64,10 +79,9 @@ class CommonsenseDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.tasks = resolve_tasks(tasks)
-        if prompt_style not in PROMPT_STYLES:
-            raise ValueError(
-                f"unknown prompt style {prompt_style!r} (--data.prompt_style); known: {', '.join(PROMPT_STYLES)}"
-            )
+        self.asking = Asking(
+            self.tasks, prompt_style, choice_labels, shots, answers, max_new_tokens, generations
+        )
         if mix not in MIXES:
             raise ValueError(f"unknown mix {mix!r} (--data.mix); known: {', '.join(MIXES)}")
         sizes = {
@@ -87,7 +101,6 @@ class CommonsenseDataModule(LightningDataModule):
                 f"--data.root {root}: not a folder; it must hold <task>/train.jsonl files"
             )
         self.root = root
-        self.prompt_style = prompt_style
         self.batch_size = batch_size
         self.max_length = max_length
         self.limit_train = limit_train
@@ -121,16 +134,24 @@ class CommonsenseDataModule(LightningDataModule):
         """
         if self._train:
             return
-        tokenizer = self._checked_tokenizer()
+        tokenizer = self.checked_tokenizer()
         scored: dict[str, list[EncodedPrompt]] = {"validation": [], "calibration": []}
         train = {}
         for task in self.tasks:
-            training, calibration = self._split_training(task)
-            validation = self._shuffled(task, "validation")[: self.limit_validation]
-            scored["calibration"] += [self._encode(question) for question in calibration]
-            scored["validation"] += [self._encode(question) for question in validation]
-            golds = (self._encode(question, gold_only=True) for question in training)
+            rows = task_rows(
+                task, self.root, self.seed, self.calibration_rows, self.limit_train, self.limit_validation
+            )
+            examples = Examples(task, self.root, self.asking.shots)
+            asked = {"calibration": rows.calibration, "validation": rows.validation}
+            encoded = {
+                split: [self._encode(question, examples.of(question)) for question in questions]
+                for split, questions in asked.items()
+            }
+            golds = [self._encode(question, gold_only=True) for question in rows.training]
             train[task] = [training_example(gold, tokenizer.eos_token_id) for gold in golds]
+            for split, questions in encoded.items():
+                scored[split] += questions
+            self._warn_of_cut_answers(task, [*golds, *chain.from_iterable(encoded.values())])
         self._train, self._scored = train, scored
 
     def train_dataloader(self) -> ResumableLoader:
@@ -167,7 +188,7 @@ class CommonsenseDataModule(LightningDataModule):
 
         With several ranks, a few rows are seen twice where their number doesn't divide.
         """
-        eos_id = self._checked_tokenizer().eos_token_id
+        eos_id = self.checked_tokenizer().eos_token_id
         examples = [training_example(encoded, eos_id) for encoded in self.questions("calibration")]
         examples.sort(key=lambda example: len(example.input_ids))
         replicas, rank = self._replicas()
@@ -211,11 +232,9 @@ class CommonsenseDataModule(LightningDataModule):
 
     def protocol(self) -> dict[str, Any]:
         """What a score depends on besides the model; recorded with every result."""
-        tokenizer = self._checked_tokenizer()
+        tokenizer = self.checked_tokenizer()
         protocol: dict[str, Any] = {
-            "prompt_style": self.prompt_style,
-            "tasks": list(self.tasks),
-            "metrics": {task: TASKS[task].metric for task in self.tasks},
+            **self.asking.record(),
             "bos": tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id,
             "loss_mask": "answer",
             "max_length": self.max_length,
@@ -232,7 +251,13 @@ class CommonsenseDataModule(LightningDataModule):
             protocol["revisions"] = {task: hub.revision for task, hub in hubs.items() if hub is not None}
         return protocol
 
-    def _checked_tokenizer(self) -> PreTrainedTokenizerBase:
+    def checked_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer.
+
+        Raises:
+            RuntimeError: `tokenizer` isn't set.
+            ValueError: It has no EOS or adds one.
+        """
         if self.tokenizer is None:
             raise RuntimeError(
                 "CommonsenseDataModule.tokenizer isn't set: give it the model's tokenizer first"
@@ -247,35 +272,18 @@ class CommonsenseDataModule(LightningDataModule):
         if not self._train:
             raise RuntimeError("CommonsenseDataModule.setup() hasn't run")
 
-    def _read(self, task: str, split: Split) -> list[Question]:
-        if TASKS[task].hub is None:
-            return generate_facts(split, self.seed)
-        return read_hub(task, split) if self.root is None else read_local(task, self.root, split)
-
-    def _shuffled(self, task: str, split: Split) -> list[Question]:
-        questions = self._read(task, split)
-        Random(f"{task}-{split}-{self.seed}").shuffle(questions)
-        return questions
-
-    def _split_training(self, task: str) -> tuple[list[Question], list[Question]]:
-        """(training, calibration) questions; a row that asks a calibration question again is in neither."""
-        questions = self._shuffled(task, "train")
-        calibration = questions[: self.calibration_rows]
-        held_out = {(question.context, question.text) for question in calibration}
-        training = [question for question in questions if (question.context, question.text) not in held_out]
-        if not training:
-            raise ValueError(
-                f"task {task!r} has {len(questions)} training rows and {self.calibration_rows} are held out "
-                f"for calibration: none is left to train on; lower --data.calibration_rows"
-            )
-        return training[: self.limit_train], calibration
-
-    def _encode(self, question: Question, gold_only: bool = False) -> EncodedPrompt:
-        prompt = build_prompt(question, self.prompt_style)
+    def _encode(
+        self, question: Question, examples: Sequence[Question] = (), gold_only: bool = False
+    ) -> EncodedPrompt:
         # One token of max_length is kept for the EOS that follows the answer in training.
-        return encode_prompt(
-            self._checked_tokenizer(), prompt.gold() if gold_only else prompt, self.max_length - 1
+        return self.asking.encode(
+            self.checked_tokenizer(), question, self.max_length - 1, examples, gold_only
         )
+
+    def _warn_of_cut_answers(self, task: str, encoded: Sequence[EncodedPrompt]) -> None:
+        if cut := sum(question.answer_cut for question in encoded):
+            where = f"--data.max_length {self.max_length}"
+            log.warning("%d of %d answers of %s lost their end to %s", cut, len(encoded), task, where)
 
     def _mixed(self) -> list[TrainingExample]:
         """The rows of an epoch. Uniform: each task's rows are repeated or cut to the tasks' mean size."""
@@ -295,7 +303,7 @@ class CommonsenseDataModule(LightningDataModule):
         return LengthBatchSampler(lengths, self.batch_size, self.seed, *self._replicas())
 
     def _collate(self, examples: list[TrainingExample]) -> dict[str, Any]:
-        tokenizer = self._checked_tokenizer()
+        tokenizer = self.checked_tokenizer()
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return collate(examples, pad_id)
 

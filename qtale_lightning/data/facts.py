@@ -11,7 +11,8 @@ from string import ascii_uppercase
 from typing import NamedTuple
 
 from qtale_lightning.data.fact_table import RELATIONS
-from qtale_lightning.data.tasks import TASKS, Question, Split
+from qtale_lightning.data.parsing import Question
+from qtale_lightning.data.tasks import TASKS, Split
 
 DISTRACTORS = 3
 

@@ -1,15 +1,28 @@
-"""Prompts of a question in two styles.
+"""Prompts of a question in two styles, and those of tasks that have one wording of their own.
 
 `cloze` scores the text of each choice, with the wording of lm-evaluation-harness (`lm_eval/tasks/*`); right
-for small models. `choice` lists the choices and scores their letters; what 7B fine-tuning uses.
+for small models. `choice` lists the choices and scores their letters or numbers; what 7B fine-tuning uses. mmlu is
+always asked by choice, in the harness's words, and may have examples before its question. alpaca and samsum
+ask for a text.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
-from qtale_lightning.data.tasks import Question
+from qtale_lightning.data.parsing import Question
 
 PROMPT_STYLES = ("cloze", "choice")
+CHOICE_LABELS = {"letters": tuple(ascii_uppercase), "numbers": tuple(str(n) for n in range(1, 27))}
+
+# Stanford Alpaca's words (tatsu-lab/stanford_alpaca, train.py), which end in "Response:". The line break after it is
+# torchtune's: tokenizers split there, while a quote or bracket that opens an answer would melt with the colon.
+_ALPACA = (
+    "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+)
+_ALPACA_PAIRED = ", paired with an input that provides further context"
+_SAMSUM = "Summarize this dialog:\n{dialogue}\n---\nSummary:\n"  # meta-llama/llama-recipes
 
 
 @dataclass(frozen=True)
@@ -19,10 +32,14 @@ class Prompt:
     Attributes:
         task: Name of the task.
         contexts: Text before the answer, one a choice. All the same, save for winogrande's cloze prompts.
-        continuations: Scored text, one a choice; begins with a space.
+        continuations: Scored text, one a choice; begins with a space, or follows a line break.
         label: Index of the right choice.
         choice_lengths: Characters of each continuation without its leading space: what lm-evaluation-harness's
             `acc_norm` divides a log-likelihood by.
+        choices: Text of each choice.
+        labels: What each choice is called in the context; empty where choices aren't listed.
+        subject: The question's, see `Question`.
+        shots: Examples before the question.
     """
 
     task: str
@@ -30,6 +47,10 @@ class Prompt:
     continuations: tuple[str, ...]
     label: int
     choice_lengths: tuple[int, ...]
+    choices: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    subject: str = ""
+    shots: int = 0
 
     def gold(self) -> "Prompt":
         """The same prompt with its right choice alone, which is all that training reads."""
@@ -39,29 +60,56 @@ class Prompt:
             continuations=(self.continuations[self.label],),
             label=0,
             choice_lengths=(self.choice_lengths[self.label],),
+            choices=self.choices[self.label : self.label + 1],
+            labels=self.labels[self.label : self.label + 1],
         )
 
 
-def build_prompt(question: Question, style: str) -> Prompt:
-    """Prompt of a question in a style, `cloze` or `choice`.
+def build_prompt(
+    question: Question, style: str, labels: str = "letters", shots: Sequence[Question] = ()
+) -> Prompt:
+    """Prompt of a question.
+
+    Args:
+        question: What is asked.
+        style: `cloze` or `choice`; of no effect on mmlu, alpaca and samsum.
+        labels: What choices are called, `letters` or `numbers`.
+        shots: Examples before the question; mmlu's only.
 
     Raises:
-        ValueError: The style is unknown, or a question has more choices than there are letters.
+        ValueError: The style or the kind of labels is unknown, a question has more choices than there are labels, or
+            the task takes no examples.
     """
     if style not in PROMPT_STYLES:
         raise ValueError(f"unknown prompt style {style!r}; known: {', '.join(PROMPT_STYLES)}")
-    if style == "choice":
-        contexts, answers = _choice(question)
-    elif question.task == "winogrande":
+    if labels not in CHOICE_LABELS:
+        raise ValueError(f"unknown choice labels {labels!r}; known: {', '.join(CHOICE_LABELS)}")
+    if shots and question.task != "mmlu":
+        raise ValueError(f"task {question.task!r} takes no examples before its questions")
+    task, count, space = question.task, len(question.choices), " "
+    contexts: tuple[str, ...]
+    shown: tuple[str, ...] = ()
+    if task in ("alpaca", "samsum"):
+        context = _alpaca(question) if task == "alpaca" else _SAMSUM.format(dialogue=question.text)
+        contexts, answers, space = (context,), question.choices, ""
+    elif task == "mmlu" or style == "choice":
+        shown = answers = _labels(question, labels)
+        context = _mmlu(question, labels, shots) if task == "mmlu" else _choice(question, shown)
+        contexts = (context,) * count
+    elif task == "winogrande":
         contexts, answers = _partial_evaluation(question)
     else:
-        contexts, answers = (_cloze_context(question),) * len(question.choices), question.choices
+        contexts, answers = (_cloze_context(question),) * count, question.choices
     return Prompt(
-        task=question.task,
+        task=task,
         contexts=contexts,
-        continuations=tuple(f" {answer}" for answer in answers),
+        continuations=tuple(f"{space}{answer}" for answer in answers),
         label=question.label,
         choice_lengths=tuple(len(answer) for answer in answers),
+        choices=question.choices,
+        labels=shown,
+        subject=question.subject,
+        shots=len(shots),
     )
 
 
@@ -79,17 +127,39 @@ def _partial_evaluation(question: Question) -> tuple[tuple[str, ...], tuple[str,
     return tuple(before + choice for choice in question.choices), (after.strip(),) * len(question.choices)
 
 
-def _choice(question: Question) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _labels(question: Question, kind: str) -> tuple[str, ...]:
     count = len(question.choices)
-    if count > len(ascii_uppercase):
+    if count > len(CHOICE_LABELS[kind]):
         raise ValueError(
-            f"a question of task {question.task!r} has {count} choices, more than there are letters"
+            f"a question of task {question.task!r} has {count} choices, more than there are {kind}"
         )
-    letters = tuple(ascii_uppercase[:count])
-    options = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, question.choices, strict=True))
+    return CHOICE_LABELS[kind][:count]
+
+
+def _choice(question: Question, labels: Sequence[str]) -> str:
     instruction = "Fill in the blank" if question.task == "winogrande" else "Question"
-    context = f"{_passage(question)}{instruction}: {_question_text(question)}\n{options}\nAnswer:"
-    return (context,) * count, letters
+    asked = f"{_passage(question)}{instruction}: {_question_text(question)}"
+    return f"{asked}\n{_options(question, labels)}\nAnswer:"
+
+
+def _options(question: Question, labels: Sequence[str]) -> str:
+    return "\n".join(f"{label}. {text}" for label, text in zip(labels, question.choices, strict=True))
+
+
+def _mmlu(question: Question, kind: str, shots: Sequence[Question]) -> str:
+    """lm-evaluation-harness's mmlu: a description, the examples with their answers, the question."""
+    about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
+    parts = [f"The following are multiple choice questions (with answers){about}."]
+    for asked in (*shots, question):
+        labels = _labels(asked, kind)
+        answer = "" if asked is question else f" {labels[asked.label]}"
+        parts.append(f"{asked.text}\n{_options(asked, labels)}\nAnswer:{answer}")
+    return "\n\n".join(parts)
+
+
+def _alpaca(question: Question) -> str:
+    paired, given = (_ALPACA_PAIRED, f"### Input:\n{question.context}\n\n") if question.context else ("", "")
+    return _ALPACA.format(paired=paired, instruction=question.text, input=given)
 
 
 def _passage(question: Question) -> str:

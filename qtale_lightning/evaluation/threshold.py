@@ -1,15 +1,67 @@
-"""Choosing θ: from what calibration questions say of every θ of a grid."""
+"""Choosing θ: the options of a sweep, and the rules that choose from what calibration questions say of a grid."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from qtale_lightning.evaluation.budget import TOLERANCE
+from qtale_lightning.evaluation.statistics import RESAMPLES, Estimate
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
+Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
 
-RULE = "one-standard-error"
-RULE_IN_WORDS = (
+ONE_STANDARD_ERROR = (
     "the lowest execution ratio whose average accuracy on the calibration questions is within one standard error "
-    "of the best of the grid (ties: the higher accuracy)"
+    "of the best of the grid (ties: the higher accuracy); by nll, where tasks report other things than accuracies"
 )
+NO_ROUTERS = "no routers"
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep measures and how it chooses; see :class:`~qtale_lightning.callbacks.ThresholdSweep`.
+
+    Raises:
+        ValueError: An option has a value that can't be; the message names it.
+    """
+
+    thresholds: tuple[float, ...]
+    rule: Rule = "one-standard-error"
+    budgets: tuple[float, ...] = ()
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.thresholds)
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"--sweep.budgets {budget} is no share of layers: give values in (0, 1]")
+        if self.searches and not self.budgets:
+            raise ValueError(
+                f"--sweep.rule {self.rule} needs --sweep.budgets, execution ratios such as '[0.7,0.8]'"
+            )
+        if self.margin is not None and not 0 < self.margin < 1:
+            raise ValueError(
+                f"--sweep.margin {self.margin} must lie between 0 and 1: 0.01 is one point of accuracy"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether θ is searched for budgets, and not chosen from the grid."""
+        return self.rule in ("budget", "layer-budget")
+
+    def check_budgets(self, unrouted: float) -> None:
+        """Refuse budgets below the share of layers without a router, which execute always (ValueError)."""
+        for budget in self.budgets if self.searches else ():
+            if budget < unrouted:
+                raise ValueError(
+                    f"--sweep.budgets {budget} can't be reached: layers without a router are {unrouted:.3f} of all "
+                    "(--model.start_layer)"
+                )
+
+    def grid(self) -> list[float]:
+        """θ to measure, descending; the rule `tolerance` needs full execution, 0, among them."""
+        reference = {0.0} if self.rule == "tolerance" else set()
+        return sorted({*self.thresholds, *reference}, reverse=True)
 
 
 def check_thresholds(thresholds: Sequence[float]) -> None:
@@ -23,14 +75,63 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             )
 
 
-def select(rows: Sequence[Row]) -> Row:
-    """The evaluation row that the one-standard-error rule selects (see :data:`RULE_IN_WORDS`).
+def within_one_standard_error(rows: Sequence[Row]) -> Row:
+    """The evaluation row that the one-standard-error rule selects (see :data:`ONE_STANDARD_ERROR`).
 
     Args:
         rows: Evaluation rows of one precision on calibration questions, one a θ.
     """
     if not rows:
         raise ValueError("nothing to select a threshold from: sweep the calibration split first")
-    best = max(rows, key=lambda row: row["average"])
-    good = [row for row in rows if row["average"] >= best["average"] - best["average_stderr"]]
-    return min(good, key=lambda row: (row["execution_ratio"], -row["average"]))
+    best = max(rows, key=_quality)
+    error = best["average_nll_stderr"] if best["average"] is None else best["average_stderr"]
+    good = [row for row in rows if _quality(row) >= _quality(best) - error]
+    return min(good, key=lambda row: (row["execution_ratio"], -_quality(row)))
+
+
+def _quality(row: Mapping[str, Any]) -> float:
+    return -row["average_nll"] if row["average"] is None else row["average"]
+
+
+def within_tolerance(rows: Sequence[Row], differences: Sequence[Estimate], margin: float | None) -> Row:
+    """The evaluation row that the tolerance rule selects (see :func:`tolerance_in_words`).
+
+    Args:
+        rows: Evaluation rows of one precision on calibration questions, one a θ, with one at θ = 0.
+        differences: Of each row's average accuracy to that at θ = 0, paired by question.
+        margin: Accuracy that may be lost; None: any loss that isn't significant.
+    """
+    reference = [row for row in rows if row["theta"] == 0]
+    if not reference:
+        raise ValueError("nothing to compare thresholds with: score full execution (θ = 0) first")
+    good = [
+        row
+        for row, difference in zip(rows, differences, strict=True)
+        if (difference.high >= 0 if margin is None else difference.low > -margin)
+    ]
+    return min([*good, *reference], key=lambda row: (row["execution_ratio"], -row["average"]))
+
+
+def tolerance_in_words(margin: float | None) -> str:
+    """What the tolerance rule selects."""
+    allowed = (
+        "isn't significantly below 0 (the upper end of the interval reaches 0)"
+        if margin is None
+        else f"is shown to be above −{100 * margin:g} points (the lower end of the interval is)"
+    )
+    return (
+        "the lowest execution ratio of the grid whose difference in average accuracy on the calibration questions to "
+        f"full execution (θ = 0) of the same quantized model {allowed}; 95 % intervals of the paired difference by "
+        f"bootstrap over questions within tasks, {RESAMPLES:,} resamples"
+    )
+
+
+def budget_in_words(budget: float, by_layer: bool) -> str:
+    """What the two budget rules select."""
+    target = f"an execution ratio of {budget:g} ± {TOLERANCE:g} on the calibration questions"
+    if not by_layer:
+        return f"one θ for all layers, searched for {target}"
+    return (
+        f"a θ for each layer, searched for {target} and the lowest nll there: from the θ for all, decisions moved to "
+        "the layers where they lower the nll most a share of execution, as measured one layer at a time"
+    )

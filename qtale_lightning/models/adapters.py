@@ -39,7 +39,16 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load what :func:`trainable_state` kept, in place.
+    """Load what :func:`trainable_state` kept, in place (ValueError: as :func:`check_trainable_state`)."""
+    check_trainable_state(model, state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state[name])
+
+
+def check_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse what :func:`trainable_state` kept of another model.
 
     Raises:
         ValueError: The state is not that of this model and method: names or shapes differ.
@@ -66,9 +75,6 @@ def load_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             + ", ".join(problems)
             + ". Use the run's own configuration, or start a new run."
         )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
 
 
 def merge_lora(tuner: LoraModel) -> None:

@@ -1,14 +1,20 @@
 """Attention of a routed layer, in its two executions: among all tokens with evicted keys, or among executing ones."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from qtale_lightning.models.cache import RoutedCacheLayer
-from qtale_lightning.models.packing import Packing, branch_mask
+from qtale_lightning.models.packing import Packing, Subset, branch_mask
+
+# Tokens of a sequence, on average, from which sequences attend one after the other on a CPU.
+MANY_TOKENS = 16
 
 
 class Attention(Protocol):
@@ -17,6 +23,9 @@ class Attention(Protocol):
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float
     ) -> Tensor: ...
+
+    def asked(self, x: Tensor) -> Tensor:
+        """Those of the tokens ``(B, T, …)`` whose output is asked for: the queries."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,10 @@ class Masked:
         output = probabilities.view(batch, groups, -1, length) @ value
         return output.view(batch, heads, length, width).transpose(1, 2)
 
+    def asked(self, x: Tensor) -> Tensor:
+        """All of them."""
+        return x
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -56,24 +69,36 @@ class Packed:
     Attributes:
         packing: How they were gathered.
         cache: The layer's.
+        queries: Which executing tokens are asked for; None: all.
         branch: See :class:`~qtale_lightning.models.routing.Routing`, ``(B, T)``; not together with a cache.
     """
 
     packing: Packing
     cache: RoutedCacheLayer | None
+    queries: Subset | None = None
     branch: Tensor | None = None
+
+    def asked(self, x: Tensor) -> Tensor:
+        """Of flat tokens ``(1, N, …)``."""
+        return x if self.queries is None else self.queries.select(x)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See :class:`Attention`; keys and values join the cache."""
-        rows = self.packing.to_rows
-        query, key, value = (rows(heads).transpose(1, 2) for heads in (query, key, value))
+        if self._attends_flat(key):
+            return self._flat(query, key, value, scaling)
+        queries = self.packing if self.queries is None else self.queries.packing
+        query = queries.to_rows(query).transpose(1, 2)
+        key, value = (self.packing.to_rows(heads).transpose(1, 2) for heads in (key, value))
         mask = None
         if self.cache is not None:
             key, value, mask = self.cache.update(key, value, self.packing)
         batch, heads, length, width = query.shape
+        if self.queries is not None:
+            mask = self.queries.mask(
+                self.cache.past(self.packing) if self.cache is not None else None, key.shape[2]
+            )
         if self.branch is not None:
-            visible = branch_mask(self.packing.to_rows(self.packing.gather(self.branch)))
-            mask = visible.tril().unsqueeze(1)
+            mask = self._branch_mask(queries, mask)
         if length == 1:
             # One query a sequence sees all its keys: the heads that share a key head are its queries.
             query = query.reshape(batch, key.shape[1], -1, width)
@@ -86,7 +111,76 @@ class Packed:
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
-        return self.packing.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
+        return queries.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
+
+    def _attends_flat(self, key: Tensor) -> bool:
+        """Whether sequences of a prompt attend without rows, whose padding and copies that saves.
+
+        On a GPU that needs a kernel in half precision; on a CPU it pays where sequences are long enough.
+        """
+        ragged = self.packing.index is not None and self.queries is None and self.branch is None
+        if not ragged or (self.cache is not None and self.cache.longest):
+            return False
+        if key.is_cuda:
+            return key.dtype in (torch.float16, torch.bfloat16)
+        return key.is_cpu and sum(self.packing.counts) >= MANY_TOKENS * len(self.packing.counts)
+
+    def _flat(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Causal attention within each sequence of flat tokens; their keys and values begin the cache."""
+        if self.cache is not None:
+            rows = self.packing.to_rows
+            self.cache.update(rows(key).transpose(1, 2), rows(value).transpose(1, 2), self.packing)
+        counts, count = self.packing.counts, query.shape[1]
+        query, key, value = (tokens[0, : sum(counts)] for tokens in (query, key, value))  # (N, H, d)
+        attend = _variable_length if query.is_cuda else _one_by_one
+        output = attend(query, key, value, counts, scaling)
+        # What the packing repeats is the last token.
+        return torch.cat([output, output[-1:].expand(count - len(output), -1, -1)]).unsqueeze(0)
+
+    def _branch_mask(self, queries: Packing, mask: Tensor | None) -> Tensor:
+        """What queries may see of the keys, bool ``(B, 1, L, K)``."""
+        assert self.branch is not None
+        of_queries, of_keys = (
+            packing.to_rows(packing.gather(self.branch)) for packing in (queries, self.packing)
+        )
+        visible = branch_mask(of_queries, of_keys).unsqueeze(1)
+        return visible.tril() if mask is None else visible & mask
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], scaling: float) -> Tensor:
+    """Causal attention of each sequence of ``(N, H, d)``, one after the other."""
+    outputs = []
+    for parts in zip(*(tokens.split(counts) for tokens in (query, key, value)), strict=True):
+        q, k, v = (part.transpose(0, 1).unsqueeze(0) for part in parts)
+        if q.shape[2]:
+            output = nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+            outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _variable_length(
+    query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], scaling: float
+) -> Tensor:
+    """Causal attention of all sequences of ``(N, H, d)`` at once, by PyTorch's kernel for CUDA."""
+    ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=query.device)
+    longest = max(counts)
+    grouped = query.shape[1] != key.shape[1]
+    output = varlen.varlen_attn(
+        query,
+        key,
+        value,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=grouped,
+    )
+    assert isinstance(output, Tensor)  # nothing else was asked for
+    return output
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

@@ -85,6 +85,10 @@ class RoutedCacheLayer(CacheLayerMixin):
         mask = torch.arange(end, device=keys.device) <= queries[:, :, None]
         return keys, values, mask[:, None]
 
+    def past(self, packing: Packing) -> Tensor:
+        """Tokens of each sequence that were here before those of a packing, which came last, ``(B,)``."""
+        return torch.tensor([kept - new for kept, new in zip(self.lengths, packing.counts, strict=True)])
+
     def get_seq_length(self) -> int:
         """Slots in use; fewer than the tokens seen where tokens skipped the layer."""
         return self.longest

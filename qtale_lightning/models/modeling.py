@@ -1,5 +1,6 @@
 """The routed LLaMA: Hugging Face's model whose decoder layers have routers."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -11,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.linear import RoutedLinear
+from qtale_lightning.models.packing import branch_mask
 from qtale_lightning.models.routed_layer import attach_router
 from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
@@ -27,7 +29,7 @@ class RoutedLlamaConfig(LlamaConfig):
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
-        threshold: θ of inference: execute iff p(execute) ≥ θ.
+        threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a routed layer.
     """
 
     model_type = "routed_llama"
@@ -35,12 +37,10 @@ class RoutedLlamaConfig(LlamaConfig):
     router_width: int = 512
     start_layer: int = 2
     reserved_tokens: int = 2
-    threshold: float = 0.5
+    threshold: float | list[float] = 0.5
 
     def validate_routing(self) -> None:
         """Refuse values that no routed model can have."""
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold {self.threshold} is not a probability: give a value in [0, 1]")
         if not 0 <= self.start_layer <= self.num_hidden_layers:
             raise ValueError(
                 f"start_layer {self.start_layer} is outside the model's {self.num_hidden_layers} layers"
@@ -54,11 +54,29 @@ class RoutedLlamaConfig(LlamaConfig):
             raise ValueError(
                 "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
             )
+        self.thresholds(self.threshold)
 
     @property
     def routed_layers(self) -> range:
         """The layers that have a router."""
         return range(self.start_layer, self.num_hidden_layers)
+
+    def thresholds(self, threshold: float | Sequence[float]) -> dict[int, float]:
+        """θ by routed layer, from one for all of them or one each.
+
+        Raises:
+            ValueError: A θ is no probability, or there aren't as many as routed layers.
+        """
+        layers = self.routed_layers
+        if isinstance(threshold, Sequence) and len(threshold) != len(layers):
+            raise ValueError(
+                f"{len(threshold)} thresholds for {len(layers)} routed layers: give one, or one for each of them"
+            )
+        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(layers))
+        for value in values:
+            if not 0 <= value <= 1:
+                raise ValueError(f"threshold {value} is not a probability: give a value in [0, 1]")
+        return dict(zip(layers, values, strict=False))
 
 
 class RoutedLlamaModel(LlamaModel):
@@ -91,11 +109,13 @@ class RoutedLlamaModel(LlamaModel):
         Raises:
             ValueError: A mask or cache that doesn't fit, or masked execution with a cache.
         """
+        routing = Routing() if routing is None else routing
+        self._complete(routing)
+        if routing.resume:
+            input_ids, inputs_embeds = None, routing.states[routing.resume]
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is None:
             raise ValueError("give input_ids or inputs_embeds")
-        routing = Routing() if routing is None else routing
-        self._complete(routing)
         if use_cache is None:
             use_cache = bool(self.config.use_cache) and routing.execution == "packed" and not self.training
         if past_key_values is None and use_cache and routing.branch is None:
@@ -132,12 +152,16 @@ class RoutedLlamaModel(LlamaModel):
         routing.start()
         if routing.threshold is None:
             routing.threshold = self.config.threshold
-        if not 0 <= routing.threshold <= 1:
-            raise ValueError(f"threshold {routing.threshold} is not a probability: give a value in [0, 1]")
+        routing.thresholds = self.config.thresholds(routing.threshold)
         if routing.sample is None:
             routing.sample = self.training
         if routing.execution is None:
             routing.execution = "masked" if self.training else "packed"
+        if routing.resume and (routing.execution == "masked" or routing.resume not in routing.states):
+            raise ValueError(
+                f"a pass can resume at layer {routing.resume} in packed execution only, and only where an earlier pass "
+                f"of the same Routing kept it (kept: {sorted(routing.states) or 'none'})"
+            )
 
     def _locate(
         self, routing: Routing, mask: Tensor | None, shape: tuple[int, int], seen: int, device: torch.device
@@ -155,6 +179,9 @@ class RoutedLlamaModel(LlamaModel):
                 )
             routing.tokens = mask[:, seen:].bool()
             place = mask.long().cumsum(1)[:, seen:] - 1
+        if routing.branch is not None:  # among the tokens that it sees: of other branches it knows nothing
+            visible = branch_mask(routing.branch, routing.branch) & routing.tokens[:, None, :]
+            place = visible.tril().sum(-1) - 1
         routing.free = routing.tokens & (place >= self.config.reserved_tokens)
 
 
@@ -214,7 +241,17 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         routing: Routing | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, T, V)``, as Hugging Face's model, with ``routing`` as :class:`RoutedLlamaModel` takes it."""
+        """Logits ``(B, T, V)``, as Hugging Face's model, with ``routing`` as :class:`RoutedLlamaModel` takes it.
+
+        Where ``logits_to_keep`` asks for the last positions only, packed execution's last layer computes no others.
+        """
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        kept = kwargs.get("logits_to_keep", 0)
+        if inputs is not None and isinstance(kept, int) and not kwargs.get("output_hidden_states"):
+            routing = Routing() if routing is None else routing
+            length = inputs.shape[1]
+            asked = torch.arange(length, device=inputs.device) >= length - kept
+            routing.asked = asked.expand(inputs.shape[:2]) if 0 < kept < length else None
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, routing=routing, **kwargs)
 
     def _prepare_cache_for_generation(
@@ -241,7 +278,7 @@ def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForC
             router = Router(config.hidden_size, config.router_width).to(
                 device or layer.self_attn.q_proj.weight.device
             )
-        attach_router(layer, index, router)
+        attach_router(layer, index, router, is_last=index == config.num_hidden_layers - 1)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RoutedLinear

@@ -1,4 +1,4 @@
-"""Gathering the executing tokens of a batch, and the compact rows in which they attend."""
+"""Gathering the executing tokens of a batch, the compact rows in which they attend, and those that are asked for."""
 
 from dataclasses import dataclass
 
@@ -91,6 +91,40 @@ class Packing:
         return (flat if self.slots is None else flat.index_select(0, self.slots)).unsqueeze(0)
 
 
-def branch_mask(branch: Tensor) -> Tensor:
-    """Which tokens may see which, bool ``(B, T, T)``, of branches ``(B, T)``: the prompt, and the own branch."""
-    return (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+@dataclass(frozen=True)
+class Subset:
+    """Those of the executing tokens whose output is asked for.
+
+    Attributes:
+        packing: Of these tokens, from the same batch.
+        places: Their places among the flat executing tokens, ``(N',)``.
+        ranks: How many executing tokens of their sequence are before them, in rows ``(B, L')``; unused slots are 0.
+    """
+
+    packing: Packing
+    places: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, executing: Tensor, asked: Tensor, align: bool = False) -> "Subset | None":
+        """Of decisions and of what is asked for, bool ``(B, T)``; None where all or no executing tokens are."""
+        packing = Packing.of(executing & asked, align)
+        if packing.index is None or packing.counts == tuple(executing.sum(1).tolist()):
+            return None
+        places = executing.flatten().cumsum(0)[packing.index] - 1
+        ranks = executing.cumsum(1).flatten()[packing.index] - 1
+        return cls(packing, places, packing.to_rows(ranks[None, :, None]).squeeze(-1))
+
+    def select(self, x: Tensor) -> Tensor:
+        """Executing tokens, flat ``(1, N, …)`` or all ``(B, T, …)`` → those that are asked for, ``(1, N', …)``."""
+        return x.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
+
+    def mask(self, past: Tensor | None, keys: int) -> Tensor:
+        """Which of ``keys`` slots each may see, bool ``(B, 1, L', K)``: ``past (B,)`` cached ones, and up to itself."""
+        last = self.ranks if past is None else self.ranks + past.to(self.ranks.device)[:, None]
+        return (torch.arange(keys, device=last.device) <= last[:, :, None]).unsqueeze(1)
+
+
+def branch_mask(queries: Tensor, keys: Tensor) -> Tensor:
+    """Which tokens may see which, bool ``(B, L, K)``, of their branches: the prompt, and the own branch."""
+    return (keys[:, None, :] == 0) | (keys[:, None, :] == queries[:, :, None])

@@ -17,12 +17,25 @@ class RoutedLlamaAttention(LlamaAttention):
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention
     ) -> Tensor:
-        """Shape ``(B, T, D)`` from ``(B, T, D)``; ``rotary`` holds cosines and sines, ``(1|B, T, d)``."""
-        heads = (*hidden_states.shape[:2], -1, self.head_dim)
+        """Shape ``(B, T', D)`` of the tokens that ``attend`` is asked for, from ``(B, T, D)``.
+
+        ``rotary`` holds cosines and sines, ``(1|B, T, d)``.
+        """
+        asked = attend.asked(hidden_states)
         query, key, value = (
-            project(hidden_states).view(heads) for project in (self.q_proj, self.k_proj, self.v_proj)
+            project(x).view(*x.shape[:2], -1, self.head_dim)
+            for project, x in (
+                (self.q_proj, asked),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
-        query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2)
+        if asked is hidden_states:
+            query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2)
+        else:
+            of_asked = (attend.asked(x.expand(*hidden_states.shape[:2], -1)) for x in rotary)
+            query, _ = apply_rotary_pos_emb(query, query, *of_asked, unsqueeze_dim=2)
+            key, _ = apply_rotary_pos_emb(key, key, *rotary, unsqueeze_dim=2)
         dropout = float(self.attention_dropout or 0.0) if self.training else 0.0
         return self.o_proj(attend(query, key, value, self.scaling, dropout).flatten(2))
 
@@ -36,6 +49,7 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
 
     router: Router | None
     layer_idx: int
+    is_last: bool
 
     def forward(  # type: ignore[override]
         self,
@@ -62,30 +76,32 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         if packing.length == 0:  # nobody executes: the layer isn't computed
             return hidden_states
         cache = past_key_values.layer(self.layer_idx) if past_key_values is not None else None
+        queries = routing.subset(gate, self.is_last)
         if packing.index is not None:
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
-        output = self.execute(
-            packing.gather(hidden_states), position_embeddings, Packed(packing, cache, routing.branch)
-        )
-        return packing.scatter(hidden_states, output)
+        attend = Packed(packing, cache, queries, routing.branch)
+        output = self.execute(packing.gather(hidden_states), position_embeddings, attend)
+        return (packing if queries is None else queries.packing).scatter(hidden_states, output)
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """``layer(x)``: Hugging Face's LLaMA layer, ``(B, T, D)`` from ``(B, T, D)``, with an attention of our own."""
         attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
-        hidden_states = hidden_states + attention
+        hidden_states = attend.asked(hidden_states) + attention
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-def attach_router(layer: nn.Module, index: int, router: Router | None) -> None:
+def attach_router(layer: nn.Module, index: int, router: Router | None, is_last: bool = False) -> None:
     """Make a decoder layer routed in place: its parameters keep their names, and it gains a ``router`` child.
 
     Args:
         layer: A transformers LLaMA layer.
         index: Its place in the model.
         router: None for a layer that always executes.
+        is_last: Of the model: nothing but the head reads what it gives.
     """
     layer.__class__, layer.self_attn.__class__ = RoutedLlamaDecoderLayer, RoutedLlamaAttention
     layer.layer_idx = index  # type: ignore[assignment]
     layer.router = router  # type: ignore[assignment]
+    layer.is_last = is_last  # type: ignore[assignment]

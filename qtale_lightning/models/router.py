@@ -10,8 +10,8 @@ SKIP, EXECUTE = 0, 1
 # D-LLM's initial bias of (skip, execute): training starts near 'execute', so near the pretrained model.
 INITIAL_BIAS = (0.1, 2.0)
 
-# Numbers that a router computes at a time on a CPU: 1 MB in float32, so that they stay in a core's cache.
-CHUNK = 2**18
+# Numbers that a router normalises at a time on a CPU: half a MB in float32, so that they stay in a core's cache.
+CHUNK = 2**17
 
 
 class Router(nn.Module):
@@ -62,9 +62,9 @@ class Router(nn.Module):
         inference = not self.training and not torch.is_grad_enabled()
         # Weights made in inference mode have no version to tell their changes by.
         if hidden_states.dtype == torch.bfloat16 and inference and not self.down.weight.is_inference():
-            tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-            rows = max(1, CHUNK // self.down.out_features) if device == "cpu" else len(tokens)
-            logits = [self._infer(chunk) for chunk in tokens.split(rows)]
+            wide = self._low_product(hidden_states.reshape(-1, hidden_states.shape[-1]))
+            rows = max(1, CHUNK // self.down.out_features) if device == "cpu" else len(wide)
+            logits = [self._logits(chunk.float()) for chunk in wide.split(rows)]
             flat = logits[0] if len(logits) == 1 else torch.cat(logits)
             return flat.view(*hidden_states.shape[:-1], 2)
         return self._logits(self.down(hidden_states.float()))
@@ -72,8 +72,8 @@ class Router(nn.Module):
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.out(nn.functional.silu(self.norm(hidden)))
 
-    def _infer(self, tokens: Tensor) -> Tensor:
-        """Logits ``(N, 2)`` of tokens ``(N, hidden)``, the wide product in their own precision, bfloat16.
+    def _low_product(self, tokens: Tensor) -> Tensor:
+        """The wide product ``(N, width)`` of tokens ``(N, hidden)`` in their own precision, bfloat16.
 
         On a CPU that is several times as fast as float32, and rounds as every other product of the model does:
         benchmarks/router.py counts what it decides otherwise.
@@ -84,8 +84,8 @@ class Router(nn.Module):
             self._low = state, sources[0].bfloat16(), sources[1].bfloat16()
         _, weight, bias = self._low
         if len(tokens) == 1 and tokens.is_cpu:
-            return self._logits(torch.addmv(bias, weight, tokens[0]).float().unsqueeze(0))
-        return self._logits(nn.functional.linear(tokens, weight, bias).float())
+            return torch.addmv(bias, weight, tokens[0]).unsqueeze(0)
+        return nn.functional.linear(tokens, weight, bias)
 
 
 def execute_probability(logits: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """What one forward pass decides: the rule by which layers are executed, and the record of what was decided."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from qtale_lightning.models.packing import Packing, branch_mask
+from qtale_lightning.models.packing import Packing, Subset, branch_mask
 from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
 
 Execution = Literal["masked", "packed"]
@@ -20,7 +20,8 @@ class Routing:
     Pass one to read decisions or to change how they are made: ``model(..., routing=Routing(threshold=0.3))``.
 
     Attributes:
-        threshold: Execute iff p(execute) ≥ threshold; 0 is exactly the base model. None: the model's configured one.
+        threshold: Execute iff p(execute) ≥ threshold; 0 is exactly the base model. One for all layers, or one a routed
+            layer, in order. None: the model's configured one.
         execution: ``masked`` computes every token and mixes; ``packed`` computes executing tokens only (needs no
             gradient). None: masked while training, packed otherwise.
         sample: Decide by straight-through Gumbel noise instead of the threshold. None: while training.
@@ -30,34 +31,54 @@ class Routing:
             prompt, which is branch 0, and its own branch. Give their ``position_ids`` to the model, and no cache.
         align: Let packed execution repeat a token, where that makes the shapes of products faster; see
             :class:`Packing`. Not where something counts the tokens that reach a linear.
+        asked: Tokens whose last hidden states the caller will read, bool ``(B, T)``: in packed execution the last layer
+            computes no others (but all decisions, and all keys and values), and leaves them as they entered it. None:
+            all.
+        keep: Layers whose inputs this pass leaves in ``states``, for later ones to resume from.
+        resume: First layer to compute: those before decide and give what they did in this object's last pass, over the
+            same inputs, and aren't computed again. Packed execution only. 0: compute all.
         tokens: Real (not padding) tokens of this call, bool ``(B, T)``. Set by the model.
         free: Tokens that routers decide about: real and behind the reserved initial ones, bool ``(B, T)``. Set by
             the model.
         logits: Layer → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
         gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
+        thresholds: Routed layer → its θ. Set by the model.
+        states: Layer in ``keep`` → its input ``(B, T, D)``. Filled by the forward pass.
     """
 
-    threshold: float | None = None
+    threshold: float | Sequence[float] | None = None
     execution: Execution | None = None
     sample: bool | None = None
     temperature: float = 1.0
     forced: Mapping[int, Tensor] | None = None
     branch: Tensor | None = None
     align: bool = True
+    asked: Tensor | None = None
+    keep: Collection[int] = ()
+    resume: int = 0
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     free: Tensor = field(default_factory=lambda: torch.empty(0))
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    states: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: Tensor | None = None
     _packing: Packing | None = None
 
     def start(self) -> None:
-        """Forget what belongs to one pass: generate() hands the same object to every step."""
-        self.logits, self.gates = {}, {}
+        """Forget what belongs to one pass, but what it resumes from: generate() hands the same object to every step."""
+        kept = range(self.resume)
+        self.logits = {layer: logits for layer, logits in self.logits.items() if layer in kept}
+        self.gates = {layer: gate for layer, gate in self.gates.items() if layer in kept}
+        self.states = {layer: state for layer, state in self.states.items() if layer <= self.resume}
         self._attention_bias = self._packing = None
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
+        if layer < self.resume:  # the pass began with the states behind it
+            return torch.zeros_like(self.tokens)
+        if layer in self.keep:
+            self.states[layer] = hidden_states
         if router is None:
             return self.tokens
         logits = router(hidden_states)
@@ -69,8 +90,7 @@ class Routing:
             sampled = gumbel_gate(logits, self.temperature)
             gate = torch.where(self.free, sampled, self.tokens.to(sampled.dtype))
         else:
-            assert self.threshold is not None  # the model has set it
-            gate = torch.where(self.free, execute_probability(logits) >= self.threshold, self.tokens)
+            gate = torch.where(self.free, execute_probability(logits) >= self.thresholds[layer], self.tokens)
         self.gates[layer] = gate
         return gate
 
@@ -82,6 +102,12 @@ class Routing:
             self._packing = Packing.of(gate, self.align)
         return self._packing
 
+    def subset(self, gate: Tensor, last: bool) -> Subset | None:
+        """Those of a layer's executing tokens whose output is asked for; None: all."""
+        if self.asked is None or not last:
+            return None
+        return Subset.of(gate, self.asked, self.align)
+
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""
         if self._attention_bias is None:
@@ -89,7 +115,7 @@ class Routing:
             causal = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).tril()
             allowed = causal & self.tokens[:, None, None, :]
             if self.branch is not None:
-                allowed = allowed & branch_mask(self.branch).unsqueeze(1)
+                allowed = allowed & branch_mask(self.branch, self.branch).unsqueeze(1)
             # Finite, as in Hugging Face: a padding query that may see nothing must not become NaN.
             self._attention_bias = torch.zeros(
                 allowed.shape, dtype=dtype, device=allowed.device

@@ -37,7 +37,10 @@ from qtale_lightning.quantization.search import Observed, Search
 
 SCALE_STEPS = 20  # ratios 0, 1/20, …, 19/20 between weight and activation magnitude
 ROWS = 256  # outputs searched at a time: little memory, and a working set that a core's cache holds
-RECORDED_TOKENS = 4096  # padded calibration tokens on which blocks are run again, at least one batch
+RECORDED_TOKENS = 2048  # padded calibration tokens on which blocks are run again, at least one batch
+SAMPLE = 4  # of the outputs of a linear, one in four ranks its candidate scales, ...
+SHORTLIST = 5  # ... and the first of them are compared on all outputs;
+FEWEST_SAMPLED = 64  # of fewer outputs than these times four, all candidates are
 CLIP_STEPS = 10  # a group's largest magnitude is shrunk by 0, 1/20, …, 9/20
 
 
@@ -78,7 +81,7 @@ def scale_candidates(weights: Sequence[Tensor], moments: Moments, group_size: in
 
 
 def linear_objective(weight: Tensor, gram: Tensor, scheme: Scheme) -> Objective:
-    """‖X·(Q(W·s)/s - W)ᵀ‖² of one linear, of weight `(out, in)`, from G = XᵀX alone."""
+    """‖X·(Q(W·s)/s - W)ᵀ‖² of one linear, of weight `(out, in)` or some of its rows, from G = XᵀX alone."""
 
     def error(scale: Tensor) -> float:
         total = 0.0
@@ -90,23 +93,28 @@ def linear_objective(weight: Tensor, gram: Tensor, scheme: Scheme) -> Objective:
     return error
 
 
-def block_objective(replay: Replay, schemes: Mapping[str, Scheme], residuals: Iterable[Tensor]) -> Objective:
+def block_objective(
+    replay: Replay,
+    weights: Mapping[str, Tensor],
+    schemes: Mapping[str, Scheme],
+    residuals: Iterable[Tensor],
+) -> Objective:
     """Σ_t ‖B(x_t; Q(W·s)/s) - B(x_t; W)‖² / ‖h_t‖² of a block B, whose output is added to the residual stream h.
 
     Args:
-        replay: the block; its linears are overwritten.
-        schemes: how each of them is rounded, by its name in the block.
+        replay: the block; those of its linears that share the scales are overwritten.
+        weights: theirs, by their names in the block.
+        schemes: how each of them is rounded.
         residuals: h of each of the replayed calls, shape `(…, D)`.
     """
-    linears = {name: replay.module.get_submodule(name).get_parameter("weight") for name in schemes}
-    weights = {name: weight.clone() for name, weight in linears.items()}
+    linears = {name: replay.module.get_submodule(name).get_parameter("weight") for name in weights}
     expected = [output.float() for output in replay.outputs()]
     shares = [h.float().square().sum(-1, keepdim=True).clamp(min=1e-12).reciprocal() for h in residuals]
 
     def error(scale: Tensor) -> float:
-        for name, scheme in schemes.items():
-            for rows, changed in zip(weights[name].split(ROWS), linears[name].split(ROWS), strict=True):
-                changed.copy_(fake_quantize(rows.float() * scale, scheme).div_(scale))
+        for name, weight in weights.items():
+            for rows, changed in zip(weight.split(ROWS), linears[name].split(ROWS), strict=True):
+                changed.copy_(fake_quantize(rows.float() * scale, schemes[name]).div_(scale))
         return sum(
             ((found.float() - exact).square_() * share).sum().item()
             for found, exact, share in zip(replay.outputs(), expected, shares, strict=True)
@@ -115,17 +123,27 @@ def block_objective(replay: Replay, schemes: Mapping[str, Scheme], residuals: It
     return error
 
 
-def best_of_all(candidates: Sequence[Tensor], error: Objective) -> Tensor:
-    """The candidate of least error, as AutoAWQ searches: every one is tried.
+def best_of_all(
+    candidates: Sequence[Tensor], error: Objective, estimate: Objective | None = None
+) -> tuple[Tensor, float]:
+    """The candidate of least error, and its error.
+
+    Every one is tried, as AutoAWQ does; with an estimate of the error, those that it ranks first.
 
     Raises:
         ValueError: no candidate has a finite error.
     """
-    return candidates[_least({i: error(scale) for i, scale in enumerate(candidates)})]
+    tried = list(range(len(candidates)))
+    if estimate is not None:
+        estimates = {i: value for i in tried if math.isfinite(value := estimate(candidates[i]))}
+        tried = sorted(estimates, key=estimates.__getitem__)[:SHORTLIST]
+    errors = {i: error(candidates[i]) for i in tried}
+    best = _least(errors)
+    return candidates[best], errors[best]
 
 
-def best_by_halving(candidates: Sequence[Tensor], error: Objective) -> Tensor:
-    """The candidate of least error, where the error falls and then rises along them, as it does but for noise.
+def best_by_halving(candidates: Sequence[Tensor], error: Objective) -> tuple[Tensor, float]:
+    """The candidate of least error, and its error, where errors fall, then rise along them, as they do but for noise.
 
     Every fourth is tried, then the neighbours of the best at half the distance, and so on: 9 of 20 are.
 
@@ -138,7 +156,8 @@ def best_by_halving(candidates: Sequence[Tensor], error: Objective) -> Tensor:
         step //= 2
         best = _least(errors)
         errors |= {i: error(candidates[i]) for i in (best - step, best + step) if 0 <= i < len(candidates)}
-    return candidates[_least(errors)]
+    best = _least(errors)
+    return candidates[best], errors[best]
 
 
 def _least(errors: Mapping[int, float]) -> int:
@@ -214,7 +233,11 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
     """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
     # [STEP 1] Scales, each mapping on the unscaled weights.
     for mapping in layer.scaled_mappings():
-        recipe.scales[layer.path(mapping.previous)] = _search_scale(layer, seen, recipe, mapping).cpu()
+        scale, error = _search_scale(layer, seen, recipe, mapping)
+        recipe.scales[layer.path(mapping.previous)] = scale.cpu()
+        if len(mapping.linears) > 1:
+            tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, mapping.previous))
+            recipe.damage[layer.path(mapping.previous)] = error / tokens
     with plain_float32(layer.linears[LINEARS[0]].weight.device):
         # [STEP 2] Clips, on the weights with scaled columns.
         for mapping in MAPPINGS:
@@ -225,15 +248,26 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
                     scaled = layer.scaled_columns(name, recipe.scales)
                     clips = search_clip(scaled, gram, recipe.scheme(layer.path(name)), columns)
                     recipe.clips[layer.path(name)] = clips.cpu()
-        # [STEP 3] What it gained.
+        # [STEP 3] What it gained, and what is left.
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
+        for (linear,), previous, norm in _SINGLE:
+            outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)].found
+            stream = torch.cat([h.float().square().sum(-1).flatten() for h in _residuals(seen, norm)])
+            recipe.damage[layer.path(previous)] = outputs * error / stream.mean().item()
+
+
+def _residuals(seen: Observed, norm: str) -> list[Tensor]:
+    """The residual stream in front of a norm, in the recorded calls, each of shape `(…, D)`."""
+    return [args[0] for args, _ in seen.calls[norm]]
 
 
 # Autocast is left as it is: a block must run as it ran in calibration.
 @torch.inference_mode(False)
 @torch.no_grad()
-def _search_scale(layer: DecoderLayer, seen: Observed, recipe: Recipe, mapping: ScaleMapping) -> Tensor:
-    """The scales of one mapping, shape `(in,)`.
+def _search_scale(
+    layer: DecoderLayer, seen: Observed, recipe: Recipe, mapping: ScaleMapping
+) -> tuple[Tensor, float]:
+    """The scales of one mapping, shape `(in,)`, and the error that they leave by their objective.
 
     Raises:
         ValueError: no candidate has a finite error; names the layer and its linears.
@@ -248,12 +282,17 @@ def _search_scale(layer: DecoderLayer, seen: Observed, recipe: Recipe, mapping: 
     try:
         if len(weights) == 1:
             with plain_float32(device):
-                return best_of_all(candidates, linear_objective(weights[first], moments.gram, schemes[first]))
+                weight, gram, scheme = weights[first], moments.gram, schemes[first]
+                exact, sample = (linear_objective(rows, gram, scheme) for rows in (weight, weight[::SAMPLE]))
+                return best_of_all(
+                    candidates, exact, sample if len(weight) >= FEWEST_SAMPLED * SAMPLE else None
+                )
         block = INSPECTED[mapping.previous]
-        replay = Replay(layer.module.get_submodule(block), seen.calls[block])
-        inside = {name.removeprefix(f"{block}."): scheme for name, scheme in schemes.items()}
-        residuals = (args[0] for args, _ in seen.calls[mapping.previous])
-        return best_by_halving(candidates, block_objective(replay, inside, residuals))
+        inside = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
+        rounded = {name.removeprefix(f"{block}."): scheme for name, scheme in schemes.items()}
+        replay = Replay(layer.module.get_submodule(block), seen.calls[block], changed=inside)
+        objective = block_objective(replay, inside, rounded, _residuals(seen, mapping.previous))
+        return best_by_halving(candidates, objective)
     except ValueError as error:
         widths = ", ".join(f"{name} at {scheme.bits} bits" for name, scheme in schemes.items())
         raise ValueError(f"{layer.name}, {widths}: {error}") from error
@@ -261,6 +300,14 @@ def _search_scale(layer: DecoderLayer, seen: Observed, recipe: Recipe, mapping: 
 
 # What a block objective compares is recorded: the blocks' calls, and the norms' inputs, which are the residual stream.
 _RECORDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+# Mappings of a single linear, which writes into the residual stream, and the norm that reads the stream it writes to.
+_SINGLE = [
+    (mapping.linears, mapping.previous, norm)
+    for mapping in MAPPINGS
+    for norm in ("input_layernorm", "post_attention_layernorm")
+    if len(mapping.linears) == 1 and INSPECTED[norm] == mapping.linears[0].split(".")[0]
+]
 
 search = Search("native", _search_layer, _RECORDED, recorded_tokens=RECORDED_TOKENS)
 """The engine `native`."""

@@ -82,7 +82,8 @@ class QuantizedLinear(nn.Module):
             raise ValueError(
                 "a group's scale leaves the range of float16: the weights are too large or small"
             )
-        module = cls(groups * group_size, outputs, bits, group_size, layout, bias is not None)
+        with torch.device("meta"):  # every tensor is replaced below
+            module = cls(groups * group_size, outputs, bits, group_size, layout, bias is not None)
         codes, zeros = weight.codes.flatten(1), weight.zeros.squeeze(-1)
         if layout == "gemm":
             module.qweight, module.qzeros = pack_gemm(codes), pack_gemm(zeros)

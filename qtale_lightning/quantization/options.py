@@ -9,7 +9,7 @@ from torch import nn
 
 from qtale_lightning.quantization import autoawq, awq
 from qtale_lightning.quantization.calibration import MIN_TOKENS, Batch
-from qtale_lightning.quantization.precision import CANDIDATES, Bits, uniform
+from qtale_lightning.quantization.precision import CANDIDATES, Bits, neighbours, uniform
 from qtale_lightning.quantization.recipe import Recipe, round_to_nearest
 from qtale_lightning.quantization.rtn import check_quantizable
 
@@ -57,7 +57,7 @@ class QuantizationOptions:
 
     def candidates(self, bits: Sequence[float]) -> tuple[int, ...]:
         """The widths that average-bits budgets among `bits` choose from."""
-        return CANDIDATES if any(width != int(width) for width in bits) else ()
+        return tuple(sorted({w for width in bits if width != int(width) for w in neighbours(width)}))
 
     def check(self, shapes: Mapping[str, tuple[int, int]], reserved_tokens: int) -> None:
         """Refuses what can't be quantized, before anything expensive starts.
@@ -92,7 +92,7 @@ class QuantizationOptions:
                     check_quantizable(shapes, int(bits), self.group_size)
                 else:
                     self._check_budget(bits)
-                    check_quantizable(shapes, CANDIDATES[0], self.group_size)
+                    check_quantizable(shapes, neighbours(bits)[0], self.group_size)
             except ValueError as error:
                 raise ValueError(
                     f"--quantize.bits {bits:g}, --quantize.group_size {self.group_size}: {error}"

@@ -15,7 +15,7 @@ from qtale_lightning.files import replacing
 from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers, split_name
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 
-FILE_FORMAT = "qtale-quantization-2"
+FILE_FORMAT = "qtale-quantization-3"
 CLIP_STEP = 1 / 20  # of a group's largest magnitude: a clip of k leaves (1 - k/20) of it
 
 
@@ -51,6 +51,9 @@ class Recipe:
             rounded, shape `(out, in / group_size)`, uint8. They refer to the weight with scaled columns; rows may
             be scaled afterwards, since that scales a group as a whole.
         errors: by the linear's name.
+        damage: by the name of the operation before, what rounding the linears that it feeds does to the residual
+            stream: the mean over tokens of the squared change of their block's output over the squared stream. The
+            engine native's.
         tokens: by the decoder layer's name, the calibration tokens that executed it.
     """
 
@@ -61,6 +64,7 @@ class Recipe:
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, OutputError] = field(default_factory=dict)
+    damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
@@ -83,8 +87,11 @@ class Recipe:
             if name in part.clips:
                 whole.clips[name] = part.clips[name]
             layer, mapping = split_name(name)
-            if (previous := f"{layer}.{mapping.previous}") in part.scales:
+            previous = f"{layer}.{mapping.previous}"
+            if previous in part.scales:
                 whole.scales[previous] = part.scales[previous]
+            if previous in part.damage:
+                whole.damage[previous] = part.damage[previous]
         return whole
 
     def save(self, path: str | Path) -> None:
@@ -123,7 +130,7 @@ class Recipe:
         return cls(scales=scales, clips=clips, **plain)
 
 
-_PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "tokens")
+_PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "damage", "tokens")
 
 
 def round_to_nearest(bits: dict[str, int], group_size: int, symmetric: bool = False) -> Recipe:

@@ -50,9 +50,14 @@ def recorded_calls(
 class Replay(nn.Module):
     """A copy of a module, to be changed, that repeats the calls which the original got in calibration."""
 
-    def __init__(self, module: nn.Module, calls: Sequence[Call]) -> None:
+    def __init__(
+        self, module: nn.Module, calls: Sequence[Call], changed: Iterable[str] | None = None
+    ) -> None:
+        """Copies the weights of the linears that will be changed, by their names in the module; None: all weights."""
         super().__init__()
-        self.module = copy.deepcopy(module)
+        own = None if changed is None else {f"{name}.weight" for name in changed}
+        shared = {id(p): p for name, p in module.named_parameters() if own is not None and name not in own}
+        self.module = copy.deepcopy(module, shared)
         for part in self.module.modules():  # what watches the original must not see the copy's calls
             part._forward_pre_hooks.clear()
             part._forward_hooks.clear()

@@ -1,4 +1,4 @@
-"""Several runs side by side: one table and one figure, from their `results.json` alone."""
+"""Several runs side by side: one table and one figure, from their `results.json`, and paired differences."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,17 +7,21 @@ from matplotlib.figure import Figure
 
 from qtale_lightning.files import replacing
 from qtale_lightning.report.figures import DPI, STYLES
-from qtale_lightning.report.notes import run_title, theta_text
+from qtale_lightning.report.notes import TASK_NAMES, run_title, theta_text
+from qtale_lightning.report.pairs import paired_table
 from qtale_lightning.report.results import Evaluation, Results, load_results
-from qtale_lightning.report.tables import markdown_table
+from qtale_lightning.report.scores import score_header, score_text
+from qtale_lightning.report.tables import FactTable, markdown_table
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     """Writes `comparison.md` and `comparison.png` of finished runs to a folder; returns the page.
 
+    Where the runs kept what was answered to each question, their differences are paired by question.
+
     Raises:
-        FileNotFoundError, ValueError: as `load_results`; fewer than two runs; runs whose validation rows were scored
-            under different protocols, which no table may mix.
+        FileNotFoundError, ValueError: as `load_results` and `paired_table`; fewer than two runs; runs whose validation
+            rows were scored under different protocols, which no table may mix.
     """
     if len(run_dirs) < 2:
         raise ValueError("give at least two runs to compare")
@@ -28,45 +32,58 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
         plot_comparison(runs).savefig(temporary, format="png", dpi=DPI)
     page = out / "comparison.md"
     with replacing(page) as temporary:
-        temporary.write_text(comparison_markdown(runs), encoding="utf-8")
+        temporary.write_text(comparison_markdown(runs, paired_table(run_dirs, runs)), encoding="utf-8")
     return page
 
 
-def comparison_markdown(runs: Sequence[Results]) -> str:
+def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None) -> str:
     """Runs × θ in rows, precisions in columns; accuracy ± standard error, nll ± standard error, execution ratio."""
     precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
     lines = []
     for run in runs:
-        rows = {(row["theta"], row["bits"]): row for row in _validation(run)}
+        rows = {(theta_text(row["theta"]), row["bits"]): row for row in _validation(run)}
         for theta in dict.fromkeys(theta for theta, _ in rows):
             cells = [_cell(rows[theta, bits]) if (theta, bits) in rows else "" for bits in precisions]
-            lines.append([_method(run), theta_text(theta), *cells])
+            lines.append([_method(run), theta, *cells])
     headers = ["method", "θ", *(f"{bits} bits" for bits in precisions)]
     one = _validation(runs[0])[0]
+    names = (score_header(TASK_NAMES.get(t, t), score["metric"]) for t, score in one["accuracy"].items())
+    measured = "Average accuracy in %" if _averaged(runs) else " / ".join(names)
     commands = "\n".join(f"{run['run']['command']}  # commit {_commit(run)}" for run in runs)
+    pairs = ""
+    if paired is not None and paired.rows:
+        pairs = f"{markdown_table(paired.headers, paired.rows)}\n\n{paired.title}. {paired.caption}\n\n"
     return (
         f"{markdown_table(headers, lines)}\n\n"
-        f"Average accuracy in % / nll of the gold answers in nats a token (standard errors), and the measured share of "
+        f"{measured} / nll of the gold answers in nats a token (standard errors), and the measured share of "
         f"layers executed in brackets; {one['examples']:,} validation questions of {len(one['accuracy'])} tasks, "
-        f"seed {runs[0]['run']['seed']}. {runs[0]['run']['hardware']}.\n\n```\n{commands}\n```\n"
+        f"seed {runs[0]['run']['seed']}. {runs[0]['run']['hardware']}.\n\n"
+        f"{pairs}```\n{commands}\n```\n"
     )
 
 
 def plot_comparison(runs: Sequence[Results]) -> Figure:
     """Accuracy (top) and nll (bottom) against the share of layers executed; a column per precision, a line per run."""
     precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
-    figure = Figure(figsize=(3.6 * len(precisions), 6.4), layout="constrained")
-    panels = figure.subplots(2, len(precisions), sharex=True, sharey="row", squeeze=False)
+    averaged = _averaged(runs)
+    figure = Figure(figsize=(3.6 * len(precisions), 6.4 if averaged else 3.8), layout="constrained")
+    panels = figure.subplots(2 if averaged else 1, len(precisions), sharex=True, sharey="row", squeeze=False)
     figure.suptitle(
         f"{_setting(runs[0])} · {_validation(runs[0])[0]['examples']:,} validation questions", fontsize=11
     )
     for column, bits in enumerate(precisions):
         for run, style in zip(runs, STYLES, strict=False):
             rows = [row for row in _validation(run) if row["bits"] == bits]
+            rows.sort(key=lambda row: row["execution_ratio"])
             ratio = [row["execution_ratio"] for row in rows]
-            accuracy = [100 * row["average"] for row in rows], [100 * row["average_stderr"] for row in rows]
+            accuracy = (
+                [100 * (row["average"] or 0.0) for row in rows],
+                [100 * (row["average_stderr"] or 0.0) for row in rows],
+            )
             nll = [row["average_nll"] for row in rows], [row["average_nll_stderr"] for row in rows]
-            for axes, (values, errors) in zip(panels[:, column], (accuracy, nll), strict=True):
+            for axes, (values, errors) in zip(
+                panels[:, column], (accuracy, nll) if averaged else (nll,), strict=True
+            ):
                 axes.errorbar(
                     ratio,
                     values,
@@ -79,9 +96,9 @@ def plot_comparison(runs: Sequence[Results]) -> Figure:
                 )
                 axes.grid(alpha=0.3)
         panels[0, column].set_title(f"{bits} bits", fontsize=10)
-        panels[1, column].set_xlabel("share of layers executed")
+        panels[-1, column].set_xlabel("share of layers executed")
     panels[0, 0].set_ylabel("average accuracy, %")
-    panels[1, 0].set_ylabel("average nll, nats")
+    panels[-1, 0].set_ylabel("average nll, nats")
     panels[0, 0].legend()
     return figure
 
@@ -104,11 +121,17 @@ def _commit(run: Results) -> str:
     return "unknown" if git is None else git["commit"][:10] + (" with changes" if git["dirty"] else "")
 
 
+def _averaged(runs: Sequence[Results]) -> bool:
+    """Whether all tasks report accuracies, so that there is an average of them."""
+    return all(row["average"] is not None for run in runs for row in _validation(run))
+
+
 def _cell(row: Evaluation) -> str:
-    return (
-        f"{100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f} / "
-        f"{row['average_nll']:.3f} ± {row['average_nll_stderr']:.3f} [{row['execution_ratio']:.3f}]"
-    )
+    if row["average"] is None or row["average_stderr"] is None:
+        scores = " / ".join(score_text(score) for score in row["accuracy"].values())
+    else:
+        scores = f"{100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f}"
+    return f"{scores} / {row['average_nll']:.3f} ± {row['average_nll_stderr']:.3f} [{row['execution_ratio']:.3f}]"
 
 
 def _check_protocols(runs: Sequence[Results], names: Sequence[str | Path]) -> None:

@@ -1,8 +1,7 @@
 """A run's plots, from `results.json` and Lightning's `metrics.csv`, as PNG and PDF in `<run>/plots/`.
 
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and line styles differ as
-well, so that the plots survive printing in grey. Figures are plain `Figure` objects: no display, no pyplot
-state.
+Markers and line styles differ as well as colours, so that the plots survive printing in grey. Figures are plain
+`Figure` objects: no display, no pyplot state.
 """
 
 from pathlib import Path
@@ -15,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from qtale_lightning.files import replacing
-from qtale_lightning.report.notes import DLLM_THETA, run_title
+from qtale_lightning.report.notes import DLLM_THETA, run_title, theta_text
 from qtale_lightning.report.results import (
     Evaluation,
     Results,
@@ -24,17 +23,9 @@ from qtale_lightning.report.results import (
     selected_row,
     validation_series,
 )
+from qtale_lightning.report.routing_figure import plot_routing, read_metrics
+from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE
 
-STYLES: list[dict[str, Any]] = [
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
-    {"color": "#000000", "marker": "v", "linestyle": (0, (5, 1))},
-    {"color": "#E69F00", "marker": "P", "linestyle": (0, (1, 1))},
-]
-TRAINING_STYLE: dict[str, Any] = {"color": "#777777", "marker": "x", "linestyle": "-"}
-DPI = 150
 PANELS = {
     "loss": ["train/loss", "val/loss"],
     "cross-entropy, nats": ["train/ce", "val/ce"],
@@ -66,24 +57,29 @@ def plot_accuracy(results: Results) -> Figure:
     if not series:
         raise ValueError("no validation rows to plot: 'python -m qtale_lightning evaluate <run>' makes them")
     routed = any(row["theta"] is not None for rows in series.values() for row in rows)
-    figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+    # Where tasks measure different things there is no average accuracy, and the nll stands alone.
+    averaged = all(row["average"] is not None for rows in series.values() for row in rows)
+    figure = Figure(figsize=(7.5, 7.5 if averaged else 4.5), layout="constrained")
     figure.suptitle(figure_title(results), fontsize=11)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    panels = figure.subplots(2 if averaged else 1, 1, sharex=True, squeeze=False)[:, 0]
+    top, bottom = panels[0], panels[-1]
     for position, (label, rows) in enumerate(series.items()):
         style = STYLES[position % len(STYLES)]
+        rows = sorted(rows, key=lambda row: row["execution_ratio"])
         chosen = selected_row(results, rows) if len(rows) > 1 else None
         x = [row["execution_ratio"] if routed else float(position) for row in rows]
-        accuracy = [100 * row["average"] for row in rows]
-        accuracy_error = [100 * row["average_stderr"] for row in rows]
+        accuracy = [100 * (row["average"] or 0.0) for row in rows]
+        accuracy_error = [100 * (row["average_stderr"] or 0.0) for row in rows]
         nll = [row["average_nll"] for row in rows]
         nll_error = [row["average_nll_stderr"] for row in rows]
-        for axes, y, error in ((top, accuracy, accuracy_error), (bottom, nll, nll_error)):
+        shown = [(accuracy, accuracy_error), (nll, nll_error)] if averaged else [(nll, nll_error)]
+        for axes, (y, error) in zip(panels, shown, strict=True):
             axes.errorbar(x, y, error, label=label, capsize=2, elinewidth=0.8, markersize=5, **style)
             if chosen is not None:
                 at = rows.index(chosen)
                 ring = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 1.8}
                 axes.plot(x[at], y[at], "o", color=style["color"], **ring)
-        _annotate_thetas(top, x, accuracy, rows, chosen, style["color"], below=position % 2 == 1)
+        _annotate_thetas(top, x, shown[0][0], rows, chosen, style["color"], below=position % 2 == 1)
     top.set_ylabel("average accuracy, %")
     bottom.set_ylabel("average nll, nats")
     if routed:
@@ -115,7 +111,7 @@ def _annotate_thetas(
         end = index in (0, len(rows) - 1)
         if row["theta"] is not None and (end or row is chosen or same_theta(row["theta"], DLLM_THETA)):
             axes.annotate(
-                f"{row['theta']:g}",
+                theta_text(row["theta"]),
                 (x[index], y[index]),
                 xytext=(7, -13) if below else (-7, 6),
                 textcoords="offset points",
@@ -139,7 +135,9 @@ def layer_curves(results: Results) -> list[tuple[str, list[float], dict[str, Any
         row = selected_row(results, rows)
         if row is not None and row["theta"] is not None:
             style = STYLES[position % len(STYLES)]
-            curves.append((f"{label}, θ = {row['theta']:g}", row["execution_ratio_per_layer"], style))
+            curves.append(
+                (f"{label}, θ = {theta_text(row['theta'])}", row["execution_ratio_per_layer"], style)
+            )
     return [curve for curve in curves if curve[1]]
 
 
@@ -244,8 +242,11 @@ def write_figures(run_dir: str | Path) -> list[Path]:
     if layer_curves(results):
         figures["layers"] = plot_layers(results)
     metrics_csv = run_dir / "metrics.csv"
-    if metrics_csv.is_file() and _logged_panels(pd.read_csv(metrics_csv)):
+    metrics = read_metrics(metrics_csv)
+    if _logged_panels(metrics):
         figures["losses"] = plot_losses(metrics_csv, run_title(results))
+    if routing := plot_routing(results, metrics):
+        figures["routing"] = routing
     written = []
     for name, figure in figures.items():
         for kind in ("png", "pdf"):

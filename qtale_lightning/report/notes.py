@@ -2,7 +2,14 @@
 
 import math
 
-from qtale_lightning.report.results import Evaluation, Results, same_theta, selected_row, validation_series
+from qtale_lightning.report.results import (
+    Evaluation,
+    Results,
+    best_row,
+    same_theta,
+    selected_row,
+    validation_series,
+)
 
 TASK_NAMES = {
     "piqa": "PIQA",
@@ -12,6 +19,9 @@ TASK_NAMES = {
     "arc_challenge": "ARC-c",
     "winogrande": "WinoGrande",
     "openbookqa": "OBQA",
+    "mmlu": "MMLU",
+    "alpaca": "Alpaca",
+    "samsum": "SAMSum",
 }
 DLLM_THETA = 0.5
 """D-LLM's decision, argmax over (skip, execute): what a selected θ is compared with."""
@@ -35,8 +45,10 @@ def run_title(results: Results) -> str:
     return f"{run['model']} · {run['method']} · {run['data']} · seed {run['seed']}" if run else "unnamed run"
 
 
-def theta_text(theta: float | None) -> str:
-    """θ as text; a dash for a model without routers."""
+def theta_text(theta: float | list[float] | None) -> str:
+    """θ as text: a dash for a model without routers, the lowest and the highest where every layer has its own."""
+    if isinstance(theta, list):
+        return f"{min(theta):.2g}…{max(theta):.2g} by layer"
     return "–" if theta is None else f"{theta:g}"
 
 
@@ -51,6 +63,8 @@ def protocol_lines(results: Results) -> list[str]:
             reported = f"{score['metric']} on {score['examples']:,} questions"
             metrics.setdefault(f"{TASK_NAMES.get(task, task)} reports", set()).add(reported)
     settings: dict[str, set[str]] = {"questions": {f"{row['examples']:,}" for row in rows}} | metrics
+    if reasons := {row["no_average"] for row in rows if "no_average" in row}:
+        settings["no average"] = reasons
     for key in dict.fromkeys(key for row in rows for key in row["protocol"]):
         settings[key] = {str(row["protocol"].get(key, "not recorded")) for row in rows}
     return [
@@ -87,7 +101,7 @@ def noise_notes(results: Results) -> list[str]:
 
 def _references(rows: list[Evaluation]) -> list[tuple[str, Evaluation]]:
     """What a selected row is held against: D-LLM's decision, where it was evaluated, and the best row."""
-    best = max(rows, key=lambda row: row["average"])
+    best = best_row(rows)
     argmax = next((row for row in rows if same_theta(row["theta"], DLLM_THETA)), None)
     if argmax is best:
         return [("D-LLM's decision (θ = 0.5), the best row", best)]
@@ -96,14 +110,17 @@ def _references(rows: list[Evaluation]) -> list[tuple[str, Evaluation]]:
 
 
 def _difference(row: Evaluation, other: Evaluation) -> str:
-    accuracy = 100 * (row["average"] - other["average"])
-    accuracy_error = 100 * math.hypot(row["average_stderr"], other["average_stderr"])
     nll = row["average_nll"] - other["average_nll"]
     nll_error = math.hypot(row["average_nll_stderr"], other["average_nll_stderr"])
+    text = f"NLL {nll:+.4f} (standard error {nll_error:.4f}), {_verdict(nll, nll_error)}"
+    values = row["average"], other["average"], row["average_stderr"], other["average_stderr"]
+    if any(value is None for value in values):
+        return text
+    average, reference, error, reference_error = (100 * value for value in values if value is not None)
+    accuracy, accuracy_error = average - reference, math.hypot(error, reference_error)
     return (
         f"accuracy {accuracy:+.2f} points (standard error {accuracy_error:.2f}), "
-        f"{_verdict(accuracy, accuracy_error)}; "
-        f"NLL {nll:+.4f} (standard error {nll_error:.4f}), {_verdict(nll, nll_error)}"
+        f"{_verdict(accuracy, accuracy_error)}; {text}"
     )
 
 

@@ -7,24 +7,19 @@ stage that writes it has run.
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, cast
+from typing import Any, Literal, NotRequired, cast
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from qtale_lightning.files import replacing
+from qtale_lightning.report.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
+from qtale_lightning.report.routing import Changes, Routing
+from qtale_lightning.report.scores import TaskScores
+from qtale_lightning.report.selection import Search, Selected
 
 SCHEMA: Literal[1] = 1
 FILE_NAME = "results.json"
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Quantity = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=0)]
-Bits = Annotated[int | float, Field(ge=1, le=32)]
-"""Of a weight's code; a fraction is the average over linears of several widths."""
-Threshold = Fraction | None
-"""θ: a token executes a layer iff p(execute) >= θ. None: a model without routers."""
 
 
 class Git(TypedDict):
@@ -59,72 +54,35 @@ class Train(TypedDict):
     final_losses: dict[str, Number]
 
 
-class Routing(TypedDict):
-    """How the routers decide at the end of training; a run without routers has no such section.
-
-    `flip_ratio` is the share of decisions that Gumbel noise flips, `logit_gap` the mean distance between the
-    execute and the skip logit, `entropy` the mean binary entropy in nats; `execution_ratio_per_layer` has
-    shape `(layers,)`.
-    """
-
-    flip_ratio: Fraction
-    logit_gap: Quantity
-    entropy: Quantity
-    execution_ratio_per_layer: list[Fraction]
-
-
-class TaskAccuracy(TypedDict):
-    """One task's scores. `value` and `stderr` are those of `metric`, the one it reports (acc or acc_norm)."""
-
-    value: Fraction
-    stderr: Quantity
-    metric: str
-    nll: Number
-    acc: Fraction
-    acc_norm: Fraction
-    examples: Count
-
-
 class Evaluation(TypedDict):
-    """One evaluation of one model at one θ. `average` is the mean over tasks.
+    """One evaluation of one model at one θ. `average` is the mean over tasks, where all of them report an accuracy;
+    None where they measure different things, and `no_average` says so.
 
     `execution_ratio` is executed layers over all layers, `flops_ratio` counted FLOPs over the base model's
     (routers included, so it can pass 1), `seconds` the measured time of this evaluation, and `engine` the
-    quantizer ("none" at 16 bits). `execution_ratio_per_layer` has shape `(layers,)`.
+    quantizer ("none" at 16 bits). `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share
+    the time of what can't differ between them; written answers take `writing_seconds` more. What was answered to each
+    question lies in `predictions/`, and what was written in `generations/`.
     """
 
     bits: Bits
     engine: str
-    theta: Threshold
+    theta: Thresholds
     split: Literal["calibration", "validation"]
     examples: Count
     execution_ratio: Fraction
     flops_ratio: Quantity
-    accuracy: dict[str, TaskAccuracy]
-    average: Fraction
-    average_stderr: Quantity
+    accuracy: dict[str, TaskScores]
+    average: Fraction | None
+    average_stderr: Quantity | None
+    no_average: NotRequired[str]
     average_nll: Number
     average_nll_stderr: Quantity
     execution_ratio_per_layer: list[Fraction]
     weight_bytes: Count
     seconds: Quantity
+    writing_seconds: NotRequired[Quantity]
     protocol: dict[str, Any]
-
-
-class Selected(TypedDict):
-    """The θ chosen for one precision and the rule, in words. `engine` is needed where several share the bits.
-
-    The report takes its figures from the validation row at this θ; those here are for whoever reads the JSON.
-    """
-
-    bits: Bits
-    engine: NotRequired[str]
-    theta: Threshold
-    rule: str
-    average: Fraction
-    average_stderr: Quantity
-    average_nll: Number
-    execution_ratio: Fraction
 
 
 class Results(TypedDict):
@@ -136,9 +94,19 @@ class Results(TypedDict):
     routing: NotRequired[Routing]
     evaluation: list[Evaluation]
     selected: list[Selected]
+    searches: NotRequired[list[Search]]
+    changes: NotRequired[list[Changes]]
 
 
-WRITTEN_BY = {"run": "fit", "train": "fit", "routing": "fit", "evaluation": "evaluate", "selected": "sweep"}
+WRITTEN_BY = {
+    "run": "fit",
+    "train": "fit",
+    "routing": "fit",
+    "evaluation": "evaluate",
+    "selected": "sweep",
+    "searches": "sweep",
+    "changes": "inspect",
+}
 """The sections, and the stage that writes each."""
 
 _SCHEMA = TypeAdapter(Results)
@@ -154,7 +122,7 @@ def validate(results: object, source: str = FILE_NAME) -> Results:
         _SCHEMA.validate_python(results, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_context=False)
-        lines = [f"  {'.'.join(map(str, p['loc'])) or 'top level'}: {_explain(p)}" for p in problems[:5]]
+        lines = [f"  {_where(p['loc'])}: {_explain(p)}" for p in problems[:5]]
         if len(problems) > 5:
             lines.append(f"  … and {len(problems) - 5} more")
         sections = {str(p["loc"][0]) for p in problems if p["loc"]}
@@ -162,6 +130,12 @@ def validate(results: object, source: str = FILE_NAME) -> Results:
         remedy = f"\nWritten by: python -m qtale_lightning {', '.join(stages)}" if stages else ""
         raise ValueError(f"{source} isn't a valid results file:\n" + "\n".join(lines) + remedy) from None
     return cast(Results, results)
+
+
+def _where(keys: tuple[int | str, ...]) -> str:
+    """Keys joined with dots, without the metric that pydantic puts in front of a task's own keys."""
+    in_task = keys[:1] == ("evaluation",) and keys[2:3] == ("accuracy",)
+    return ".".join(map(str, (*keys[:4], *keys[5:]) if in_task else keys)) or "top level"
 
 
 def _explain(problem: Any) -> str:
@@ -213,7 +187,7 @@ def update_results(run_dir: str | Path, section: str, value: object) -> Results:
     """
     if section not in WRITTEN_BY:
         raise ValueError(f"results have no section {section!r}; the sections are {', '.join(WRITTEN_BY)}")
-    results = cast(Results, {**_load_or_new(run_dir), section: value})
+    results = cast(Results, {**load_or_new(run_dir), section: value})
     save_results(run_dir, results)
     return results
 
@@ -221,30 +195,33 @@ def update_results(run_dir: str | Path, section: str, value: object) -> Results:
 def upsert_evaluation(run_dir: str | Path, row: Evaluation) -> Results:
     """Adds an evaluation, in place of one with the same bits, engine, θ and split, and returns the results.
 
-    Rows are kept in order: by split, then bits (descending), engine and θ (descending).
+    Rows are kept in order: by split, then bits (descending), engine and θ (descending; those with one a layer last).
 
     Raises:
         ValueError: the row doesn't follow the schema; the file stays as it was.
     """
     alone = {"schema": SCHEMA, "evaluation": [row], "selected": []}
     validate(alone, f"the new row for {Path(run_dir) / FILE_NAME}")
-    results = _load_or_new(run_dir)
+    results = load_or_new(run_dir)
     kept = [other for other in results["evaluation"] if _identity(other) != _identity(row)]
     results["evaluation"] = sorted([*kept, row], key=_identity)
     save_results(run_dir, results)
     return results
 
 
-def _load_or_new(run_dir: str | Path) -> Results:
+def load_or_new(run_dir: str | Path) -> Results:
+    """`load_results`, and empty ones where there are none yet."""
     if (Path(run_dir) / FILE_NAME).is_file():
         return load_results(run_dir)
     return {"schema": SCHEMA, "evaluation": [], "selected": []}
 
 
-def _identity(row: Evaluation) -> tuple[str, float, str, float]:
+def _identity(row: Evaluation) -> tuple[str, float, str, int, list[float]]:
     """What makes a row unique, as a sort key. θ is rounded: 0.1 + 0.2 and 0.3 are one grid point."""
     theta = row["theta"]
-    return row["split"], -row["bits"], row["engine"], 1.0 if theta is None else -round(theta, 9)
+    values = theta if isinstance(theta, list) else [-1.0 if theta is None else theta]
+    many = len(values) if isinstance(theta, list) else 0
+    return row["split"], -row["bits"], row["engine"], many, [-round(value, 9) for value in values]
 
 
 def validation_series(results: Results) -> dict[str, list[Evaluation]]:
@@ -262,10 +239,18 @@ def validation_series(results: Results) -> dict[str, list[Evaluation]]:
     return series
 
 
+def best_row(rows: list[Evaluation]) -> Evaluation:
+    """The row of the highest average accuracy, or of the lowest nll where there is no average."""
+    return max(rows, key=lambda row: -row["average_nll"] if row["average"] is None else row["average"])
+
+
 def selected_row(results: Results, rows: list[Evaluation]) -> Evaluation | None:
-    """The row of a series at its selected θ; a series of one row (no sweep) is its own choice."""
-    chosen = next((row for row in rows if selected_choice(results, row)), None)
-    return rows[0] if chosen is None and len(rows) == 1 else chosen
+    """The row of a series at its selected θ, the first one where each of several budgets has its own; a series of one
+    row (no sweep) is its own choice."""
+    chosen = [(choice, row) for row in rows if (choice := selected_choice(results, row))]
+    if chosen:
+        return min(chosen, key=lambda pair: results["selected"].index(pair[0]))[1]
+    return rows[0] if len(rows) == 1 else None
 
 
 def selected_choice(results: Results, row: Evaluation) -> Selected | None:
@@ -277,8 +262,10 @@ def selected_choice(results: Results, row: Evaluation) -> Selected | None:
     return None
 
 
-def same_theta(one: float | None, other: float | None) -> bool:
-    """Whether two θ are the same grid point."""
-    if one is None or other is None:
+def same_theta(one: float | list[float] | None, other: float | list[float] | None) -> bool:
+    """Whether two θ, or lists of one a layer, are the same grid point."""
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_theta, one, other))
+    if one is None or other is None or isinstance(one, list) or isinstance(other, list):
         return one is other
     return abs(one - other) < 1e-9

@@ -4,8 +4,9 @@ The terminal and the page show the same tables: built once as text (`FactTable`)
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -28,11 +29,13 @@ from qtale_lightning.report.notes import (
 from qtale_lightning.report.results import (
     Evaluation,
     Results,
+    best_row,
     load_results,
     selected_choice,
     selected_row,
     validation_series,
 )
+from qtale_lightning.report.scores import ChoiceScores, TextScores, score_header, score_text
 
 CAPTIONS = {
     "accuracy": "Accuracy and negative log-likelihood against the share of layers executed.",
@@ -40,7 +43,7 @@ CAPTIONS = {
     "losses": "Losses and routing during training.",
 }
 COST_COLUMNS = ["layers executed", "counted FLOPs", "measured s"]
-TEXT_COLUMNS = {"what", "value", "precision", "mark", "method"}
+TEXT_COLUMNS = {"what", "value", "precision", "mark", "method", "rule"}
 
 
 @dataclass
@@ -55,10 +58,10 @@ class FactTable:
 
 
 def evaluation_frame(results: Results) -> pd.DataFrame:
-    """The validation rows, one per bits, engine and θ (NaN: a model without routers).
+    """The validation rows, one per bits, engine and θ (NaN: a model without routers, or with a θ for each layer).
 
-    Tasks, `average` and `average_stderr` are in percent, ratios are fractions, `nll` in nats, `weight_mb` in
-    10⁶ bytes, `seconds` measured.
+    Tasks, `average` and `average_stderr` are in percent (NaN: tasks measure different things), perplexities as they
+    are, ratios are fractions, `nll` in nats, `weight_mb` in 10⁶ bytes, `seconds` measured.
     """
     rows = []
     for series in validation_series(results).values():
@@ -68,12 +71,14 @@ def evaluation_frame(results: Results) -> pd.DataFrame:
                 {
                     "bits": row["bits"],
                     "engine": row["engine"],
-                    "theta": math.nan if row["theta"] is None else row["theta"],
+                    "theta": row["theta"] if isinstance(row["theta"], float | int) else math.nan,
                     "execution_ratio": row["execution_ratio"],
                     "flops_ratio": row["flops_ratio"],
-                    **{task: 100 * score["value"] for task, score in row["accuracy"].items()},
-                    "average": 100 * row["average"],
-                    "average_stderr": 100 * row["average_stderr"],
+                    **{task: _shown(score) for task, score in row["accuracy"].items()},
+                    "average": math.nan if row["average"] is None else 100 * row["average"],
+                    "average_stderr": math.nan
+                    if row["average_stderr"] is None
+                    else 100 * row["average_stderr"],
                     "nll": row["average_nll"],
                     "weight_mb": row["weight_bytes"] / 1e6,
                     "seconds": row["seconds"],
@@ -129,34 +134,60 @@ def selection_table(results: Results) -> FactTable:
         for row in rows:
             if choice := selected_choice(results, row):
                 rules.setdefault(choice["rule"], []).append(label)
-                averages = [_percent(row["average"], row["average_stderr"]), f"{row['average_nll']:.3f}"]
+                averages = [_average(row), f"{row['average_nll']:.3f}"]
                 table.rows.append([label, *_cells(row), f"{row['weight_bytes'] / 1e6:,.1f}", *averages])
     table.caption = "; ".join(f"{', '.join(labels)}: {rule}" for rule, labels in rules.items())
+    return table
+
+
+def search_table(results: Results) -> FactTable:
+    """What selecting each θ took, and what the rule went by besides the average."""
+    table = FactTable("Cost of selecting θ", ["precision", "rule", "θ", "passes", "measured s"])
+    choices = [choice for choice in results["selected"] if "passes" in choice]
+    compared = any("difference" in choice for choice in choices)
+    if compared:
+        table.headers.append("to θ=0, points")
+    for choice in choices:
+        rule = choice["rule"].split(":")[0] + (f" {choice['budget']:g}" if "budget" in choice else "")
+        cells = [theta_text(choice["theta"]), f"{choice['passes']}", f"{choice.get('seconds', 0):,.1f}"]
+        if compared and (found := choice.get("difference")):
+            low, high = 100 * found["low"], 100 * found["high"]
+            cells.append(f"{100 * found['value']:+.2f} [{low:+.2f}, {high:+.2f}]")
+        elif compared:
+            cells.append("–")
+        engine = "" if choice["bits"] == 16 or "engine" not in choice else f" {choice['engine']}"
+        table.rows.append([f"{choice['bits']}-bit{engine}", rule, *cells])
+    table.caption = (
+        "Passes over the calibration questions, in the seconds that they took when they were made"
+        + (
+            "; the accuracy difference to full execution with its 95 % interval, paired by question"
+            if compared
+            else ""
+        )
+    )
     return table
 
 
 def evaluation_table(results: Results, brief: bool = False) -> FactTable:
     """Every validation row, with the selected one and the best average of each precision marked.
 
-    `brief` leaves out the tasks and the error of the nll, to fit a terminal.
+    `brief` leaves out the tasks, where they have an average, and the error of the nll, to fit a terminal.
     """
     series = validation_series(results)
-    tasks = list(dict.fromkeys(task for rows in series.values() for row in rows for task in row["accuracy"]))
-    tasks = [] if brief else tasks
-    names = [f"{TASK_NAMES.get(task, task)} %" for task in tasks]
-    headers = ["precision", "θ", *COST_COLUMNS, *names, "average %", "NLL", "mark"]
+    averaged = any(row["average"] is not None for rows in series.values() for row in rows)
+    columns = {} if brief and averaged else _task_columns([row for rows in series.values() for row in rows])
+    headers = ["precision", "θ", *COST_COLUMNS, *columns, "average %", "NLL", "mark"]
     table = FactTable("Evaluation on the validation split", headers)
     for label, rows in series.items():
-        best = max(rows, key=lambda row: row["average"])
+        best = best_row(rows)
         for row in rows:
             selected = selected_choice(results, row) is not None
             if selected:
                 table.emphasized.add(len(table.rows))
             marks = ["selected"] * selected + ["best"] * (row is best and len(rows) > 1)
-            scores = [_task_cell(row, task) for task in tasks]
+            scores = [cell(row) for cell in columns.values()]
             nll = f"{row['average_nll']:.3f}" + ("" if brief else f" ± {row['average_nll_stderr']:.3f}")
-            average = _percent(row["average"], row["average_stderr"])
-            table.rows.append([label, *_cells(row), *scores, average, nll, ", ".join(marks)])
+            table.rows.append([label, *_cells(row), *scores, _average(row), nll, ", ".join(marks)])
     return table
 
 
@@ -165,18 +196,41 @@ def _cells(row: Evaluation) -> list[str]:
     return [theta_text(row["theta"]), *ratios, f"{row['seconds']:,.1f}"]
 
 
-def _task_cell(row: Evaluation, task: str) -> str:
+def _task_columns(rows: Sequence[Evaluation]) -> dict[str, Callable[[Evaluation], str]]:
+    """Heading → cell of a row, for each task, and for the share of its written answers that can't be read."""
+    columns: dict[str, Callable[[Evaluation], str]] = {}
+    for row in rows:
+        for task, score in row["accuracy"].items():
+            name = TASK_NAMES.get(task, task)
+            columns.setdefault(score_header(name, score["metric"]), partial(_task_cell, task))
+            if score["metric"] == "acc_generated":
+                columns.setdefault(f"{name} unreadable %", partial(_unreadable_cell, task))
+    return columns
+
+
+def _task_cell(task: str, row: Evaluation) -> str:
     score = row["accuracy"].get(task)
-    return _percent(score["value"], score["stderr"]) if score else "–"
+    return score_text(score) if score else "–"
 
 
-def _percent(value: float, stderr: float) -> str:
-    return f"{100 * value:.2f} ± {100 * stderr:.2f}"
+def _unreadable_cell(task: str, row: Evaluation) -> str:
+    score = row["accuracy"].get(task)
+    return f"{100 * score['unreadable']:.2f}" if score and score["metric"] == "acc_generated" else "–"
+
+
+def _average(row: Evaluation) -> str:
+    if row["average"] is None or row["average_stderr"] is None:
+        return "–"
+    return f"{100 * row['average']:.2f} ± {100 * row['average_stderr']:.2f}"
+
+
+def _shown(score: ChoiceScores | TextScores) -> float:
+    return score["value"] if score["metric"] == "perplexity" else 100 * score["value"]
 
 
 def summary_tables(results: Results) -> list[rich.table.Table]:
     """What a run prints at its end: what ran, training facts, the selected θ per precision, all rows."""
-    facts = [run_table(results), training_table(results), selection_table(results)]
+    facts = [run_table(results), training_table(results), selection_table(results), search_table(results)]
     facts.append(evaluation_table(results, brief=True))
     return [_rich_table(table) for table in facts if table.rows]
 
@@ -229,10 +283,14 @@ def markdown(results: Results, plots: Sequence[str] = ()) -> str:
             parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
     if protocol := protocol_lines(results):
         parts += ["## Protocol", _bullets(protocol)]
-    for table in (selection_table(results), evaluation_table(results)):
+    for table, lead in (
+        (selection_table(results), "Rule: "),
+        (search_table(results), ""),
+        (evaluation_table(results), ""),
+    ):
         if table.rows:
             parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
-            parts += [f"Rule: {table.caption}."] if table.caption else []
+            parts += [f"{lead}{table.caption}."] if table.caption else []
     if noise := noise_notes(results):
         parts += ["## What is noise and what isn't", NOISE_RULE, _bullets(noise)]
     if costs := cost_notes(results):

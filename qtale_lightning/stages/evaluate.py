@@ -1,19 +1,121 @@
-"""Evaluation of a run's models at each precision and θ, and the θ that is selected."""
+"""Evaluation of a run's models at each precision and θ: rows of results.json, and the answer to each question."""
 
 import time
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.evaluation import cost
-from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
-from qtale_lightning.evaluation.scoring import score
-from qtale_lightning.evaluation.threshold import RULE, RULE_IN_WORDS, select
+from qtale_lightning.data.tokenization import EncodedPrompt
+from qtale_lightning.evaluation import cost, predictions, statistics
+from qtale_lightning.evaluation.accuracy import accuracy_by_task, average
+from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
-from qtale_lightning.report.results import Evaluation, load_results, update_results, upsert_evaluation
+from qtale_lightning.report.notes import theta_text
+from qtale_lightning.report.results import Evaluation, load_or_new, same_theta, upsert_evaluation
+from qtale_lightning.report.scores import score_header, score_text
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.stages.export import load_exported
 from qtale_lightning.stages.progress import console, progress
+from qtale_lightning.stages.writing import save_answers, write_answers, writing_protocol
+
+Split = Literal["calibration", "validation"]
+Theta = float | list[float] | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run's model at one precision, and the data that it is asked from.
+
+    Attributes:
+        engine: That quantized it; "none" at 16 bits.
+    """
+
+    run: RunDirectory
+    data: CommonsenseDataModule
+    model: RoutedLlamaForCausalLM
+    bits: float
+    engine: str
+
+    def __str__(self) -> str:
+        return f"{self.bits:g} bits"
+
+    def protocol(self, split: Split) -> dict[str, Any]:
+        """What the scores depend on besides the model."""
+        protocol = self.data.protocol() | {"scoring": "log-likelihood", "execution": "packed"}
+        written = writing_protocol(self.data) if split == "validation" else {}
+        return protocol | {"metrics": self.data.asking.metrics(split)} | written
+
+    def known(self, theta: Theta, split: Split) -> Evaluation | None:
+        """The row of an earlier evaluation on the same questions by the same protocol."""
+        key = (self.bits, self.engine, split, len(self.data.questions(split)), self.protocol(split))
+        for row in load_or_new(self.run.root)["evaluation"]:
+            found = (row["bits"], row["engine"], row["split"], row["examples"], row["protocol"])
+            if found == key and same_theta(row["theta"], theta):
+                return row
+        return None
+
+    def evaluate(self, thetas: Sequence[Theta], split: Split, pairs: bool = False) -> list[Evaluation]:
+        """Score a split at every θ, those that are missing in one go, and keep the rows.
+
+        Args:
+            thetas: [None] for a model without routers.
+            split: Whose questions.
+            pairs: What was answered to each question is needed, too: rows without it are scored again.
+        """
+        missing: list[Theta] = []
+        for theta in thetas:
+            row = self.known(theta, split)
+            if row is None or (pairs and predictions.load_predictions(self.run.root, row) is None):
+                missing += [theta] if theta not in missing else []
+        if missing:
+            questions = self.data.questions(split)
+            names = f", θ = {', '.join(map(theta_text, missing))}" if missing != [None] else ""
+            with progress(f"{self}{names}, {split}", len(questions)) as advance:
+                found = score_thresholds(self.model, questions, missing, on_progress=advance)
+            for theta, scores in zip(missing, found, strict=True):
+                self.keep(theta, split, scores)
+        rows = [self.known(theta, split) for theta in thetas]
+        return [row for row in rows if row is not None]
+
+    def keep(self, theta: Theta, split: Split, scores: Scores) -> Evaluation:
+        """Write a row of scores into ``results.json``, after what was answered to each question."""
+        questions, protocol = self.data.questions(split), self.protocol(split)
+        theta_said = "" if theta is None else f", θ = {theta_text(theta)}"
+        started, texts = time.perf_counter(), dict[int, str]()
+        if split == "validation":
+            texts = write_answers(self.data, self.model, theta, f"{self}{theta_said}")
+        writing_seconds = time.perf_counter() - started
+        accuracy = accuracy_by_task(questions, scores.loglikelihoods, protocol["metrics"], texts)
+        outcomes = predictions.predictions(questions, scores.loglikelihoods, protocol["metrics"], texts)
+        row: Evaluation = {
+            "bits": self.bits,
+            "engine": self.engine,
+            "theta": theta,
+            "split": split,
+            "examples": len(questions),
+            "execution_ratio": sum(scores.execution) / len(scores.execution),
+            "execution_ratio_per_layer": scores.execution,
+            "flops_ratio": cost.flops_ratio(self.model.config, scores.execution, _mean_context(questions)),
+            "accuracy": accuracy,
+            **average(accuracy),  # type: ignore[typeddict-item]
+            "weight_bytes": self.run.weight_bytes(self.bits, self.engine),
+            "seconds": scores.seconds,
+            "protocol": protocol,
+        }
+        if row["average"] is not None:  # then both averages are means over questions, within tasks
+            row["average_stderr"] = statistics.average(predictions.by_task(outcomes, "value")).stderr
+            row["average_nll_stderr"] = statistics.average(predictions.by_task(outcomes, "nll")).stderr
+        if texts:
+            row["writing_seconds"] = writing_seconds
+            save_answers(self.run.root, row, questions, texts, self.data)
+        predictions.save_predictions(self.run.root, row, outcomes)
+        upsert_evaluation(self.run.root, row)
+        if split == "validation":
+            console.print(
+                f"{self.bits:>3g} bits{theta_said}: {_accuracy_said(row)}nll {row['average_nll']:.3f}, "
+                f"execution ratio {row['execution_ratio']:.3f}, {scores.seconds:.0f} s"
+            )
+        return row
 
 
 def evaluate(
@@ -22,78 +124,23 @@ def evaluate(
     model: RoutedLlamaForCausalLM,
     bits: float,
     engine: str,
-    theta: float | None,
-    split: Literal["calibration", "validation"],
+    theta: Theta,
+    split: Split,
 ) -> Evaluation:
     """Score a split at one precision and θ, and keep the row in ``results.json``; a row already there is returned."""
-    engine = "none" if bits == 16 else engine
-    questions = data.questions(split)
-    protocol = data.protocol() | {"scoring": "log-likelihood", "execution": "packed"}
-    for known in load_results(run.root)["evaluation"]:
-        key = (known["bits"], known["engine"], known["theta"], known["split"], known["examples"])
-        if key == (bits, engine, theta, split, len(questions)) and known["protocol"] == protocol:
-            return known
-    theta_text = "" if theta is None else f", θ = {theta:g}"
-    with progress(f"{bits:g} bits{theta_text}, {split}", len(questions)) as advance:
-        started = time.perf_counter()
-        scores = score(model, questions, theta, on_progress=advance)
-        seconds = time.perf_counter() - started
-    accuracy = accuracy_by_task(questions, scores.loglikelihoods, protocol["metrics"])
-    context = (
-        sum(len(c) for q in questions for c in q.contexts) / sum(len(q.contexts) for q in questions) + 1
-    ) / 2
-    row: Evaluation = {
-        "bits": bits,
-        "engine": engine,
-        "theta": theta,
-        "split": split,
-        "examples": len(questions),
-        "execution_ratio": sum(scores.execution) / len(scores.execution),
-        "execution_ratio_per_layer": scores.execution,
-        "flops_ratio": cost.flops_ratio(model.config, scores.execution, context),
-        "accuracy": accuracy,
-        "average": mean_over_tasks(accuracy, "value"),
-        "average_stderr": mean_error(accuracy, "stderr"),
-        "average_nll": mean_over_tasks(accuracy, "nll"),
-        "average_nll_stderr": mean_error(accuracy, "nll_stderr"),
-        "weight_bytes": run.weight_bytes(bits, engine),
-        "seconds": seconds,
-        "protocol": protocol,
-    }
-    upsert_evaluation(run.root, row)
-    if split == "validation":
-        console.print(
-            f"{bits:>3g} bits{theta_text}: accuracy {100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f} %, "
-            f"nll {row['average_nll']:.3f}, execution ratio {row['execution_ratio']:.3f}, {seconds:.0f} s"
+    return Subject(run, data, model, bits, "none" if bits == 16 else engine).evaluate([theta], split)[0]
+
+
+def _accuracy_said(row: Evaluation) -> str:
+    if row["average"] is None or row["average_stderr"] is None:
+        scores = row["accuracy"].items()
+        return "".join(
+            f"{score_header(task, score['metric'])} {score_text(score)}, " for task, score in scores
         )
-    return row
+    return f"accuracy {100 * row['average']:.1f} ± {100 * row['average_stderr']:.1f} %, "
 
 
-def sweep(
-    run: RunDirectory,
-    data: CommonsenseDataModule,
-    bits: Sequence[float],
-    engine: str,
-    thresholds: Sequence[float],
-) -> None:
-    """Every precision × every θ, on calibration and validation questions; then the θ of each precision.
-
-    θ is selected on calibration questions, which come from the training split and were not trained on; what it
-    gives is then read off the validation questions. A model without routers has one row a precision, and no θ.
-    """
-    selected = []
-    for b in (16, *sorted(bits, reverse=True)):
-        model = load_exported(run, b, engine)
-        grid: list[float | None] = (
-            [*sorted(thresholds, reverse=True)] if model.config.routed_layers else [None]
-        )
-        validation = {theta: evaluate(run, data, model, b, engine, theta, "validation") for theta in grid}
-        if grid == [None]:
-            chosen, rule = validation[None], "no routers"
-        else:
-            rows = [evaluate(run, data, model, b, engine, theta, "calibration") for theta in grid]
-            chosen, rule = validation[select(rows)["theta"]], f"{RULE}: {RULE_IN_WORDS}"
-        means = {key: chosen[key] for key in ("average", "average_stderr", "average_nll", "execution_ratio")}
-        selected.append({key: chosen[key] for key in ("bits", "engine", "theta")} | means | {"rule": rule})
-    others = [row for row in load_results(run.root)["selected"] if row.get("engine") not in ("none", engine)]
-    update_results(run.root, "selected", [*selected, *others])
+def _mean_context(questions: Sequence[EncodedPrompt]) -> float:
+    """Keys that a prompt's token attends to on average in the dense model."""
+    lengths = [len(context) for question in questions for context in question.contexts]
+    return (sum(lengths) / len(lengths) + 1) / 2

@@ -33,6 +33,18 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "openbookqa": {"question_stem": "A magnet attracts", "choices": LETTERED, "answerKey": "A"},
     "facts": {"question": "What is a brick made of?", "choices": LETTERED, "answerKey": "D"},
+    "mmlu": {
+        "question": "Which metal rusts?",
+        "subject": "high_school_chemistry",
+        "choices": ["gold", "iron", "tin", "lead"],
+        "answer": 1,
+    },
+    "alpaca": {"instruction": "Sort the numbers.", "input": "3, 1, 2", "output": "1, 2, 3"},
+    "samsum": {
+        "id": "1",
+        "dialogue": "Ann: Lunch?\r\nBob: At noon.",
+        "summary": "Ann and Bob will have lunch at noon.",
+    },
 }
 
 

@@ -57,7 +57,7 @@ def local_root(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tasks": "mmlu"}, "unknown task 'mmlu'"),
+        ({"tasks": "gsm8k"}, "unknown task 'gsm8k'"),
         ({"prompt_style": "chat"}, "unknown prompt style 'chat'"),
         ({"mix": "sqrt"}, "unknown mix 'sqrt'"),
         ({"batch_size": 0}, "batch_size must be positive"),
@@ -66,6 +66,18 @@ def local_root(tmp_path: Path) -> Path:
         ({"limit_validation": 0}, "limit_validation must be positive"),
         ({"calibration_rows": 0}, "calibration_rows must be positive"),
         ({"num_workers": -1}, "num_workers must not be negative"),
+        (
+            {"choice_labels": "roman"},
+            "unknown choice labels 'roman' .--data.choice_labels.; known: letters, numbers",
+        ),
+        ({"answers": "sung"}, "unknown answers 'sung'"),
+        ({"tasks": "mmlu", "shots": -1}, "--data.shots must not be negative"),
+        ({"generations": -1}, "--data.generations must not be negative"),
+        ({"max_new_tokens": 0}, "--data.max_new_tokens must be positive"),
+        ({"tasks": "mmlu,piqa", "shots": 5}, "--data.shots 5: there are no examples for piqa; only mmlu"),
+        ({"tasks": "alpaca", "shots": 5}, "no examples for alpaca"),
+        ({"tasks": "mmlu,facts", "answers": "generated"}, "facts has not: give --data.prompt_style choice"),
+        ({"tasks": "samsum", "answers": "generated"}, "samsum has not"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(options: dict[str, Any], message: str) -> None:
@@ -80,7 +92,13 @@ def test_a_root_that_is_no_folder_is_refused_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tasks", "label"),
-    [("csqa", "csqa"), (list(SUITES["csqa"]), "csqa"), ("facts", "facts"), ("boolq,piqa", "boolq+piqa")],
+    [
+        ("generality", "generality"),
+        ("csqa", "csqa"),
+        (list(SUITES["csqa"]), "csqa"),
+        ("facts", "facts"),
+        ("boolq,piqa", "boolq+piqa"),
+    ],
 )
 def test_label(tasks: str | list[str], label: str) -> None:
     assert CommonsenseDataModule(tasks).label == label
@@ -223,6 +241,9 @@ def test_protocol_says_what_a_score_depends_on(
     protocol = data.protocol()
     assert protocol == {
         "prompt_style": "cloze",
+        "choice_labels": "letters",
+        "shots": 0,
+        "answers": "scored",
         "tasks": ["piqa", "boolq"],
         "metrics": {"piqa": "acc_norm", "boolq": "acc"},
         "bos": False,

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +6,10 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import PROMPT_STYLES, Prompt, build_prompt
-from qtale_lightning.data.tasks import SUITES, TASKS, read_local
+from qtale_lightning.data.readers import read_local
+from qtale_lightning.data.tasks import SUITES, TASKS
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
@@ -24,8 +27,10 @@ def assert_boundaries(tokenizer: PreTrainedTokenizerFast, prompt: Prompt, encode
     """The answer's tokens spell the answer with its space, and the question's tokens everything before it."""
     assert len(encoded.contexts) == len(encoded.continuations) == len(prompt.contexts)
     for choice in range(len(prompt.contexts)):
-        assert tokenizer.decode(encoded.contexts[choice]) == prompt.contexts[choice].rstrip()
-        spaces = prompt.contexts[choice][len(prompt.contexts[choice].rstrip()) :]
+        context = prompt.contexts[choice]
+        kept = context if context.endswith("\n") else context.rstrip()
+        assert tokenizer.decode(encoded.contexts[choice]) == kept
+        spaces = context[len(kept) :]
         assert tokenizer.decode(encoded.continuations[choice]) == spaces + prompt.continuations[choice]
 
 
@@ -105,6 +110,62 @@ def test_answers_without_room_for_a_question_are_refused(tokenizer: PreTrainedTo
     assert len(encode_prompt(tokenizer, prompt, length + 1).contexts[0]) == 1
     with pytest.raises(ValueError, match=r"'facts'.*--data\.max_length"):
         encode_prompt(tokenizer, prompt, length)
+
+
+@pytest.mark.parametrize("answer", ['"Quoted," he said.', "(in brackets)", ": colon", "\n\nlate", " early"])
+def test_a_line_break_parts_context_and_written_answer(
+    tokenizer: PreTrainedTokenizerFast, answer: str
+) -> None:
+    """Punctuation that opens an answer would melt with the colon of "Response:", and be lost to it."""
+    prompt = build_prompt(Question("alpaca", "Say it.", (answer,), 0), "cloze")
+    encoded = encode_prompt(tokenizer, prompt, 512)
+    assert tokenizer.decode(encoded.contexts[0]).endswith("### Response:\n")
+    assert tokenizer.decode(encoded.continuations[0]) == answer
+
+
+def written(context: int, answer: int) -> Prompt:
+    """A task to write with a context of about so many tokens."""
+    text = build_prompt(Question("samsum", "a " * context, ("b " * answer,), 0), "cloze")
+    return replace(text, contexts=("a " * context + "\n",))
+
+
+def test_a_written_answer_too_long_loses_its_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = encode_prompt(tokenizer, written(10, 60), 512)
+    cut = encode_prompt(tokenizer, written(10, 60), 40)
+    assert (whole.answer_cut, cut.answer_cut) == (False, True)
+    assert cut.contexts == whole.contexts  # a context that leaves the answer half is kept
+    assert cut.continuations[0] == whole.continuations[0][: 40 - len(whole.contexts[0])]
+    assert training_example(whole, eos_id=1).labels[-1] == 1
+    assert training_example(cut, eos_id=1).labels[-1] == cut.continuations[0][-1]  # it isn't where one stops
+
+
+def test_a_long_context_leaves_a_written_answer_half(tokenizer: PreTrainedTokenizerFast) -> None:
+    whole = encode_prompt(tokenizer, written(100, 60), 512)
+    cut = encode_prompt(tokenizer, written(100, 60), 40)
+    assert cut.continuations[0] == whole.continuations[0][:20]
+    assert cut.contexts[0] == whole.contexts[0][-20:]
+    short = encode_prompt(tokenizer, written(100, 5), 40)
+    assert not short.answer_cut
+    assert len(short.contexts[0]) + len(short.continuations[0]) == 40
+
+
+def test_examples_are_never_cut(tokenizer: PreTrainedTokenizerFast) -> None:
+    question = Question("mmlu", "Which?", ("a", "b", "c", "d"), 0, subject="anatomy")
+    prompt = build_prompt(question, "choice", shots=[replace(question, text="What?")])
+    whole = encode_prompt(tokenizer, prompt, 512)
+    length = len(whole.contexts[0]) + max(map(len, whole.continuations))
+    assert encode_prompt(tokenizer, prompt, length) == whole
+    with pytest.raises(ValueError, match=rf"1 examples takes {length} tokens, of which {length - 1} fit"):
+        encode_prompt(tokenizer, prompt, length - 1)
+
+
+def test_what_a_written_answer_is_read_by_is_kept(rows: Rows, tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = encode_prompt(
+        tokenizer, build_prompt(TASKS["mmlu"].parse(rows["mmlu"]), "choice", "numbers"), 512
+    )
+    assert encoded.labels == ("1", "2", "3", "4")
+    assert encoded.choices == ("gold", "iron", "tin", "lead")
+    assert encoded.subject == "high_school_chemistry"
 
 
 def test_training_reads_the_prompt_and_learns_the_answer_and_to_stop() -> None:

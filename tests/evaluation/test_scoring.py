@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning.data import EncodedPrompt
-from qtale_lightning.evaluation.scoring import score
+from qtale_lightning.evaluation.scoring import score, score_thresholds
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
 
 ARCHITECTURE: dict[str, Any] = {
@@ -76,7 +76,7 @@ def alone(logits: torch.Tensor, context: tuple[int, ...], continuation: tuple[in
 
 
 def masked(
-    model: RoutedLlamaForCausalLM, ids: tuple[int, ...], threshold: float
+    model: RoutedLlamaForCausalLM, ids: tuple[int, ...], threshold: float | list[float]
 ) -> tuple[torch.Tensor, Routing]:
     """Logits ``(T, V)`` and decisions of one sequence, every layer computed."""
     routing = Routing(threshold=threshold, execution="masked")
@@ -190,3 +190,124 @@ def test_progress_counts_every_question_once(
     score(routed, questions, 0.5, batch_tokens=60, on_progress=counts.append)
     assert sum(counts) == len(questions)
     assert len(counts) > 1
+
+
+# -------------------------------------------------------------------------------------------- several thresholds
+
+GRID = [0.5, 0.3, 0.05, 0.0]
+BY_LAYER = [[0.5, 0.3, 0.5, 0.7], [0.5, 0.3, 0.5, 0.2], [0.5, 0.3, 0.4, 0.5], [0.1, 0.3, 0.5, 0.7]]
+
+
+class Calls:
+    """How many sequences' batches went through each layer's feed-forward part, while it is entered."""
+
+    def __init__(self, model: RoutedLlamaForCausalLM) -> None:
+        self.by_layer = [0] * len(model.model.layers)
+        self.handles = [
+            layer.mlp.register_forward_hook(lambda *_, i=index: self.count(i))
+            for index, layer in enumerate(model.model.layers)
+        ]
+
+    def count(self, layer: int) -> None:
+        self.by_layer[layer] += 1
+
+    def close(self) -> list[int]:
+        for handle in self.handles:
+            handle.remove()
+        return self.by_layer
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [GRID, BY_LAYER, [*GRID, *BY_LAYER], [0.5, 0.5], [0.3]],
+    ids=["grid", "by layer", "both", "twice the same", "one"],
+)
+def test_scoring_together_is_scoring_apart(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], thresholds: list[Any]
+) -> None:
+    """Exactly: the same products of the same shapes. In 3 batches, so that each θ is first, middle and last."""
+    together = score_thresholds(routed, questions, thresholds, batch_tokens=300)
+    for threshold, found in zip(thresholds, together, strict=True):
+        alone = score(routed, questions, threshold, batch_tokens=300)
+        assert all(map(np.array_equal, found.loglikelihoods, alone.loglikelihoods))
+        assert found.execution == alone.execution
+        assert found.tokens == alone.tokens
+
+
+def test_thresholds_differ_in_what_they_score(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    """Otherwise the test above would pass where only one of them is scored."""
+    likelihoods = [
+        np.concatenate(found.loglikelihoods)
+        for found in score_thresholds(routed, questions, [*GRID, *BY_LAYER])
+    ]
+    for i, one in enumerate(likelihoods):
+        assert all(np.abs(one - other).max() > 0.01 for other in likelihoods[:i])
+
+
+def test_layers_before_the_first_router_are_computed_once(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    calls = Calls(routed)
+    score_thresholds(routed, questions, GRID, batch_tokens=100_000)
+    assert calls.close() == [1, 4, 4, 4, 4]
+    calls = Calls(routed)
+    score_thresholds(routed, questions, GRID, batch_tokens=300)
+    counted = calls.close()
+    assert counted[0] > 1, "several batches"
+    assert counted[1:] == [4 * counted[0]] * 4
+
+
+def test_the_more_first_layers_have_the_same_threshold_the_fewer_are_computed(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    """θ of single layers, from the last layer to the first: half of a layer's passes on average."""
+    moved = [[0.5] * layer + [0.2] + [0.5] * (3 - layer) for layer in (3, 2, 1, 0)]
+    calls = Calls(routed)
+    score_thresholds(routed, questions, [0.5, *moved], batch_tokens=100_000)
+    assert calls.close() == [1, 2, 3, 4, 5]
+
+
+def test_time_is_shared_and_adds_up(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that counts layers: what comes first pays for what is shared, and each θ is first in turn."""
+    calls = Calls(routed)
+    monkeypatch.setattr("time.perf_counter", lambda: float(sum(calls.by_layer)))
+    scores = score_thresholds(routed, questions, [0.5, 0.3, 0.1], batch_tokens=1)
+    counted = calls.close()
+    assert sum(found.seconds for found in scores) == sum(counted)
+    assert len({found.seconds for found in scores}) == 1
+    assert counted[0] == 12, "a batch a question, of which there are 4 for each θ"
+
+
+@pytest.mark.parametrize("threshold", BY_LAYER)
+def test_scores_by_layer_are_those_of_masked_execution(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: list[float]
+) -> None:
+    expected = [
+        [
+            alone(masked(routed, c + a, threshold)[0], c, a)
+            for c, a in zip(q.contexts, q.continuations, strict=True)
+        ]
+        for q in questions
+    ]
+    assert differences(score(routed, questions, threshold).loglikelihoods, expected) < TOLERANCE
+
+
+def test_one_threshold_for_each_layer_or_the_same_for_all(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    one, each = score(routed, questions, 0.3), score(routed, questions, [0.3] * 4)
+    assert one.execution == each.execution
+    assert all(map(np.array_equal, one.loglikelihoods, each.loglikelihoods))
+
+
+def test_each_pass_can_be_observed(routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]) -> None:
+    seen: list[tuple[Any, int]] = []
+    score_thresholds(
+        routed, questions, [0.5, 0.3], observe=lambda r: seen.append((r.threshold, len(r.logits)))
+    )
+    assert {threshold for threshold, _ in seen} == {0.5, 0.3}
+    assert all(layers == 4 for _, layers in seen), "logits of all routed layers"

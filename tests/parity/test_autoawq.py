@@ -133,7 +133,7 @@ def test_scales_of_a_single_linear(bits: int, seed: int) -> None:
     down = with_copied_state(block["down_proj"])
     weight, moments = down.weight.clone(), moments_of(inputs)
     candidates = awq.scale_candidates([weight], moments, GROUP)
-    ours = awq.best_of_all(candidates, awq.linear_objective(weight, moments.gram, Scheme(bits, GROUP)))
+    ours, _ = awq.best_of_all(candidates, awq.linear_objective(weight, moments.gram, Scheme(bits, GROUP)))
     before = down.weight.clone()
     _, _, theirs = quantizer(bits)._search_best_scale(block, block["up_proj"], [down], inputs[None])
     assert torch.equal(down.weight, before)

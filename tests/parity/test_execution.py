@@ -11,12 +11,18 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
+from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing, attention
 
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 BATCH, LENGTH = 4, 13
+
+
+@pytest.fixture(autouse=True, params=[1, 16])
+def many_tokens(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences that attend one after the other, and all at once in rows."""
+    monkeypatch.setattr(attention, "MANY_TOKENS", request.param)
 
 
 def tokens(seed: int = 3) -> Tensor:

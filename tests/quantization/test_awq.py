@@ -211,7 +211,7 @@ def test_shared_scales_are_chosen_by_the_output_of_their_block(
         return (delta.square().sum(-1) / residual.square().sum(-1)).sum().item()
 
     # float32 sums in another order: candidates whose errors agree to 1e-4 may change places.
-    expected_scale = awq.best_by_halving(candidates, error)
+    expected_scale, _ = awq.best_by_halving(candidates, error)
     errors = [error(scale) for scale in (recipe.scales[layer.path(norm)], expected_scale, candidates[0])]
     assert errors[0] == pytest.approx(errors[1], rel=1e-4)
     assert errors[2] > 1.3 * errors[1]  # another choice would be seen
@@ -226,7 +226,7 @@ def test_halving_finds_the_bottom_of_a_valley_in_nine_tries() -> None:
             tried.append(scale.item())
             return abs(scale.item() - bottom)
 
-        assert awq.best_by_halving(candidates, error).item() == bottom
+        assert awq.best_by_halving(candidates, error) == (candidates[bottom], 0)
         assert len(tried) == len(set(tried)) <= 9
 
 
@@ -236,8 +236,8 @@ def test_candidates_without_a_finite_error_are_passed_over() -> None:
     def error(scale: Tensor) -> float:
         return float("nan") if scale.item() < 10 else scale.item()
 
-    assert awq.best_by_halving(candidates, error).item() == 10
-    assert awq.best_of_all(candidates, error).item() == 10
+    assert awq.best_by_halving(candidates, error) == (candidates[10], 10)
+    assert awq.best_of_all(candidates, error) == (candidates[10], 10)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

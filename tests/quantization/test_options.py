@@ -82,7 +82,7 @@ def test_only_averages_need_candidates() -> None:
     options = QuantizationOptions()
     assert options.candidates([4, 3.0]) == ()
     assert options.candidates([]) == ()
-    assert options.candidates([4, 3.5]) == (2, 3, 4, 8)
+    assert options.candidates([4, 3.5]) == (3, 4)
 
 
 def test_only_round_to_nearest_needs_no_calibration() -> None:

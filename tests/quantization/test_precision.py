@@ -8,37 +8,38 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qtale_lightning.quantization import awq
-from qtale_lightning.quantization.mappings import linear_shapes, split_name
-from qtale_lightning.quantization.precision import CANDIDATES, allocate, average_bits, uniform
-from qtale_lightning.quantization.recipe import OutputError, Recipe
+from qtale_lightning.quantization.mappings import MAPPINGS, decoder_layers, linear_shapes, split_name
+from qtale_lightning.quantization.precision import CANDIDATES, allocate, average_bits, neighbours, uniform
+from qtale_lightning.quantization.recipe import OutputError, Recipe, clip_weight
+from qtale_lightning.quantization.rtn import fake_quantize
 
 Shapes = dict[str, tuple[int, int]]
-Errors = dict[str, dict[int, float]]  # relative, by linear and bits
+Errors = dict[str, dict[int, float]]  # by linear and bits
 
 Q, K, V, O = (f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")  # noqa: E741
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 
 
 def recipes(errors: Errors) -> dict[int, Recipe]:
-    """What searches at each width would log; the power is 2, so that relative errors aren't the sums themselves."""
-    widths = next(iter(errors.values()))
-    return {
-        width: Recipe(
-            "made up",
-            dict.fromkeys(errors, width),
-            16,
-            errors={name: OutputError(9.0, 2 * error[width], 2.0) for name, error in errors.items()},
-        )
-        for width in widths
-    }
+    """What searches at each width would log: damage adds up over the linears of an input; their own errors are 9."""
+    made = {}
+    for width in next(iter(errors.values())):
+        damage: dict[str, float] = {}
+        for name, error in errors.items():
+            layer, mapping = split_name(name)
+            previous = f"{layer}.{mapping.previous}"
+            damage[previous] = damage.get(previous, 0.0) + error[width]
+        logged = dict.fromkeys(errors, OutputError(9.0, 9.0, 9.0))
+        made[width] = Recipe("made up", dict.fromkeys(errors, width), 16, errors=logged, damage=damage)
+    return made
 
 
 def total_error(recipe: Recipe) -> float:
-    return sum(error.relative for error in recipe.errors.values())
+    return sum(recipe.damage.values())
 
 
 def halving(size: float) -> dict[int, float]:
-    """A relative error that each bit quarters, as that of uniform rounding."""
+    """An error that each bit quarters, as that of uniform rounding."""
     return {width: size * 4.0**-width for width in CANDIDATES}
 
 
@@ -65,7 +66,7 @@ def test_bits_go_where_the_error_is_larger() -> None:
     shapes = dict.fromkeys((O, DOWN), (16, 16))
     recipe = allocate(shapes, recipes({O: halving(1.0), DOWN: halving(9.0)}), 3.5)
     assert recipe.bits == {O: 3, DOWN: 4}
-    assert recipe.errors[DOWN].relative == pytest.approx(9.0 * 4.0**-4)
+    assert recipe.damage["model.layers.0.mlp.up_proj"] == pytest.approx(9.0 * 4.0**-4)
     # By weight, not by linear: as much error of a linear twice as large is as dear to take away.
     shapes[DOWN] = (32, 16)
     assert allocate(shapes, recipes({O: halving(1.0), DOWN: halving(1.0)}), 2.4).bits == {O: 3, DOWN: 2}
@@ -152,3 +153,50 @@ def test_a_searchs_own_recipes(make_model: Callable[..., LlamaForCausalLM], rows
     assert len(set(recipe.bits.values())) > 1
     assert total_error(candidates[4]) < total_error(recipe) < total_error(candidates[3])
     assert allocate(shapes, candidates, 4.0).bits == candidates[4].bits
+
+
+@pytest.mark.parametrize(
+    ("budget", "expected"), [(3.5, (3, 4)), (2.1, (2, 3)), (6.0, (4, 8)), (4.01, (4, 8))]
+)
+def test_a_budget_mixes_the_two_widths_around_it(budget: float, expected: tuple[int, int]) -> None:
+    assert neighbours(budget) == expected
+
+
+@torch.no_grad()
+def test_damage_is_what_happens_to_the_residual_stream(
+    make_model: Callable[..., LlamaForCausalLM], rows: Tensor
+) -> None:
+    """By rounding the linears of one input in the model, and looking at the stream behind their block."""
+    model = make_model()
+    [recipe] = awq.search(model, [{"input_ids": rows}], [uniform(linear_shapes(model), 3, {})], 16)
+    layer = decoder_layers(model)[1]
+    seen: dict[str, Tensor] = {}
+    for name in ("self_attn", "mlp"):
+        layer.module.get_submodule(name).register_forward_hook(
+            lambda module, args, kwargs, output, name=name: seen.update(
+                {name: output[0] if isinstance(output, tuple) else output}
+            ),
+            with_kwargs=True,
+        )
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        layer.module.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.update({name: args[0]})
+        )
+    model(rows)
+    exact = dict(seen)
+    for mapping in MAPPINGS:
+        kept = {name: layer.linears[name].weight.clone() for name in mapping.linears}
+        scale = recipe.scales[layer.path(mapping.previous)]
+        for name in mapping.linears:
+            clips = recipe.clips.get(layer.path(name)) if len(mapping.linears) == 1 else None
+            clipped = clip_weight(kept[name] * scale, clips)
+            layer.linears[name].weight.copy_(fake_quantize(clipped, recipe.scheme(layer.path(name))) / scale)
+        model(rows)
+        block = mapping.linears[0].split(".")[0]
+        stream = exact["input_layernorm" if block == "self_attn" else "post_attention_layernorm"]
+        change, size = (x.square().sum(-1) for x in (seen[block] - exact[block], stream))
+        # Shared scales are searched by the mean of shares; a single linear's error is known as a mean alone.
+        expected = (change / size).mean() if len(mapping.linears) > 1 else change.mean() / size.mean()
+        assert recipe.damage[layer.path(mapping.previous)] == pytest.approx(expected.item(), rel=1e-3)
+        for name, weight in kept.items():
+            layer.linears[name].weight.copy_(weight)

@@ -20,7 +20,7 @@ from qtale_lightning.report import (
     validate,
 )
 from qtale_lightning.report.metadata import git_state
-from qtale_lightning.report.results import Evaluation, selected_row, validation_series
+from qtale_lightning.report.results import Evaluation, same_theta, selected_row, validation_series
 
 Row = Callable[..., Evaluation]
 
@@ -164,6 +164,49 @@ def test_a_row_of_the_same_model_and_theta_is_replaced(tmp_path: Path, row: Row)
     assert load_results(tmp_path) == results
     upsert_evaluation(tmp_path, row(4, 0.3, 0.6, split="calibration"))
     assert len(upsert_evaluation(tmp_path, row(4, None, 0.6))["evaluation"]) == 4
+
+
+def test_rows_with_a_threshold_for_each_layer(tmp_path: Path, row: Row) -> None:
+    """They stand behind those with one for all, are told apart, and replaced by the same ones."""
+    by_layer: list[Any] = [[0.3, 0.1], [0.3, 0.2], 0.3, [0.5, 0.1], 0.0, 0.5]
+    for theta in by_layer:
+        upsert_evaluation(tmp_path, {**row(4, 0.3, 0.5), "theta": theta})
+    results = upsert_evaluation(tmp_path, {**row(4, 0.3, 0.6), "theta": [0.1 + 0.2, 0.1]})
+    found = [row["theta"] for row in results["evaluation"]]
+    assert found == [0.5, 0.3, 0.0, [0.5, 0.1], [0.3, 0.2], [0.1 + 0.2, 0.1]]
+    assert results["evaluation"][-1]["average"] == 0.6
+    assert load_results(tmp_path) == results
+    with pytest.raises(ValueError, match=r"theta.*less than or equal to 1, not 1\.5"):
+        upsert_evaluation(tmp_path, {**row(4, 0.3, 0.5), "theta": [0.3, 1.5]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (0.3, 0.1 + 0.2, True),
+        (0.3, 0.300001, False),
+        (None, None, True),
+        (None, 0.0, False),
+        ([0.3, 0.2], [0.1 + 0.2, 0.2], True),
+        ([0.3, 0.2], [0.2, 0.3], False),
+        ([0.3, 0.2], [0.3], False),
+        ([0.3], 0.3, False),
+        ([0.3], None, False),
+    ],
+)
+def test_the_same_threshold(one: Any, other: Any, same: bool) -> None:
+    assert same_theta(one, other) is same
+    assert same_theta(other, one) is same
+
+
+def test_the_first_budget_is_the_selected_row(qtale: Results) -> None:
+    """Where each of several has its own θ, in the order in which they were given."""
+    choice = next(choice for choice in qtale["selected"] if choice["bits"] == 4)
+    others = [{**choice, "theta": theta, "budget": theta} for theta in (0.2, 0.7)]
+    qtale["selected"] = [*others, *qtale["selected"]]  # type: ignore[list-item]
+    row = selected_row(qtale, validation_series(qtale)["4-bit"])
+    assert row is not None
+    assert row["theta"] == 0.2
 
 
 def test_a_bad_row_is_refused_and_changes_nothing(tmp_path: Path, row: Row) -> None:

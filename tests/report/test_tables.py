@@ -213,3 +213,23 @@ def test_report_writes_everything_and_prints_the_summary(
     assert re.findall(r"\]\((.*?)\)", text) == [plot for plot in plots if plot.endswith("png")]
     assert isinstance(console.file, io.StringIO)
     assert "Selected threshold" in console.file.getvalue()
+
+
+def test_thresholds_by_layer_are_shown_by_their_range(tmp_path: Path, qtale: Results, row: Row) -> None:
+    """In every table, in the figures, and as no number in the frame."""
+    theta = [0.05, 0.3123, 0.612]
+    qtale["evaluation"].append({**row(4, 0.3, 0.6), "theta": theta})
+    choice = next(choice for choice in qtale["selected"] if choice["bits"] == 4)
+    choice.update({"theta": theta, "budget": 0.7, "passes": 61, "seconds": 123.4})
+    choice["rule"] = "layer-budget: a θ for each layer"
+    save_results(tmp_path, qtale)
+    console = Console(file=io.StringIO(), width=100)
+    write_report(tmp_path, console)
+    page = (tmp_path / "results.md").read_text(encoding="utf-8")
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in (page, printed):
+        assert text.count("0.05…0.61 by layer") >= 3  # selected, its cost, all rows
+    assert "| 4-bit | layer-budget 0.7 | 0.05…0.61 by layer | 61 | 123.4 |" in page
+    frame = evaluation_frame(qtale)
+    assert frame["theta"].isna().sum() == 1
+    assert frame[frame["theta"].isna()]["average"].tolist() == [60.0]

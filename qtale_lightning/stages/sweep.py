@@ -1,0 +1,142 @@
+"""The sweep: every precision at every θ of a grid, or at the θ that meets a budget, and the θ that is selected."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any, Literal, cast
+
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_over_tasks
+from qtale_lightning.evaluation.budget import Calibration, Theta, find_layer_thresholds, find_threshold
+from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
+from qtale_lightning.evaluation.scoring import Scores
+from qtale_lightning.evaluation.threshold import (
+    NO_ROUTERS,
+    ONE_STANDARD_ERROR,
+    SweepOptions,
+    budget_in_words,
+    tolerance_in_words,
+    within_one_standard_error,
+    within_tolerance,
+)
+from qtale_lightning.report.notes import theta_text
+from qtale_lightning.report.results import Evaluation, load_or_new, update_results
+from qtale_lightning.report.selection import Search, Selected
+from qtale_lightning.run import RunDirectory
+from qtale_lightning.stages.evaluate import Subject
+from qtale_lightning.stages.export import load_exported
+from qtale_lightning.stages.progress import console, progress
+
+
+def sweep(
+    run: RunDirectory,
+    data: CommonsenseDataModule,
+    bits: Sequence[float],
+    engine: str,
+    options: SweepOptions,
+) -> None:
+    """At every precision: the θ that the rule selects on calibration questions, and what validation questions say.
+
+    Calibration questions come from the training split and were not trained on. A rule on a grid has every θ of it
+    measured on both splits, a budget only the θ that meets it. A model without routers has one row a precision, and
+    no θ. What an earlier sweep has measured or found isn't repeated.
+
+    Raises:
+        ValueError: A budget can't be met.
+    """
+    selected: list[Selected] = []
+    for b in (16, *sorted(bits, reverse=True)):
+        subject = Subject(run, data, load_exported(run, b, engine), b, "none" if b == 16 else engine)
+        if not subject.model.config.routed_layers:
+            (row,) = subject.evaluate([None], "validation")
+            selected.append(_selected(row, NO_ROUTERS))
+        elif options.searches:
+            config = subject.model.config
+            options.check_budgets(config.start_layer / config.num_hidden_layers)
+            selected += [_meet(subject, budget, options.rule == "layer-budget") for budget in options.budgets]
+        else:
+            selected.append(_select(subject, options))
+    others = [row for row in load_or_new(run.root)["selected"] if row.get("engine") not in ("none", engine)]
+    update_results(run.root, "selected", [*selected, *others])
+
+
+def _select(subject: Subject, options: SweepOptions) -> Selected:
+    """The choice from the grid."""
+    grid = options.grid()
+    difference: dict[str, Any] = {}
+    if options.rule == "tolerance":
+        rows = subject.evaluate(grid, "calibration", pairs=True)
+        outcomes = [load_predictions(subject.run.root, row) or [] for row in rows]
+        differences = [compare_predictions(outcome, outcomes[grid.index(0.0)]) for outcome in outcomes]
+        chosen, words = (
+            within_tolerance(rows, differences, options.margin),
+            tolerance_in_words(options.margin),
+        )
+        difference = {"difference": asdict(differences[rows.index(chosen)])}
+    else:
+        rows = subject.evaluate(grid, "calibration")
+        chosen, words = within_one_standard_error(rows), ONE_STANDARD_ERROR
+    row = subject.evaluate(grid, "validation")[rows.index(chosen)]
+    seconds = sum(row["seconds"] for row in rows)
+    _say(subject, chosen["theta"], len(rows), seconds)
+    return _selected(row, f"{options.rule}: {words}", passes=len(rows), seconds=seconds, **difference)
+
+
+def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
+    """The choice for a budget: found earlier, or searched now."""
+    rule: Literal["budget", "layer-budget"] = "layer-budget" if by_layer else "budget"
+    key = (subject.bits, subject.engine, rule, budget)
+    searches = load_or_new(subject.run.root).get("searches", [])
+    known = next((one for one in searches if _key(one) == key), None)
+    if known is None or subject.known(known["theta"], "calibration") is None:
+        calibration = _calibration(subject)
+        find = find_layer_thresholds if by_layer else find_threshold
+        found = find(calibration, budget)
+        subject.keep(found.theta, "calibration", found.at.scores)
+        known = {
+            "bits": subject.bits,
+            "engine": subject.engine,
+            "rule": rule,
+            "budget": budget,
+            "theta": found.theta,
+            "execution_ratio": found.at.ratio,
+            "passes": calibration.passes,
+            "seconds": calibration.seconds,
+        }
+        kept = [one for one in searches if _key(one) != key]
+        update_results(subject.run.root, "searches", sorted([*kept, known], key=_key))
+    _say(subject, known["theta"], known["passes"], known["seconds"])
+    (row,) = subject.evaluate([known["theta"]], "validation")
+    cost = {name: known[name] for name in ("passes", "seconds", "budget")}
+    return _selected(row, f"{rule}: {budget_in_words(budget, by_layer)}", **cost)
+
+
+def _calibration(subject: Subject) -> Calibration:
+    """The calibration questions, asked with a progress bar."""
+    questions, metrics = subject.data.questions("calibration"), subject.protocol("calibration")["metrics"]
+
+    def nll(scores: Scores) -> float:
+        return mean_over_tasks(accuracy_by_task(questions, scores.loglikelihoods, metrics), "nll")
+
+    def bar(thetas: Sequence[Theta]) -> AbstractContextManager[Callable[[int], None]]:
+        name = f"θ = {theta_text(thetas[0])}" if len(thetas) == 1 else f"{len(thetas)} steps of single layers"
+        return progress(f"{subject}, searching: {name}", len(questions))
+
+    return Calibration(subject.model, questions, nll, bar)
+
+
+def _key(search: Search) -> tuple[float, str, str, float]:
+    return search["bits"], search["engine"], search["rule"], search["budget"]
+
+
+def _selected(row: Evaluation, rule: str, **found: Any) -> Selected:
+    keys = ("bits", "engine", "theta", "average", "average_stderr", "average_nll", "execution_ratio")
+    figures: dict[str, Any] = {key: row[key] for key in keys}  # type: ignore[literal-required]
+    return cast(Selected, figures | {"rule": rule} | found)
+
+
+def _say(subject: Subject, theta: float | list[float] | None, passes: int, seconds: float) -> None:
+    console.print(
+        f"{subject.bits:>3g} bits: θ = {theta_text(theta)} selected in {passes} passes over "
+        f"{len(subject.data.questions('calibration'))} calibration questions, {seconds:.0f} s"
+    )

@@ -1,0 +1,42 @@
+"""How a run spreads over devices: Lightning's strategies, and ``fsdp`` as PyTorch's FSDP2."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from qtale_lightning.models.adapters import check_trainable_state
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Shards a model over all devices of all nodes, as its ``configure_model`` says, and keeps ordinary checkpoints.
+
+    Lightning's own ``fsdp`` is FSDP1, which can't mix the dtypes of a frozen base and of what is trained in it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """All processes share one copy of the sharded weights."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(
+        self, checkpoint_path: str | Path, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As Lightning's, which leaves out what is missing; refused here, as by the module's own loading.
+
+        Raises:
+            ValueError: The checkpoint is that of another model or configuration.
+        """
+        saved = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        assert self.lightning_module is not None
+        check_trainable_state(self.lightning_module, saved["state_dict"])
+        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+
+
+def resolve_strategy(asked: Any) -> Any:
+    """What the Trainer takes for ``--trainer.strategy``."""
+    return FSDP2Strategy() if asked == "fsdp" else asked

@@ -1,0 +1,155 @@
+"""The command line: ``python -m qtale_lightning.sweeps start|join|trial|table``."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+from qtale_lightning.files import replacing
+from qtale_lightning.sweeps import remote
+from qtale_lightning.sweeps.definition import SweepDefinition, read_sweep
+from qtale_lightning.sweeps.local import console, device_slots, run_locally
+from qtale_lightning.sweeps.points import points
+from qtale_lightning.sweeps.processes import Processes
+from qtale_lightning.sweeps.table import write_table
+from qtale_lightning.sweeps.trial import Trial
+
+USAGE = """usage: python -m qtale_lightning.sweeps <command> …
+
+  start FILE [--local] [--jobs N] [--count N] [--seed N] [--project NAME] [-- OPTIONS]
+                    register FILE, in W&B's format, on its server and run an agent; or run it here without a server.
+                    Its variables (MODEL, DATA, OUT, …) come from the environment; OPTIONS go to every run
+  join SWEEP [--count N]
+                    an agent for a sweep that was started elsewhere (entity/project/id), in the same commit
+  trial --to=FOLDER STAGES ARGUMENTS… -- --key=value …
+                    one run of a sweep: what agents call
+  table FOLDER      the table and figure of what has run, from the runs' own records
+"""
+
+
+def start(arguments: list[str]) -> int:
+    """A whole sweep."""
+    parser = argparse.ArgumentParser("python -m qtale_lightning.sweeps start", allow_abbrev=False)
+    parser.add_argument("file", type=Path, help="sweep file")
+    parser.add_argument("--local", action="store_true", help="without W&B's server")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; by default one a GPU, one on a CPU (local only)"
+    )
+    parser.add_argument("--count", type=int, help="the most runs; by default the file's run_cap")
+    parser.add_argument("--seed", type=int, default=0, help="of a random sweep's draws (local only)")
+    parser.add_argument("--project", default="qtale", help="W&B project")
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    own, options = parser.parse_args(arguments[:at]), arguments[at + 1 :]
+    if own.count is not None and own.count < 1:
+        raise ValueError(f"--count {own.count} must be at least 1 (COUNT=… of make)")
+    sweep = read_sweep(own.file).resolved(os.environ, options)
+    if not own.local:
+        folder = Trial.parse(sweep.arguments({})).to
+        return _start_remote(sweep, folder, own.project, own.count)
+    trials = [Trial.parse(sweep.arguments(point)) for point in points(sweep, own.seed, own.count)]
+    return _run_trials(sweep, trials, own.jobs)
+
+
+def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -> int:
+    folder, slots = trials[0].to, device_slots(jobs)
+    for one in trials:
+        one.check()
+    _keep_definition(sweep, folder)
+    try:
+        failed = run_locally(trials, slots)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        _table_of_what_is_there(folder, sweep.name)
+        return 130
+    for trial in failed:
+        console.print(f"[bold red]failed:[/] {trial.label}, alone by:", highlight=False)
+        console.print(f"  {trial}", highlight=False, markup=False, soft_wrap=True)
+    _table_of_what_is_there(folder, sweep.name)
+    return 1 if failed else 0
+
+
+def _start_remote(sweep: SweepDefinition, folder: Path, project: str, count: int | None) -> int:
+    path = remote.create(sweep, project)
+    _keep_definition(sweep, folder)
+    console.print(f"sweep {path}; on another machine: make sweep SWEEP={path}", highlight=False)
+    status = remote.join(path, count)
+    _table_of_what_is_there(folder, sweep.name)
+    return status
+
+
+def _keep_definition(sweep: SweepDefinition, folder: Path) -> None:
+    """What ran, resolved: ``wandb sweep`` takes this file, too."""
+    with replacing(folder / "sweep.yaml") as temporary:
+        text = yaml.safe_dump(sweep.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _table_of_what_is_there(folder: Path, name: str) -> None:
+    try:
+        print(write_table(folder, name))
+    except FileNotFoundError as error:
+        console.print(str(error))
+
+
+def join(arguments: list[str]) -> int:
+    """An agent."""
+    parser = argparse.ArgumentParser("python -m qtale_lightning.sweeps join", allow_abbrev=False)
+    parser.add_argument("sweep", help="entity/project/id")
+    parser.add_argument("--count", type=int, help="the most runs of this agent")
+    own = parser.parse_args(arguments)
+    return remote.join(own.sweep, own.count)
+
+
+def trial(arguments: list[str]) -> int:
+    """One run, for an agent; the command that reproduces it alone comes first."""
+    one, processes = Trial.parse(arguments), Processes()
+    print(f"this run alone: {one}", flush=True)
+    with processes.stopping_on_signals():
+        record = one.run(processes.run)
+    if record["status"] != "finished":
+        return 1
+    if one.stages != ("fit",) and os.environ.get("WANDB_SWEEP_ID"):
+        remote.log_outcome(record)
+    return 0
+
+
+def table(arguments: list[str]) -> int:
+    """The table and figure of a sweep's folder."""
+    if len(arguments) != 1 or arguments[0].startswith("-"):
+        raise ValueError("table takes the folder of a sweep: table outputs/sweeps/lambda2-…")
+    folder = Path(arguments[0])
+    kept = folder / "sweep.yaml"
+    name = yaml.safe_load(kept.read_text(encoding="utf-8"))["name"] if kept.is_file() else folder.name
+    print(write_table(folder, name))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "start": start,
+    "join": join,
+    "trial": trial,
+    "table": table,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; a mistake in its input ends in one message."""
+    if not argv or argv[0] not in COMMANDS:
+        print(USAGE)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        return COMMANDS[argv[0]](argv[1:])
+    except (ValueError, OSError) as error:
+        if os.environ.get("QTALE_TRACEBACK"):
+            raise
+        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,140 @@
+"""The commands ``table`` and ``figures``: a declaration, what is missing of it, and what is made from it."""
+
+import argparse
+import logging
+import shlex
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from qtale_lightning.tables.content import content
+from qtale_lightning.tables.declaration import FOLDER, load_declaration, names
+from qtale_lightning.tables.execution import Executor, Start, console, start_process
+from qtale_lightning.tables.figures import write_figures
+from qtale_lightning.tables.progress import Estimate, about, estimate
+from qtale_lightning.tables.publish import publish
+from qtale_lightning.tables.render import failures, write_table
+from qtale_lightning.tables.rows import Command
+from qtale_lightning.tables.runs import Request, known_runs
+from qtale_lightning.tables.table import Table
+
+
+def table(arguments: Sequence[str], start: Start = start_process) -> None:
+    """Run what a table is missing, and write it.
+
+    Raises:
+        SystemExit: 1 where a cell failed; the table is there nevertheless.
+    """
+    asked, plan_only = _table("table", arguments)
+    missing = asked.missing()
+    _say_plan(asked, missing)
+    if plan_only:
+        return
+    executor = Executor(_folder(asked) / "logs", _estimate(asked), start)
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        executor.execute(asked.runs, asked.demands, missing)
+    except (KeyboardInterrupt, SystemExit):
+        console.print("stopped; the same command goes on where this one was")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    command = shlex.join(["python", "-m", "qtale_lightning", "table", *arguments])
+    found = content(asked, command, executor.failures)
+    before = _read(_folder(asked) / "table.json")
+    page, *_ = write_table(found, _folder(asked))
+    if _read(_folder(asked) / "table.json") != before:
+        publish(found, _folder(asked), asked.request.options)
+    console.print(page.read_text(encoding="utf-8"), markup=False)
+    if failed := failures(found):
+        console.print(f"{len(failed)} cells failed:")
+        console.print("\n".join(f"  {line}" for line in failed), markup=False)
+        raise SystemExit(1)
+
+
+def figures(arguments: Sequence[str]) -> None:
+    """Figures of a table, from those of its runs that are there.
+
+    Raises:
+        FileNotFoundError: None is.
+    """
+    asked, _ = _table("figures", arguments)
+    there = [run for run in asked.runs if run.finished]
+    if not there:
+        raise FileNotFoundError(
+            f"{asked.request.out} has no finished run of this table: `make table TABLE={asked.name}` makes them"
+        )
+    if len(there) < len(asked.runs):
+        console.print(
+            f"{len(asked.runs) - len(there)} of {len(asked.runs)} runs aren't there, and are left out"
+        )
+    command = shlex.join(["python", "-m", "qtale_lightning", "figures", *arguments])
+    for path in write_figures(asked, _folder(asked) / "figures", command):
+        console.print(str(path), markup=False)
+
+
+def _table(command: str, arguments: Sequence[str]) -> tuple[Table, bool]:
+    parser = argparse.ArgumentParser(
+        f"python -m qtale_lightning {command}",
+        allow_abbrev=False,
+        description="Other options are those of `fit`, for every run of the table.",
+    )
+    parser.add_argument("name", help=f"a table of {FOLDER} ({', '.join(names())}), or a file like them")
+    parser.add_argument("--model", required=True, help="a model of experiments/models")
+    parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
+    parser.add_argument("--seeds", default="0", help="seeds joined by commas")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="the runs' folder")
+    parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
+    own, options = parser.parse_known_args(list(arguments))
+    try:
+        seeds = tuple(dict.fromkeys(int(seed) for seed in own.seeds.split(",")))
+    except ValueError:
+        raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
+    file = Path(own.name) if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml"
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(
+        logging.WARNING
+    )  # once for every run's options
+    request = Request(own.model, own.data, seeds, own.out, tuple(options))
+    return Table(file.stem, load_declaration(file), request), own.plan
+
+
+def _folder(asked: Table) -> Path:
+    """Where a table goes. Its files say which seeds it has."""
+    data = asked.request.data
+    if all(line.data for line in asked.lines):
+        data = "+".join(dict.fromkeys(data for line in asked.lines for data in line.data))
+    return asked.request.out / "tables" / f"{asked.name}-{asked.request.model}-{data.replace(',', '+')}"
+
+
+def _estimate(asked: Table) -> Estimate:
+    return estimate(asked.request.model, list(known_runs(asked.request.out).values()))
+
+
+def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
+    commands = [command for found in missing.values() for command in found]
+    to_train = sum(command.kind == "fit" for command in commands)
+    finished = sum(run.finished for run in asked.runs)
+    console.print(
+        f"table {asked.name}, {asked.request.model}: {len(asked.lines)} lines of {len(asked.runs)} runs, "
+        f"{finished} there and {to_train} to train",
+        markup=False,
+    )
+    if not commands:
+        console.print("nothing is missing")
+        return
+    expected = _estimate(asked)
+    console.print(
+        f"{len(commands)} commands to run, {len(commands) - to_train} of them on finished runs; about "
+        f"{about(expected.seconds(commands))} ({expected.source})",
+        markup=False,
+    )
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """A signal's handler that ends by an exception, so that what was started is ended, too."""
+    raise SystemExit(128 + number)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""

@@ -1,0 +1,276 @@
+"""What a table shows, as plain data: every number with its error and the rows that it comes from."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from qtale_lightning.evaluation import cost
+from qtale_lightning.report.notes import TASK_NAMES
+from qtale_lightning.report.results import Evaluation
+from qtale_lightning.report.scores import score_header
+from qtale_lightning.tables.bold import Side, is_better
+from qtale_lightning.tables.declaration import Line
+from qtale_lightning.tables.table import Answer, Table, commit_of
+
+Failures = dict[Any, str]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A column's: its heading, factor and digits, and whether more of it is better (None: neither)."""
+
+    header: str
+    better: str | None = None
+    factor: float = 1
+    digits: int = 3
+
+
+KINDS = {
+    "theta": Kind("θ", digits=6),
+    "execution_ratio": Kind("layers executed"),
+    "flops_ratio": Kind("counted FLOPs"),
+    "weight_mb": Kind("weights, MB", digits=1),
+    "kv_kib": Kind("KV, KiB a token", digits=2),
+    "seconds": Kind("measured s", digits=1),
+    "average": Kind("average %", "higher", 100, 2),
+    "nll": Kind("nll ↓", "lower"),
+}
+
+
+@dataclass(frozen=True)
+class ColumnOf:
+    """A column of one data set; `task` where it is a task's score."""
+
+    kind: str
+    data: str
+    task: str
+    shown: Kind
+
+    @property
+    def key(self) -> str:
+        """Its name in files."""
+        return "/".join(part for part in (self.data, self.task or self.kind) if part)
+
+
+def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
+    """The table: columns, rows with their values and sources, and what its footnotes need.
+
+    Raises:
+        ValueError: Rows were scored by different protocols, which no table may mix; predictions are damaged.
+    """
+    answers = {
+        (index, data, seed): table.answer(line, data, seed)
+        for index, line in enumerate(table.lines)
+        for data in table.data_of(line)
+        for seed in table.request.seeds
+    }
+    columns = _columns(table, answers)
+    rows = [_row(table, index, line, columns, answers, failures) for index, line in enumerate(table.lines)]
+    _mark_best(table, columns, rows, answers)
+    shown = [answer for answer in answers.values() if answer.row is not None]
+    return {
+        "table": table.name,
+        "title": table.declaration.title,
+        "model": table.request.model,
+        "data": sorted({answer.run.data for answer in answers.values()}),
+        "seeds": list(table.request.seeds),
+        "command": command,
+        "commits": sorted({commit_of(answer.results) for answer in shown}),
+        "hardware": sorted({answer.results["run"]["hardware"] for answer in shown}),
+        "protocols": _protocols(shown),
+        "questions": sorted({answer.row["examples"] for answer in shown if answer.row}),
+        "compare": table.declaration.compare,
+        "notes": table.declaration.notes,
+        "columns": [
+            {"key": c.key, "header": _header(c, table), "kind": c.kind, "data": c.data}
+            | {"better": c.shown.better, "factor": c.shown.factor, "digits": c.shown.digits}
+            for c in columns
+        ],
+        "rows": rows,
+    }
+
+
+def _columns(table: Table, answers: dict[Any, Answer]) -> list[ColumnOf]:
+    """Those of the declaration, by data where lines have several, with one for each task that was scored."""
+    several = any(len(table.data_of(line)) > 1 for line in table.lines)
+    found: dict[tuple[str, str, str], ColumnOf] = {}
+    for data in dict.fromkeys(data for line in table.lines for data in table.data_of(line)):
+        rows = [answer.row for (_, at, _), answer in answers.items() if at == data and answer.row]
+        label = data if several else ""
+        for kind in table.declaration.columns:
+            if kind == "average" and _needs_no_average(rows, table.declaration.columns):
+                continue
+            if kind != "tasks":
+                found[kind, data, ""] = ColumnOf(kind, label, "", KINDS[kind])
+                continue
+            scores = {task: score for row in rows for task, score in row["accuracy"].items()}
+            for task, score in scores.items():
+                name = score_header(TASK_NAMES.get(task, task), score["metric"])
+                if score["metric"] == "perplexity":
+                    shown = Kind(name, "lower", 1, 3)
+                else:
+                    shown = Kind(name.replace("ROUGE-1 / 2 / L", "ROUGE-L"), "higher", 100, 2)
+                found[kind, data, task] = ColumnOf(kind, label, task, shown)
+    return list(found.values())
+
+
+def _needs_no_average(rows: Sequence[Evaluation], columns: Sequence[str]) -> bool:
+    """Whether tasks measure different things, or one task is shown by itself."""
+    if not rows:
+        return False
+    alone = "tasks" in columns and all(len(row["accuracy"]) == 1 for row in rows)
+    return alone or all(row["average"] is None for row in rows)
+
+
+def _header(column: ColumnOf, table: Table) -> str:
+    named = column.shown.header.lower().startswith(TASK_NAMES.get(column.data, column.data).lower())
+    return f"{column.data} {column.shown.header}" if column.data and not named else column.shown.header
+
+
+def _row(
+    table: Table,
+    index: int,
+    line: Line,
+    columns: Sequence[ColumnOf],
+    answers: dict[Any, Answer],
+    failures: Failures,
+) -> dict[str, Any]:
+    found = {key[1:]: answer for key, answer in answers.items() if key[0] == index}
+    other = table.declaration.like(line)
+    unknown = f"the line {other.name!r}, whose ratio it takes, has no row" if other else "not measured"
+    failed = {
+        f"{data}, seed {seed}": failures.get(answer.run.directory.root, unknown)
+        for (data, seed), answer in found.items()
+        if answer.row is None
+    }
+    values = {}
+    for column in columns:
+        data = column.data or table.data_of(line)[0]
+        rows = [(a, a.row) for (at, _), a in found.items() if at == data]
+        if rows and all(row is not None for _, row in rows):
+            values[column.key] = _value(column, [(a, row) for a, row in rows if row is not None])
+    paper = {
+        value.column: value.value
+        for value in table.declaration.paper
+        if (value.model, value.cell, value.bits) == (table.request.model, line.name, line.bits)
+    }
+    return {
+        "name": line.name,
+        "method": line.method,
+        "setting": line.setting,
+        "options": dict(line.options),
+        "bits": line.bits,
+        "engine": line.engine,
+        "group": line.group,
+        "values": values,
+        "paper": paper,
+        "failed": failed,
+        "sources": [_source(table, seed, a) for (_, seed), a in found.items() if a.row is not None],
+    }
+
+
+def _value(column: ColumnOf, rows: Sequence[tuple[Answer, Evaluation]]) -> dict[str, Any]:
+    """Mean over seeds with its standard error; over questions where there is one seed; θ as it is."""
+    seeds = [_number(column, answer, row) for answer, row in rows]
+    if column.kind == "theta":
+        return {"seeds": seeds}
+    numbers = [value for value, _ in seeds if value is not None]
+    if len(numbers) < len(seeds):
+        return {"value": None, "stderr": None, "over": None, "seeds": numbers}
+    error, over = seeds[0][1], "questions" if seeds[0][1] is not None else None
+    if len(numbers) > 1:
+        error, over = statistics.stdev(numbers) / math.sqrt(len(numbers)), "seeds"
+    return {"value": statistics.fmean(numbers), "stderr": error, "over": over, "seeds": numbers}
+
+
+def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
+    """θ, or a number with its standard error over questions, where it has one."""
+    match column.kind:
+        case "theta":
+            return row["theta"]
+        case "tasks":
+            score = row["accuracy"].get(column.task)
+            return (score["value"], score["stderr"]) if score else (None, None)
+        case "average":
+            return row["average"], row["average_stderr"]
+        case "nll":
+            return row["average_nll"], row["average_nll_stderr"]
+        case "weight_mb":
+            return row["weight_bytes"] / 1e6, None
+        case "kv_kib":
+            return _kv_bytes(answer, row) / 1024, None
+        case kind:
+            return row[kind], None  # type: ignore[literal-required]
+
+
+def _kv_bytes(answer: Answer, row: Evaluation) -> float:
+    """Bytes of keys and values that a token leaves, by the layers that it executes on average."""
+    file = answer.run.directory.model() / "config.json"
+    config = SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
+    return cost.kv_bytes_per_token(config, row["execution_ratio_per_layer"])
+
+
+def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
+    row = answer.row
+    assert row is not None
+    root = answer.run.directory.root
+    keys = ("split", "bits", "engine", "theta", "examples", "execution_ratio")
+    return {
+        "run": str(root.relative_to(table.request.out)),
+        "data": answer.run.data,
+        "seed": seed,
+        "configuration": answer.run.identity[:12],
+        "commit": commit_of(answer.results),
+        "command": answer.results["run"]["command"],
+        "row": {key: row[key] for key in keys},  # type: ignore[literal-required]
+    }
+
+
+def _protocols(answers: Sequence[Answer]) -> dict[str, Any]:
+    """The protocol of each data set, without the seed."""
+    found: dict[str, dict[str, Any]] = {}
+    first: dict[str, Answer] = {}
+    for answer in answers:
+        assert answer.row is not None
+        protocol = {key: value for key, value in answer.row["protocol"].items() if key != "seed"}
+        data = answer.run.data
+        other = first.setdefault(data, answer)
+        if found.setdefault(data, protocol) != protocol:
+            differing = [key for key in protocol if protocol[key] != found[data].get(key)]
+            raise ValueError(
+                f"{answer.run.directory.root} and {other.run.directory.root} were scored by different protocols "
+                f"({', '.join(differing)}), so their rows don't compare: score one of them again"
+            )
+    return found
+
+
+def _mark_best(
+    table: Table, columns: Sequence[ColumnOf], rows: list[dict[str, Any]], answers: dict[Any, Answer]
+) -> None:
+    """Marks a column's best value in each group of lines, if the paired difference to the next best is significant."""
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, row in enumerate(rows):
+        if row["group"] or "group" not in table.declaration.compare:
+            groups.setdefault(tuple(row[key] for key in table.declaration.compare), []).append(index)
+    for column in columns:
+        if column.shown.better is None:
+            continue
+        for group in groups.values():
+            valued = [i for i in group if (rows[i]["values"].get(column.key) or {}).get("value") is not None]
+            sign = -1 if column.shown.better == "higher" else 1
+            valued.sort(key=lambda i: sign * rows[i]["values"][column.key]["value"])
+            if len(valued) > 1:
+                sides = [_sides(table, column, i, answers) for i in valued[:2]]
+                task, score = column.task or None, "nll" if column.kind == "nll" else "value"
+                if is_better(sides[0], sides[1], task, score, column.shown.better):
+                    rows[valued[0]]["values"][column.key]["best"] = True
+
+
+def _sides(table: Table, column: ColumnOf, index: int, answers: dict[Any, Answer]) -> list[Side]:
+    data = column.data or table.data_of(table.lines[index])[0]
+    found = [answers[index, data, seed] for seed in table.request.seeds]
+    return [Side(answer.run.directory.root, answer.row) for answer in found if answer.row is not None]

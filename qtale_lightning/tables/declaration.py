@@ -1,0 +1,256 @@
+"""A table's declaration, `experiments/tables/<name>.yaml`: its cells and columns, read and checked.
+
+A cell names a method and what is evaluated of it. Lists in it (bits, engines, thresholds, values of options) stand for
+every combination: each is a `Line` of the table, and needs one run a seed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+
+from qtale_lightning.quantization.options import Engine
+from qtale_lightning.report.fields import Bits, Fraction
+
+FOLDER = Path("experiments/tables")
+SYMBOLS = {"model.lambda_entropy": "λ₂", "model.lambda_ratio": "λ₁", "model.target_ratio": "R_target"}
+"""What tables and figures call an option."""
+
+Option = bool | int | float | str
+Column = Literal[
+    "theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll"
+]
+
+
+class _Declared(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class GridRule(_Declared):
+    """θ chosen on calibration questions from the grid `--sweep.thresholds`."""
+
+    rule: Literal["one-standard-error", "tolerance"]
+    margin: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+
+class BudgetRule(_Declared):
+    """θ searched for an execution ratio: a number, or what the cell named `like` measures on the same precision, data
+    and seed."""
+
+    rule: Literal["budget", "layer-budget"]
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    like: str | None = None
+
+    @model_validator(mode="after")
+    def _one_target(self) -> Self:
+        if (self.budget is None) == (self.like is None):
+            raise ValueError("give either 'budget' (an execution ratio) or 'like' (the name of a cell)")
+        return self
+
+
+def _kind(theta: Any) -> str:
+    if isinstance(theta, list):
+        return "list"
+    rule = theta.get("rule") if isinstance(theta, dict) else getattr(theta, "rule", None)
+    if rule is None and not isinstance(theta, dict):
+        return "number"
+    return "budget" if rule in ("budget", "layer-budget") else "grid"
+
+
+Theta = Annotated[
+    Annotated[Fraction, Tag("number")]
+    | Annotated[list[Fraction], Field(min_length=1), Tag("list")]
+    | Annotated[GridRule, Tag("grid")]
+    | Annotated[BudgetRule, Tag("budget")],
+    Discriminator(_kind),
+]
+LineTheta = float | GridRule | BudgetRule | None
+
+
+class Cell(_Declared):
+    """What is evaluated of one method: the options that its runs differ in, and at which bits, engines and θ.
+
+    Lines of one `group` can be compared with each other (see `Declaration.compare`).
+    """
+
+    name: str
+    method: Literal["full", "dllm", "qtale"]
+    options: dict[str, Option | list[Option]] = Field(default_factory=dict)
+    bits: list[Bits] = Field([16, 4, 3], min_length=1)
+    engine: list[Engine] = Field(["native"], min_length=1)
+    theta: Theta | None = None
+    data: list[str] = Field(default_factory=list)
+    group: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if (self.theta is None) != (self.method == "full"):
+            routers = "has no routers: leave 'theta' out" if self.method == "full" else "needs 'theta'"
+            raise ValueError(f"the method {self.method} {routers}")
+        for key, value in self.options.items():
+            if key.split(".")[0] not in ("model", "data", "trainer"):
+                raise ValueError(
+                    f"options.{key}: only --model, --data and --trainer options make another run; bits, engine and "
+                    "theta are keys of the cell"
+                )
+            if value == []:
+                raise ValueError(f"options.{key}: the list is empty")
+        return self
+
+
+class PaperValue(_Declared):
+    """A value that the paper gives: `value` in percent for accuracies."""
+
+    model: str
+    cell: str
+    bits: Bits
+    column: Literal["average", "flops_ratio"]
+    value: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table; at 16 bits the engine is "none".
+
+    Attributes:
+        options: What its runs are started with besides method, data and seed.
+        varied: Those of the options of which the declaration has several values.
+        data: Empty: what the command line says.
+    """
+
+    name: str
+    method: str
+    options: tuple[tuple[str, Option], ...]
+    varied: tuple[str, ...]
+    bits: float
+    engine: str
+    theta: LineTheta
+    data: tuple[str, ...]
+    group: str
+
+    @property
+    def setting(self) -> str:
+        """The varied options, such as "λ₂ = 0.5"."""
+        return ", ".join(
+            f"{SYMBOLS.get(key, key)} = {value}" for key, value in self.options if key in self.varied
+        )
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What no two lines may have in common."""
+        return (
+            self.name,
+            self.options,
+            self.bits,
+            self.engine,
+            self.theta if isinstance(self.theta, float) else None,
+        )
+
+
+class Declaration(_Declared):
+    """A whole table."""
+
+    title: str
+    cells: list[Cell] = Field(min_length=1)
+    columns: list[Column] = Field(["theta", "execution_ratio", "tasks", "average", "nll"], min_length=1)
+    compare: list[Literal["bits", "name", "method", "engine", "setting", "group"]] = ["bits"]
+    """The best of the lines that agree in these is bold; by group, lines that have none aren't compared."""
+    paper: list[PaperValue] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+
+    @property
+    def lines(self) -> list[Line]:
+        """All lines, in the declaration's order."""
+        return [line for cell in self.cells for line in _lines(cell)]
+
+    def like(self, line: Line) -> Line | None:
+        """The line whose execution ratio is the budget of this one."""
+        if not isinstance(line.theta, BudgetRule) or line.theta.like is None:
+            return None
+        return next((one for one in self.lines if (one.name, one.bits) == (line.theta.like, line.bits)), None)
+
+    @model_validator(mode="after")
+    def _refers_to_what_is_there(self) -> Self:
+        lines = self.lines
+        for key, count in Counter(line.key for line in lines).items():
+            if count > 1:
+                raise ValueError(
+                    f"{count} lines are the same: {key[0]!r} at {key[2]:g} bits; give them other names"
+                )
+        for line in lines:
+            if not isinstance(line.theta, BudgetRule) or line.theta.like is None:
+                continue
+            named = [one for one in lines if (one.name, one.bits) == (line.theta.like, line.bits)]
+            if len(named) != 1 or named[0].method == "full" or named[0].data != line.data:
+                raise ValueError(
+                    f"cell {line.name!r}: like {line.theta.like!r} must name one line with routers at {line.bits:g} "
+                    f"bits on the same data; {len(named)} have that name"
+                )
+            if isinstance(named[0].theta, BudgetRule) and named[0].theta.like:
+                raise ValueError(f"cell {line.name!r}: like {line.theta.like!r} is itself like another cell")
+        for value in self.paper:
+            if not any((line.name, line.bits) == (value.cell, value.bits) for line in lines):
+                raise ValueError(f"paper: there is no line {value.cell!r} at {value.bits:g} bits")
+        return self
+
+
+def _lines(cell: Cell) -> list[Line]:
+    values = {key: value if isinstance(value, list) else [value] for key, value in cell.options.items()}
+    varied = tuple(key for key, chosen in values.items() if len(chosen) > 1)
+    thetas = cell.theta if isinstance(cell.theta, list) else [cell.theta]
+    lines = []
+    for bits, chosen in product(cell.bits, product(*values.values())):
+        options = tuple(zip(values, chosen, strict=True))
+        for engine in ["none"] if bits == 16 else cell.engine:
+            for theta in thetas:
+                lines.append(
+                    Line(
+                        name=cell.name,
+                        method=cell.method,
+                        options=options,
+                        varied=varied,
+                        bits=bits,
+                        engine=engine,
+                        theta=float(theta) if isinstance(theta, int | float) else theta,
+                        data=tuple(cell.data),
+                        group=cell.group,
+                    )
+                )
+    return lines
+
+
+def names() -> list[str]:
+    """The declared tables."""
+    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+
+
+def load_declaration(path: Path) -> Declaration:
+    """Reads and checks a declaration.
+
+    Raises:
+        FileNotFoundError: There is none; the message names those that are there.
+        ValueError: It isn't YAML (with the line), or a key is wrong (with the file and the key).
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} isn't there: choose one of {', '.join(names()) or 'no table'}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ValueError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+    try:
+        return Declaration.model_validate(content)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=False)
+        tags = ("number", "list", "grid", "budget")
+        found = [
+            f"{'.'.join(str(part) for part in problem['loc'] if part not in tags) or 'top level'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in problems[:5]
+        ]
+        raise ValueError("\n".join(f"{path}: {problem}" for problem in found)) from None

@@ -1,0 +1,318 @@
+"""A table's figures, from its finished runs: their `results.json` and `metrics.csv`; PNG, PDF and a caption each."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import yaml
+from matplotlib.figure import Figure
+
+from qtale_lightning.files import replacing
+from qtale_lightning.report.figures import SMOOTHED_FROM
+from qtale_lightning.report.notes import theta_text
+from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
+from qtale_lightning.report.routing_figure import read_metrics
+from qtale_lightning.report.style import DPI
+from qtale_lightning.tables.declaration import Line
+from qtale_lightning.tables.plots import (
+    Heat,
+    Point,
+    Styles,
+    plot_flips,
+    plot_frontier,
+    plot_heatmap,
+    plot_histograms,
+    plot_layers,
+    style_of,
+)
+from qtale_lightning.tables.runs import TableRun, setting_of
+from qtale_lightning.tables.table import Table, commit_of
+
+METHODS = {"full": "full", "dllm": "D-LLM", "qtale": "QTALE"}
+LAMBDA = "model.lambda_entropy"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The finished runs, one a seed, of a method with its options."""
+
+    line: Line
+    data: str
+    runs: list[TableRun]
+    results: list[Results]
+
+    @property
+    def label(self) -> str:
+        """Such as "QTALE, λ₂ = 2"."""
+        setting = setting_of(self.line.options)
+        return METHODS[self.line.method] + (f", {setting}" if setting else "")
+
+    def rows(self, bits: float, engine: str) -> list[list[Evaluation]]:
+        """Validation rows at every θ (one for all layers) that all seeds have; by execution ratio."""
+        by_seed = [
+            [
+                row
+                for row in results["evaluation"]
+                if (row["bits"], row["engine"], row["split"]) == (bits, engine, "validation")
+                and not isinstance(row["theta"], list)
+            ]
+            for results in self.results
+        ]
+        groups = []
+        for row in by_seed[0]:
+            alike = [[o for o in others if same_theta(o["theta"], row["theta"])] for others in by_seed]
+            if all(alike):
+                groups.append([found[0] for found in alike])
+        return sorted(groups, key=lambda group: statistics.fmean(row["execution_ratio"] for row in group))
+
+
+def write_figures(table: Table, folder: Path, command: str) -> list[Path]:
+    """Draws what the finished runs have data for, for each data set; returns the files.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_results`.
+    """
+    written = []
+    data_sets = list(dict.fromkeys(data for line in table.lines for data in table.data_of(line)))
+    for data in data_sets:
+        variants = _variants(table, data)
+        if not variants:
+            continue
+        title = f"{table.request.model} · {variants[0].runs[0].data}"
+        for name, (draw, says) in DRAWN.items():
+            figure = draw(table, variants, title)
+            if figure is None:
+                continue
+            stem = name if len(data_sets) == 1 else f"{name}-{variants[0].runs[0].data}"
+            for kind in ("png", "pdf"):
+                with replacing(folder / f"{stem}.{kind}") as temporary:
+                    # Without the date, which a PDF has otherwise: the same runs make the same file.
+                    metadata = {"CreationDate": None} if kind == "pdf" else {}
+                    figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
+                written.append(folder / f"{stem}.{kind}")
+            with replacing(folder / f"{stem}.md") as temporary:
+                temporary.write_text(_caption(says, stem, table, variants, command), encoding="utf-8")
+            written.append(folder / f"{stem}.md")
+    return written
+
+
+def _variants(table: Table, data: str) -> list[Variant]:
+    found: dict[tuple[object, ...], Variant] = {}
+    used: set[str] = set()
+    for line in table.lines:
+        if (line.method, line.options) in found or data not in table.data_of(line):
+            continue
+        runs = [table.run_of(line, data, seed) for seed in table.request.seeds]
+        runs = [run for run in runs if run.finished]
+        if runs and runs[0].identity not in used:
+            used.add(runs[0].identity)
+            results = [load_results(run.directory.root) for run in runs]
+            found[line.method, line.options] = Variant(line, data, runs, results)
+    return list(found.values())
+
+
+def _precisions(table: Table) -> dict[str, tuple[float, str]]:
+    """Bits and engine of the table's lines, by name."""
+    found = sorted({(line.bits, line.engine) for line in table.lines}, key=lambda one: (-one[0], one[1]))
+    several = len({engine for _, engine in found} - {"none"}) > 1
+    return {
+        f"{bits:g} bits{f' {engine}' if several and engine != 'none' else ''}": (bits, engine)
+        for bits, engine in found
+    }
+
+
+def _styles(variants: Sequence[Variant]) -> Styles:
+    return {variant.label: style_of(position) for position, variant in enumerate(variants)}
+
+
+def _mean(values: Sequence[float], errors: Sequence[float], factor: float = 1) -> tuple[float, float]:
+    """Mean and standard error over seeds, over questions where there is one."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else errors[0]
+    return factor * statistics.fmean(values), factor * error
+
+
+def _point(group: Sequence[Evaluation]) -> Point:
+    averages = [row["average"] for row in group if row["average"] is not None]
+    return Point(
+        statistics.fmean(row["execution_ratio"] for row in group),
+        _mean(averages, [group[0]["average_stderr"] or 0.0], 100) if len(averages) == len(group) else None,
+        _mean([row["average_nll"] for row in group], [group[0]["average_nll_stderr"]]),
+    )
+
+
+def _frontier(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    panels = {}
+    for name, (bits, engine) in _precisions(table).items():
+        curves = {v.label: [_point(group) for group in v.rows(bits, engine)] for v in variants}
+        panels[name] = {label: points for label, points in curves.items() if points}
+    panels = {name: curves for name, curves in panels.items() if curves}
+    return plot_frontier(title, panels, _styles(variants)) if panels else None
+
+
+def _histograms(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    found = {}
+    for variant in variants:
+        counted = [
+            results["routing"]["histograms"]["logit_gap"]
+            for results in variant.results
+            if "logit_gap" in results.get("routing", {}).get("histograms", {})
+        ]
+        if counted:
+            counts = np.sum([np.asarray(one["counts"], float) for one in counted], axis=0)
+            found[variant.label] = (counted[0]["edges"], (counts / max(1.0, counts.sum())).tolist())
+    return (
+        plot_histograms(f"{title} · how firmly routers decide", found, _styles(variants)) if found else None
+    )
+
+
+def _flips(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    curves = {}
+    for variant in variants:
+        logged = []
+        for run in variant.runs:
+            metrics = read_metrics(run.directory.root / "metrics.csv")
+            if "train/flip_ratio" in metrics:
+                logged.append(metrics.set_index("step")["train/flip_ratio"].dropna())
+        if not logged or not len(logged[0]):
+            continue
+        steps = sorted(set.intersection(*(set(one.index) for one in logged)))
+        values = np.array([one[~one.index.duplicated()].loc[steps].to_numpy() for one in logged])
+        curves[variant.label] = (np.array(steps), _smooth(values))
+    return (
+        plot_flips(f"{title} · decisions that Gumbel noise flips", curves, _styles(variants))
+        if curves
+        else None
+    )
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Long logs as their rolling mean over a twentieth of them; `(seeds, steps)`."""
+    window = values.shape[1] // 20 if values.shape[1] >= SMOOTHED_FROM else 1
+    return pd.DataFrame(values.T).rolling(window, center=True, min_periods=1).mean().to_numpy().T
+
+
+def _short(theta: float | list[float] | None) -> str:
+    return f"{theta:.3g}" if isinstance(theta, float) else theta_text(theta)
+
+
+def _layers(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    panels: dict[str, dict[str, tuple[str, Sequence[float]]]] = {}
+    for name, (bits, engine) in _precisions(table).items():
+        for variant in variants:
+            for line in table.lines:
+                same = (line.method, line.options, line.bits, line.engine) == (
+                    variant.line.method, variant.line.options, bits, engine,
+                )  # fmt: skip
+                if not same or line.method == "full":
+                    continue
+                rows = [
+                    row for run in variant.runs if (row := table.answer(line, variant.data, run.seed).row)
+                ]
+                if rows:
+                    thetas = "; ".join(dict.fromkeys(_short(row["theta"]) for row in rows))
+                    mean = np.mean([row["execution_ratio_per_layer"] for row in rows], axis=0)
+                    called = f"{variant.label}, θ = {thetas}"
+                    panels.setdefault(name, {})[variant.label] = (called, mean.tolist())
+                    break
+    return plot_layers(f"{title} · which layers execute", panels, _styles(variants)) if panels else None
+
+
+def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    """Of the variants that differ in λ₂ alone; D-LLM is λ₂ = 0."""
+    by_lambda = {
+        _lambda(variant): variant
+        for variant in variants
+        if variant.line.method != "full" and {key for key, _ in variant.line.options} <= {LAMBDA}
+    }
+    lambdas = sorted(by_lambda)
+    asked = {theta for v in by_lambda.values() for theta in v.runs[0].sweep.grid()}
+    asked |= {line.theta for line in table.lines if isinstance(line.theta, float)}
+    panels: dict[str, dict[str, Heat]] = {}
+    thetas = sorted(asked, reverse=True)
+    if len(lambdas) < 2 or not thetas:
+        return None
+    for name, (bits, engine) in _precisions(table).items():
+        groups = {value: by_lambda[value].rows(bits, engine) for value in lambdas}
+
+        def at(value: float, theta: float, groups: dict[float, Any] = groups) -> Point | None:
+            found = (g for g in groups[value] if same_theta(g[0]["theta"], theta))
+            group = next(found, None)
+            return _point(group) if group else None
+
+        points = [[at(value, theta) for theta in thetas] for value in lambdas]
+        if not any(point for row in points for point in row):
+            continue
+        ratios = np.array([[p.ratio if p else math.nan for p in row] for row in points])
+        accuracy = np.array(
+            [[p.accuracy[0] if p and p.accuracy else math.nan for p in row] for row in points]
+        )
+        nll = np.array([[p.nll[0] if p else math.nan for p in row] for row in points])
+        if not np.isnan(accuracy).all():
+            panels.setdefault("accuracy, %", {})[name] = Heat(accuracy, ratios, 1)
+        panels.setdefault("nll, nats", {})[name] = Heat(nll, ratios, 3)
+    return plot_heatmap(f"{title} · λ₂ × θ", lambdas, thetas, panels) if panels else None
+
+
+def _lambda(variant: Variant) -> float:
+    config = yaml.safe_load(variant.runs[0].directory.config.read_text(encoding="utf-8"))
+    return float(config["model"]["lambda_entropy"])
+
+
+Draw = Callable[[Table, list[Variant], str], Figure | None]
+DRAWN: dict[str, tuple[Draw, str]] = {
+    "frontier": (
+        _frontier,
+        "Average accuracy and nll of the gold answers on the validation questions against the measured share of layers "
+        "executed, at every θ that was evaluated; a curve for each method, a column for each precision. Rings mark the "
+        "points of a panel that no other beats (Pareto).",
+    ),
+    "logit-gap": (
+        _histograms,
+        "Router logits, execute − skip, over tokens and layers of held-out training rows at the last validation; the "
+        "outer bins hold all that lies beyond. A gap near 0 is one that Gumbel noise can turn.",
+    ),
+    "flips": (
+        _flips,
+        "Share of the decisions of a training batch that Gumbel noise flips, against what the logits alone decide; "
+        f"from {SMOOTHED_FROM} logged values on, the rolling mean over a twentieth of them. Bands: range over seeds.",
+    ),
+    "layers": (
+        _layers,
+        "Share of the validation questions' tokens that execute each layer, at the θ of the table's first line of each "
+        "method. Layers without a router execute always.",
+    ),
+    "heatmap": (
+        _heatmap,
+        "Accuracy and nll over the entropy loss's weight λ₂ (0: D-LLM) and θ, with the measured share of layers "
+        "executed in brackets: values in one picture cost differently much.",
+    ),
+}  # fmt: skip
+
+
+def _caption(says: str, stem: str, table: Table, variants: Sequence[Variant], command: str) -> str:
+    lines = [f"![{stem}]({stem}.png)", "", says, ""]
+    several = max(len(variant.runs) for variant in variants) > 1
+    spread = (
+        "means over seeds, bars: their standard error" if several else "bars: standard error over questions"
+    )
+    rows = [
+        row for v in variants for r in v.results for row in r["evaluation"] if row["split"] == "validation"
+    ]
+    counts = sorted({row["examples"] for row in rows})
+    lines += [
+        f"{table.request.model}; {', '.join(f'{count:,}' for count in counts)} validation questions; {spread}.",
+        "",
+    ]
+    for variant in variants:
+        steps = ", ".join(dict.fromkeys(f"{run.steps:,} steps" for run in variant.runs))
+        seeds = ", ".join(str(run.seed) for run in variant.runs)
+        roots = ", ".join(f"`{run.directory.root.relative_to(table.request.out)}`" for run in variant.runs)
+        lines.append(f"- {variant.label}: {steps}, seed{'s' * (len(variant.runs) > 1)} {seeds} ({roots})")
+    commits = sorted({commit_of(results) for variant in variants for results in variant.results})
+    lines += ["", f"Commit: {', '.join(commits)}.", "", f"```\n{command}\n```"]
+    return "\n".join(lines) + "\n"

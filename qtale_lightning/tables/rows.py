@@ -1,0 +1,228 @@
+"""Which evaluation row of a run answers a line of a table, and the commands that make the one that is missing."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
+from qtale_lightning.evaluation.threshold import within_one_standard_error, within_tolerance
+from qtale_lightning.report.results import Evaluation, same_theta
+from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
+from qtale_lightning.tables.runs import TableRun
+
+Kind = Literal["fit", "quantize", "sweep", "evaluate"]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a line asks of its run; a budget that is like another line's is a number here, or not known yet."""
+
+    bits: float
+    engine: str
+    theta: LineTheta
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the package that a run needs.
+
+    Attributes:
+        evaluations: Passes over the validation questions that it makes, about.
+    """
+
+    kind: Kind
+    run: TableRun
+    engine: str
+    arguments: tuple[str, ...]
+    evaluations: int
+
+    @property
+    def says(self) -> str:
+        """What it does, in a few words."""
+        skipped = 1 if self.kind == "fit" else 2
+        shown = [] if self.kind == "fit" else self.arguments[skipped:]
+        return " ".join([self.kind, str(self.run.directory.root), *shown])
+
+
+def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
+    """The validation row that answers a demand; None where an evaluation that decides it is missing.
+
+    Raises:
+        ValueError: The precision is there in another group size, so that its rows aren't those asked for.
+    """
+    results = run.results
+    _check_groups(run, demand)
+    at = {
+        split: [
+            row
+            for row in results["evaluation"]
+            if (row["bits"], row["engine"], row["split"]) == (demand.bits, demand.engine, split)
+        ]
+        for split in ("calibration", "validation")
+    }
+    theta = demand.theta
+    if isinstance(theta, BudgetRule):
+        key = (demand.bits, demand.engine, theta.rule, theta.budget)
+        found = next(
+            (
+                search
+                for search in results.get("searches", [])
+                if (search["bits"], search["engine"], search["rule"], search["budget"]) == key
+            ),
+            None,
+        )
+        return _at(at["validation"], found["theta"]) if found else None
+    if isinstance(theta, GridRule):
+        chosen = _choose(run, theta, at["calibration"])
+        return _at(at["validation"], chosen["theta"]) if chosen else None
+    return _at(at["validation"], theta)
+
+
+def _at(rows: Sequence[Evaluation], theta: float | list[float] | None) -> Evaluation | None:
+    return next((row for row in rows if same_theta(row["theta"], theta)), None)
+
+
+def _choose(run: TableRun, rule: GridRule, rows: Sequence[Evaluation]) -> Evaluation | None:
+    """What the rule chooses from the grid, as `sweep` does; None where a row or its predictions are missing."""
+    grid = replace(run.sweep, rule=rule.rule, margin=rule.margin).grid()
+    measured = [row for theta in grid if (row := _at(rows, theta))]
+    if len(measured) < len(grid):
+        return None
+    if rule.rule == "one-standard-error":
+        return within_one_standard_error(measured)
+    outcomes = [load_predictions(run.directory.root, row) for row in measured]
+    dense = outcomes[grid.index(0.0)]
+    if dense is None or any(outcome is None for outcome in outcomes):
+        return None
+    differences = [compare_predictions(outcome, dense) for outcome in outcomes if outcome is not None]
+    return within_tolerance(measured, differences, rule.margin)
+
+
+def _check_groups(run: TableRun, demand: Demand) -> None:
+    if demand.bits == 16:
+        return
+    folder = run.directory.model(demand.bits, demand.engine)
+    if not (folder / "config.json").is_file():
+        return
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    there, asked = config["quantization_config"]["group_size"], run.quantization.group_size
+    if there != asked:
+        raise ValueError(
+            f"{folder} has groups of {there}, --quantize.group_size {asked} is asked for: give "
+            "another folder (OUT=… of make, --out)"
+        )
+
+
+def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
+    """What must run before every demand has its row, in order; nothing where all have it.
+
+    A run that isn't finished is expected to bring what `fit` measures: all precisions of one engine over the grid.
+    """
+    commands: list[Command] = []
+    fresh = not run.finished
+    # What fit quantizes: the suite's own engine, where a line asks for it.
+    engines = sorted({d.engine for d in demands if d.bits != 16}, key=lambda name: (name != "native", name))
+    first = engines[0] if engines else run.quantization.engine
+    by_engine = {engine: _bits(demands, engine) for engine in engines}
+    if fresh:
+        bits = by_engine.get(first, [])
+        commands.append(_fit(run, bits, first))
+    open_demands = [d for d in demands if not _answered(run, d, first, fresh)]
+    for engine, bits in by_engine.items():
+        unmade = [b for b in bits if not run.directory.model(b, engine).is_dir()]
+        needed = [b for b in unmade if any((d.bits, d.engine) == (b, engine) for d in open_demands)]
+        if needed and not (fresh and engine == first):
+            commands.append(_stage("quantize", run, needed, engine, [], 0))
+    return commands + _sweeps(run, open_demands, first) + _evaluations(run, open_demands, first)
+
+
+def _answered(run: TableRun, demand: Demand, first: str, fresh: bool) -> bool:
+    if not fresh:
+        return find_row(run, demand) is not None
+    if demand.engine not in ("none", first) or isinstance(demand.theta, BudgetRule):
+        return False
+    if isinstance(demand.theta, GridRule):
+        return demand.theta.rule == "one-standard-error"
+    return demand.theta is None or any(same_theta(demand.theta, theta) for theta in run.sweep.grid())
+
+
+def _sweeps(run: TableRun, demands: Sequence[Demand], first: str) -> list[Command]:
+    """One sweep for each rule, or each set of budgets, of an engine."""
+    wanted: dict[tuple[str, str, float | None], list[Demand]] = {}
+    budgets: dict[tuple[str, str, float], set[float]] = {}
+    for demand in demands:
+        engine = first if demand.engine == "none" else demand.engine
+        theta = demand.theta
+        if isinstance(theta, GridRule):
+            wanted.setdefault((engine, theta.rule, theta.margin), []).append(demand)
+        elif theta is None:
+            wanted.setdefault((engine, "one-standard-error", None), []).append(demand)
+        elif isinstance(theta, BudgetRule):
+            # A budget that isn't known yet is counted, but never started.
+            budgets.setdefault((engine, theta.rule, demand.bits), set()).add(theta.budget or 0.0)
+    commands = []
+    for (engine, rule, margin), group in wanted.items():
+        options = ["--sweep.rule", rule, "--sweep.thresholds", _list(run.sweep.thresholds)]
+        options += ["--sweep.margin", str(margin)] if margin is not None else []
+        bits = _bits(group, engine)
+        count = (1 + len(bits)) * len(run.sweep.thresholds)
+        commands.append(_stage("sweep", run, bits, engine, options, count))
+    alike: dict[tuple[str, str, tuple[float, ...]], list[float]] = {}
+    for (engine, rule, width), values in budgets.items():
+        alike.setdefault((engine, rule, tuple(sorted(values))), []).append(width)
+    for (engine, rule, targets), widths in alike.items():
+        bits = [width for width in widths if width != 16]
+        options = ["--sweep.rule", rule, "--sweep.budgets", _list(targets)]
+        commands.append(_stage("sweep", run, bits, engine, options, 2 * len(widths) * len(targets)))
+    return commands
+
+
+def _evaluations(run: TableRun, demands: Sequence[Demand], first: str) -> list[Command]:
+    """One evaluation for each fixed θ."""
+    commands = []
+    for demand in demands:
+        if isinstance(demand.theta, float):
+            engine = first if demand.engine == "none" else demand.engine
+            options = ["--bits", f"{demand.bits:g}", "--theta", f"{demand.theta:g}"]
+            commands.append(_stage("evaluate", run, None, engine, options, 1))
+    return commands
+
+
+def _bits(demands: Sequence[Demand], engine: str) -> list[float]:
+    return sorted({d.bits for d in demands if d.engine == engine and d.bits != 16}, reverse=True)
+
+
+def _fit(run: TableRun, bits: Sequence[float], engine: str) -> Command:
+    quantize = ["--quantize.bits", _list(bits), "--quantize.engine", engine]
+    rule = ["--sweep.rule", "one-standard-error"]
+    count = (1 + len(bits)) * len(run.sweep.thresholds)
+    return Command("fit", run, engine, ("fit", *run.arguments, *quantize, *rule), count)
+
+
+def _stage(
+    kind: Kind,
+    run: TableRun,
+    bits: Sequence[float] | None,
+    engine: str,
+    options: Sequence[str],
+    evaluations: int,
+) -> Command:
+    """A stage command; what quantization depends on is as in the table's configuration, not in the run's."""
+    made = run.quantization
+    arguments = [kind, str(run.directory.root), "--quantize.engine", engine]
+    if bits is not None:
+        arguments += ["--quantize.bits", _list(bits)]
+    if kind == "quantize":
+        arguments += [
+            "--quantize.group_size",
+            str(made.group_size),
+            "--quantize.sequences",
+            str(made.sequences),
+        ]
+        arguments += ["--quantize.symmetric", str(made.symmetric).lower()]
+    return Command(kind, run, engine, (*arguments, *options), evaluations)
+
+
+def _list(values: Sequence[float]) -> str:
+    return f"[{','.join(f'{value:g}' for value in values)}]"

@@ -1,0 +1,146 @@
+"""The runs that a table's lines need: their resolved configuration, and the folder where each is or will be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.evaluation.threshold import SweepOptions
+from qtale_lightning.plan import optimizer_steps, training_flops
+from qtale_lightning.quantization.options import QuantizationOptions
+from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
+from qtale_lightning.run import RunDirectory, identity
+from qtale_lightning.tables.declaration import SYMBOLS, Line, Option
+
+EXPERIMENTS = Path("experiments")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a table.
+
+    Attributes:
+        data: Tasks of the lines that name none.
+        options: For every run, as on `fit`'s command line.
+    """
+
+    model: str
+    data: str
+    seeds: tuple[int, ...]
+    out: Path
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TableRun:
+    """One run of a table.
+
+    Attributes:
+        arguments: Of `fit`.
+        identity: Of its resolved configuration; a run that has it, wherever below `out`, is this run.
+        steps: Optimizer steps of its training.
+        flops: Of its training, about.
+    """
+
+    directory: RunDirectory
+    data: str
+    seed: int
+    arguments: tuple[str, ...]
+    identity: str
+    quantization: QuantizationOptions
+    sweep: SweepOptions
+    steps: int
+    flops: float
+
+    @property
+    def finished(self) -> bool:
+        """Whether its `fit` came to its end; what is missing then, the stage commands make."""
+        root = self.directory.root
+        there = self.directory.model().is_dir() and (root / "results.md").is_file()
+        return there and "train" in self.results
+
+    @property
+    def results(self) -> Results:
+        """What `results.json` says now; empty where it isn't there yet."""
+        file = self.directory.root / FILE_NAME
+        if not file.is_file():
+            return load_or_new(self.directory.root)
+        found = file.stat()
+        return _read_once(self.directory.root, found.st_mtime_ns, found.st_ino)
+
+
+@lru_cache(maxsize=256)
+def _read_once(root: Path, changed: int, inode: int) -> Results:
+    """A table asks for the same file many times; a written one is a new file."""
+    return load_or_new(root)
+
+
+def known_runs(out: Path) -> dict[str, Path]:
+    """Folders of the runs below `out`, by the identity of their configuration."""
+    found: dict[str, Path] = {}
+    for config in sorted([*out.glob("*/config.yaml"), *out.glob("*/*/config.yaml")]):
+        found.setdefault(identity(config.read_text(encoding="utf-8")), config.parent)
+    return found
+
+
+def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str, Path]) -> TableRun:
+    """A line's run for one seed: its configuration resolved, checked and found among those that are there.
+
+    A new run goes to `<out>/<model>-<method>-<data>-s<seed>`; with options of its line, or where that folder holds
+    another configuration, to a folder of their own below `out`.
+
+    Raises:
+        FileNotFoundError: There is no such model.
+        ValueError: The configuration can't work.
+    """
+    models = sorted(file.stem for file in (EXPERIMENTS / "models").glob("*.yaml"))
+    if request.model not in models:
+        raise FileNotFoundError(f"--model {request.model}: choose one of {', '.join(models)}")
+    files = ("base.yaml", f"models/{request.model}.yaml", f"methods/{line.method}.yaml")
+    arguments = [part for file in files for part in ("--config", str(EXPERIMENTS / file))]
+    arguments += request.options
+    for key, value in line.options:
+        arguments += [f"--{key}", _argument(value)]
+    arguments += ["--data.tasks", data, "--seed_everything", str(seed)]
+    cli = QTALECLI([*arguments, "--out", str(request.out)], "python -m qtale_lightning fit")
+    cli.check()
+    key = identity(cli.config_text())
+    if key in known:
+        root = known[key]
+    else:
+        root = _folder(request.out, _variant(line.options), cli.run.root.name, key)
+        known[key] = root
+    return TableRun(
+        directory=RunDirectory(root),
+        data=cli.datamodule.label,
+        seed=seed,
+        arguments=(*arguments, "--out", str(root.parent)),
+        identity=key,
+        quantization=cli.quantization.options,
+        sweep=cli.threshold_sweep.options,
+        steps=optimizer_steps(cli),
+        flops=training_flops(cli),
+    )
+
+
+def _folder(out: Path, variant: str, name: str, key: str) -> Path:
+    """Where a new run goes: a readable folder, unless another configuration has it."""
+    root = out / variant / name
+    if not (root / "config.yaml").is_file():
+        return root
+    return out / "-".join(part for part in (variant, key[:8]) if part) / name
+
+
+def _variant(options: Sequence[tuple[str, Option]]) -> str:
+    """Name of the folder of runs that differ in these options; empty without options."""
+    return "-".join(f"{key.removeprefix('model.')}={_argument(value)}" for key, value in options)
+
+
+def _argument(value: Option) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def setting_of(options: Sequence[tuple[str, Option]]) -> str:
+    """All options of a line, as a figure names them."""
+    return ", ".join(f"{SYMBOLS.get(key, key)} = {value}" for key, value in options)

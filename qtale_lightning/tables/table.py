@@ -1,0 +1,114 @@
+"""A declared table for one model, data, seeds and folder: its runs, what they are asked, and the rows that answer."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from qtale_lightning.report.results import Evaluation, Results
+from qtale_lightning.tables.declaration import BudgetRule, Declaration, Line
+from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands
+from qtale_lightning.tables.runs import Request, TableRun, known_runs, resolve
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A line's row of one run; None where it is missing."""
+
+    run: TableRun
+    results: Results
+    row: Evaluation | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A declaration with its request."""
+
+    name: str
+    declaration: Declaration
+    request: Request
+
+    @cached_property
+    def lines(self) -> list[Line]:
+        """The declaration's."""
+        return self.declaration.lines
+
+    @cached_property
+    def _resolved(self) -> dict[tuple[object, ...], TableRun]:
+        known = known_runs(self.request.out)
+        found: dict[tuple[object, ...], TableRun] = {}
+        for seed in self.request.seeds:
+            for line in self.lines:
+                for data in self.data_of(line):
+                    key = self._key(line, data, seed)
+                    if key not in found:  # parsing a configuration takes a third of a second
+                        found[key] = resolve(self.request, line, data, seed, known)
+        return found
+
+    def data_of(self, line: Line) -> tuple[str, ...]:
+        """A line's data, each of which needs runs of its own."""
+        return line.data or (self.request.data,)
+
+    def run_of(self, line: Line, data: str, seed: int) -> TableRun:
+        """The run that a line's row comes from."""
+        return self._resolved[self._key(line, data, seed)]
+
+    @staticmethod
+    def _key(line: Line, data: str, seed: int) -> tuple[object, ...]:
+        return line.method, line.options, data, seed
+
+    @cached_property
+    def runs(self) -> list[TableRun]:
+        """Every run once, by seed; those that others take their budgets from come first."""
+        liked = {
+            (other.method, other.options) for line in self.lines if (other := self.declaration.like(line))
+        }
+        ordered = sorted(self._resolved.items(), key=lambda item: (item[0][3], item[0][:2] not in liked))
+        return list({run.identity: run for _, run in ordered}.values())
+
+    def demand(self, line: Line, data: str, seed: int) -> Demand | None:
+        """What a line asks of its run; None where it goes by a line that has no row yet."""
+        demand = Demand(line.bits, line.engine, line.theta)
+        other = self.declaration.like(line)
+        if other is None:
+            return demand
+        row = self.answer(other, data, seed).row
+        if row is None:
+            return None
+        assert isinstance(line.theta, BudgetRule)
+        # Three digits: finer than a search comes to its budget.
+        budget = min(1.0, round(row["execution_ratio"], 3))
+        return replace(demand, theta=BudgetRule(rule=line.theta.rule, budget=budget))
+
+    def demands(self, run: TableRun, unknown: bool = False) -> list[Demand]:
+        """What all lines ask of a run; with budgets that aren't known yet, if they are to be counted."""
+        found: dict[Demand, None] = {}
+        for line in self.lines:
+            for data in self.data_of(line):
+                if self.run_of(line, data, run.seed).identity != run.identity:
+                    continue
+                demand = self.demand(line, data, run.seed)
+                if demand is None and unknown:
+                    demand = Demand(line.bits, line.engine, line.theta)
+                if demand is not None:
+                    found[demand] = None
+        return list(found)
+
+    def answer(self, line: Line, data: str, seed: int) -> Answer:
+        """A line's row, where it is there."""
+        run = self.run_of(line, data, seed)
+        demand = self.demand(line, data, seed)
+        row = find_row(run, demand) if demand and run.finished else None
+        return Answer(run, run.results, row)
+
+    def missing(self) -> dict[Path, list[Command]]:
+        """The commands that every run still needs, by its folder."""
+        found = {
+            run.directory.root: missing_commands(run, self.demands(run, unknown=True)) for run in self.runs
+        }
+        return {root: commands for root, commands in found.items() if commands}
+
+
+def commit_of(results: Results) -> str:
+    """The commit that made a run."""
+    git = results["run"]["git"]
+    return "unknown" if git is None else git["commit"] + (" with changes" if git["dirty"] else "")

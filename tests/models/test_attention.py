@@ -1,0 +1,64 @@
+"""Attention without rows: one sequence after the other, and by the variable-length kernel's arguments."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtale_lightning.models import attention
+
+COUNTS = (7, 0, 4, 1)
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention within each sequence of ``(N, H, d)``, written out."""
+    sequence = torch.repeat_interleave(torch.arange(len(COUNTS)), torch.tensor(COUNTS))
+    visible = (sequence[:, None] == sequence).tril()
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+    return torch.einsum("hqk,khd->qhd", scores.where(visible, float("-inf")).softmax(-1), value)
+
+
+@pytest.fixture(params=[6, 2])
+def heads(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value, with as many key heads as query heads and with fewer."""
+    torch.manual_seed(0)
+    return tuple(torch.randn(sum(COUNTS), n, 8) for n in (6, request.param, request.param))  # type: ignore[return-value]
+
+
+def test_one_sequence_after_the_other(heads: tuple[Tensor, Tensor, Tensor]) -> None:
+    found = attention._one_by_one(*heads, COUNTS, 0.3)
+    torch.testing.assert_close(found, reference(*heads, 0.3), rtol=0, atol=1e-5)  # float32, another order
+
+
+def test_the_kernels_arguments(heads: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel needs a GPU: what it is asked for is checked against its documentation."""
+    asked: dict[str, Any] = {}
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **more: Any
+    ) -> Tensor:
+        asked.update(more, cu=(cu_q.tolist(), cu_k.tolist()), longest=longest, dtype=cu_q.dtype)
+        return query
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
+    attention._variable_length(*heads, COUNTS, 0.3)
+    ends = [0, 7, 7, 11, 12]
+    assert asked == {
+        "cu": (ends, ends),
+        "dtype": torch.int32,
+        "longest": (7, 7),
+        "scale": 0.3,
+        "window_size": (-1, 0),  # causal
+        "enable_gqa": heads[0].shape[1] != heads[1].shape[1],
+    }
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
+def test_the_kernel_on_a_gpu(heads: tuple[Tensor, Tensor, Tensor]) -> None:
+    low = [x.repeat(1, 1, 8).to("cuda", torch.bfloat16) for x in heads]  # heads of 64, which the kernel takes
+    found = attention._variable_length(*low, COUNTS, 0.3)
+    expected = reference(*(x.float().cpu() for x in low), 0.3)
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=3e-2)  # bfloat16 of values up to 4

@@ -1,0 +1,110 @@
+"""The last layer computes only what is asked for: the same logits, decisions and cache, with less work.
+
+Tolerance 1e-5 in float32, as in test_execution.py: fewer rows in a product sum in another order.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
+
+TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+LENGTHS = (13, 9, 5, 2)
+
+
+def rows(side: str) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of ragged sequences, padded on a side."""
+    longest = max(LENGTHS)
+    ids = torch.randint(97, (len(LENGTHS), longest), generator=torch.Generator().manual_seed(3))
+    place, lengths = torch.arange(longest), torch.tensor(LENGTHS)[:, None]
+    return ids, (place < lengths if side == "right" else place >= longest - lengths).long()
+
+
+@torch.no_grad()
+def widest_product(model: RoutedLlamaForCausalLM, ids: Tensor, **call: object) -> tuple[int, Tensor]:
+    """Rows that the last layer's MLP sees in a call (0: it isn't computed), and the logits."""
+    seen = [0]
+    hook = model.model.layers[-1].mlp.register_forward_pre_hook(
+        lambda mlp, args: seen.append(args[0].numel() // args[0].shape[-1])
+    )
+    logits = model(ids, **call).logits
+    hook.remove()
+    return max(seen), logits
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kept", [1, 3])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_logits_to_keep(routed: RoutedLlamaForCausalLM, side: str, kept: int, threshold: float) -> None:
+    ids, mask = rows(side)
+    routings = Routing(threshold=threshold), Routing(threshold=threshold)
+    call = {"attention_mask": mask, "use_cache": False}
+    everything, expected = widest_product(routed, ids, routing=routings[0], **call)
+    some, found = widest_product(routed, ids, routing=routings[1], logits_to_keep=kept, **call)
+    real = mask[:, -kept:].bool()
+    torch.testing.assert_close(found[real], expected[:, -kept:][real], **TOLERANCE)
+    assert some <= real.sum() < everything
+    for layer, gate in routings[0].gates.items():  # all decisions are made and counted
+        assert torch.equal(gate, routings[1].gates[layer])
+
+
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@torch.no_grad()
+def test_the_cache_is_whole(routed: RoutedLlamaForCausalLM, side: str, threshold: float) -> None:
+    """A prompt in two parts, of which only the last logits were asked for, and a token after it."""
+    routed.config.threshold = threshold
+    ids, mask = rows(side)
+    if side == "none":
+        mask = torch.ones_like(mask)
+    after = torch.randint(97, (len(ids), 1), generator=torch.Generator().manual_seed(4))
+    longer = torch.cat([mask, torch.ones_like(after)], 1)
+    logits, caches = [], []
+    for kept in (0, 1):
+        cache = RoutedCache()
+        routed(ids[:, :6], attention_mask=mask[:, :6], past_key_values=cache, logits_to_keep=kept)
+        routed(ids[:, 6:], attention_mask=mask, past_key_values=cache, logits_to_keep=kept)
+        logits.append(routed(after, attention_mask=longer, past_key_values=cache).logits)
+        caches.append(cache)
+    torch.testing.assert_close(logits[1], logits[0], **TOLERANCE)
+    for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert one.lengths == other.lengths
+        for i, n in enumerate(one.lengths):
+            torch.testing.assert_close(other.keys[i, :, :n], one.keys[i, :, :n], **TOLERANCE)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+@torch.no_grad()
+def test_any_positions_and_branches(routed: RoutedLlamaForCausalLM, seed: int, threshold: float) -> None:
+    """What is asked for may lie anywhere, also in branches of a prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(97, (3, 12), generator=generator)
+    branch = torch.tensor([0] * 6 + [1] * 3 + [2] * 3).expand(3, 12)
+    position = torch.tensor([*range(6), 6, 7, 8, 6, 7, 8]).expand(3, 12)
+    asked = torch.rand(3, 12, generator=generator) < 0.3
+    hidden = [
+        routed.model(
+            ids,
+            position_ids=position,
+            use_cache=False,
+            routing=Routing(threshold=threshold, branch=branch, asked=what),
+        ).last_hidden_state
+        for what in (None, asked)
+    ]
+    torch.testing.assert_close(hidden[1][asked], hidden[0][asked], **TOLERANCE)
+    assert not torch.allclose(
+        hidden[1][~asked], hidden[0][~asked]
+    )  # these were left as they entered the layer
+
+
+@torch.no_grad()
+def test_training_and_masked_execution_compute_everything(routed: RoutedLlamaForCausalLM) -> None:
+    ids, _ = rows("right")
+    whole, expected = widest_product(routed, ids, routing=Routing(execution="masked"), use_cache=False)
+    some, found = widest_product(
+        routed, ids, routing=Routing(execution="masked"), use_cache=False, logits_to_keep=1
+    )
+    assert some == whole == ids.numel()
+    assert torch.equal(found, expected[:, -1:])

@@ -1,0 +1,125 @@
+"""The command ``inspect`` on a run of the tiny model: its page, its data, and what it keeps in results.json."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qtale_lightning import stages
+from qtale_lightning.__main__ import main
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.report.metadata import run_metadata
+from qtale_lightning.report.results import load_results, update_results
+from qtale_lightning.run import RunDirectory
+
+SMALL = ("--data.limit_validation", "40", "--data.limit_train", "64", "--data.calibration_rows", "8")
+RTN = ("--quantize.engine", "rtn", "--quantize.bits", "[4,3]")
+
+
+def make_run(root: Path, options: Callable[..., list[str]], method: str) -> RunDirectory:
+    """A run as ``fit`` leaves it, without training: its model with routers that decide by the token."""
+    cli = QTALECLI(options("tiny", method, *SMALL, *RTN, "--out", str(root)), "test")
+    run, module = cli.run, cli.model.fresh()
+    run.claim(cli.config_text())
+    update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit"))
+    module.configure_model()
+    torch.manual_seed(0)
+    for layer in module.model.model.layers:
+        if layer.router is not None:
+            nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
+            nn.init.zeros_(layer.router.out.bias)
+    stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
+    if method == "qtale":
+        stages.quantize(run, cli.prepare_data(), cli.quantization.options)
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return make_run(tmp_path_factory.mktemp("runs"), options, "qtale")
+
+
+@pytest.fixture
+def run(made: RunDirectory, tmp_path: Path) -> RunDirectory:
+    return RunDirectory(shutil.copytree(made.root, tmp_path / "run"))
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    return json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+
+
+def test_questions_are_traced_at_every_precision_there_is(run: RunDirectory) -> None:
+    main(["inspect", str(run.root)])
+    page = run.root / "inspect" / "theta-0.5.html"
+    content = data_of(page)
+    assert [(p["bits"], p["engine"]) for p in content["precisions"]] == [(16, "none"), (4, "rtn"), (3, "rtn")]
+    assert len(content["texts"]) == 30  # of the 40 that were measured
+    assert all(len(text["traces"]) == 3 and text["answer"] < len(text["tokens"]) for text in content["texts"])
+    assert "Question: " in "".join(content["texts"][0]["tokens"])
+    assert page.read_text(encoding="utf-8").count(json.dumps("executed")) >= 90
+    rows = load_results(run.root)["changes"]
+    assert [(row["bits"], row["theta"], row["examples"]) for row in rows] == [
+        (16, 0.5, 40),
+        (4, 0.5, 40),
+        (3, 0.5, 40),
+    ]
+    same, four, three = rows
+    assert same["decisions_changed"] == same["nll_difference_stderr"] == 0
+    assert same["nll"] == same["nll_same_decisions"]
+    assert 0 < four["decisions_changed"] < three["decisions_changed"]
+    assert four["decisions_changed"] < four["paths_changed"]
+
+
+def test_another_threshold_and_precision_stand_beside(run: RunDirectory) -> None:
+    main(["inspect", str(run.root), "--questions", "5"])
+    main(["inspect", str(run.root), "--questions", "7", "--theta", "0.2", "--bits", "4"])
+    main(["inspect", str(run.root), "--questions", "6", "--bits", "4"])
+    rows = load_results(run.root)["changes"]
+    found = [(row["theta"], row["bits"], row["examples"]) for row in rows]
+    assert found == [(0.5, 16, 6), (0.5, 4, 6), (0.5, 3, 5), (0.2, 16, 7), (0.2, 4, 7)]
+    assert rows[3]["execution_ratio"] > rows[0]["execution_ratio"]
+    assert len(data_of(run.root / "inspect" / "theta-0.2.html")["texts"]) == 7
+
+
+def test_a_text_of_ones_own_is_shown_and_not_measured(run: RunDirectory) -> None:
+    main(["inspect", str(run.root), "--text", "A brick is made of clay.", "--text", "</script><b>"])
+    content = data_of(run.root / "inspect" / "text-theta-0.5.html")
+    assert ["".join(text["tokens"]) for text in content["texts"]] == [
+        "<s>A brick is made of clay.",
+        "<s></script><b>",
+    ]
+    assert [text["answer"] for text in content["texts"]] == [len(text["tokens"]) for text in content["texts"]]
+    assert "changes" not in load_results(run.root)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--theta", "1.5"), "--theta 1.5 is not a probability"),
+        (("--questions", "0"), "--questions 0 must be positive"),
+        (("--text", " "), "--text ' ' is empty"),
+        (("--bits", "2"), "model-rtn-2bit isn't there"),
+    ],
+)
+def test_what_cant_be_is_refused(
+    run: RunDirectory, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", str(run.root), *more])
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (run.root / "inspect").exists()
+    assert "changes" not in load_results(run.root)
+
+
+def test_a_model_without_routers_has_nothing_to_inspect(
+    options: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = make_run(tmp_path, options, "full")
+    with pytest.raises(SystemExit):
+        main(["inspect", str(full.root)])
+    assert "has no routers" in " ".join(capsys.readouterr().err.split())

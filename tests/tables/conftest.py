@@ -1,0 +1,230 @@
+"""Runs that take no time: what the commands would leave in a run's folder, made up from what they are asked."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.evaluation.predictions import Prediction, save_predictions
+from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
+from qtale_lightning.run import RunDirectory
+
+ROOT = Path(__file__).parent.parent.parent
+QUESTIONS = 120
+OPTIONS = ["--trainer.max_steps", "4", "--sweep.thresholds", "[0.5,0.1]", "--wandb", "disabled"]
+LAYERS = 6
+TEXTS = {"alpaca": "perplexity", "samsum": "rougeL"}
+
+
+class FakeCommands:
+    """Stands in for the processes: notes each command, and leaves its results without a model.
+
+    Attributes:
+        started: The command lines, in order.
+        fails: Words of a command line that ends with status 1.
+        stops: How many commands are done before the next one is interrupted.
+        advantage: Accuracy of each method above 0.4.
+    """
+
+    def __init__(self) -> None:
+        self.started: list[list[str]] = []
+        self.fails: tuple[str, ...] = ()
+        self.stops: int | None = None
+        self.advantage = {"full": 0.3, "qtale": 0.1, "dllm": 0.0}
+        self.group_size = 32
+
+    def __call__(self, arguments: Sequence[str], log: Path, lock: int) -> int:
+        if self.stops is not None and len(self.started) >= self.stops:
+            raise KeyboardInterrupt
+        self.started.append(list(arguments))
+        if self.fails and all(word in arguments for word in self.fails):
+            log.write_text("some lines\nerror: it isn't there\n", encoding="utf-8")
+            return 1
+        getattr(self, f"_{arguments[0]}")(list(arguments[1:]))
+        return 0
+
+    def kinds(self) -> list[str]:
+        return [arguments[0] for arguments in self.started]
+
+    def _fit(self, options: list[str]) -> None:
+        cli = QTALECLI(options, "fit")
+        run = cli.run
+        run.claim(cli.config_text())
+        results = load_or_new(run.root)
+        results["run"] = {
+            "model": cli.model.name,
+            "method": cli.model.method,
+            "data": cli.datamodule.label,
+            "seed": cli.model.seed,
+            "git": {"commit": "0123456789", "dirty": False},
+            "versions": {},
+            "hardware": "a machine",
+            "command": "python -m qtale_lightning fit",
+        }
+        results["train"] = {
+            "steps": 4, "examples": 8, "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0,
+            "trainable_parameters": 10, "final_losses": {"ce": 1.0},
+        }  # fmt: skip
+        if cli.model.method != "full":
+            counts = [1, 2, 8, 4]
+            histograms = {"logit_gap": {"edges": [-2.0, -1.0, 0.0, 1.0, 2.0], "counts": counts}}
+            ratios = [0.6] * LAYERS
+            results["routing"] = {
+                "flip_ratio": 0.2, "logit_gap": 1.0, "entropy": 0.5, "execution_ratio_per_layer": ratios,
+                "histograms": histograms,
+            }  # fmt: skip
+        save_results(run.root, results)
+        run.model().mkdir(exist_ok=True)
+        config = {
+            "num_hidden_layers": LAYERS, "num_key_value_heads": 2, "head_dim": 32, "start_layer": 2,
+            "router_width": None if cli.model.method == "full" else 32,
+        }  # fmt: skip
+        (run.model() / "config.json").write_text(json.dumps(config))
+        (run.root / "metrics.csv").write_text("step,train/flip_ratio\n1,0.3\n2,\n3,0.2\n")
+        (run.root / "results.md").write_text("done")
+        quantization = cli.quantization.options
+        self._make(run, quantization.bits, quantization.engine)
+        self._grid(run, quantization.bits, quantization.engine, cli.threshold_sweep.options.grid())
+
+    def _quantize(self, options: list[str]) -> None:
+        self._make(RunDirectory(options[0]), _value(options, "bits"), _value(options, "engine"))
+
+    def _make(self, run: RunDirectory, bits: Sequence[float], engine: str) -> None:
+        for width in bits:
+            folder = run.model(width, engine)
+            folder.mkdir(exist_ok=True)
+            config = {"quantization_config": {"group_size": self.group_size}}
+            (folder / "config.json").write_text(json.dumps(config))
+
+    def _sweep(self, options: list[str]) -> None:
+        run, rule = RunDirectory(options[0]), _value(options, "rule")
+        bits, engine = _value(options, "bits"), _value(options, "engine")
+        for width in bits:
+            assert run.model(width, engine).is_dir(), "a precision is swept before it is there"
+        if rule == "one-standard-error":
+            self._grid(run, bits, engine, _value(options, "thresholds"))
+            return
+        for width in (16, *bits):
+            for budget in _value(options, "budgets"):
+                quantizer = "none" if width == 16 else engine
+                theta = round(1 - budget, 6)
+                self._row(run, width, quantizer, theta, "validation")
+                results = load_or_new(run.root)
+                search: Any = {
+                    "bits": width, "engine": quantizer, "rule": rule, "budget": budget, "theta": theta,
+                    "execution_ratio": budget, "passes": 3, "seconds": 1.0,
+                }  # fmt: skip
+                results["searches"] = [*results.get("searches", []), search]
+                save_results(run.root, results)
+
+    def _evaluate(self, options: list[str]) -> None:
+        at = {name: options[options.index(name) + 1] for name in ("--bits", "--theta", "--quantize.engine")}
+        bits = float(at["--bits"])
+        engine = "none" if bits == 16 else at["--quantize.engine"]
+        self._row(RunDirectory(options[0]), bits, engine, float(at["--theta"]), "validation")
+
+    def _grid(self, run: RunDirectory, bits: Sequence[float], engine: str, grid: Sequence[float]) -> None:
+        full = self._configuration(run)["model"]["method"] == "full"
+        for width in (16, *bits):
+            for theta in [None] if full else grid:
+                for split in ("validation",) if full else ("calibration", "validation"):
+                    self._row(run, width, "none" if width == 16 else engine, theta, split)
+
+    @staticmethod
+    def _configuration(run: RunDirectory) -> dict[str, Any]:
+        return yaml.safe_load(run.config.read_text(encoding="utf-8"))
+
+    def _row(self, run: RunDirectory, bits: float, engine: str, theta: float | None, split: str) -> None:
+        """Accuracy falls with the bits and with θ; every second question that is right differs by seed."""
+        config = self._configuration(run)
+        method, seed = config["model"]["method"], config["seed_everything"]
+        share = 0.4 + self.advantage[method] - 0.1 * (theta or 0) - (0.05 if bits < 4 else 0)
+        task = config["data"]["tasks"]
+        right = np.random.default_rng(seed).permutation(QUESTIONS) < share * QUESTIONS
+        ratio = 1.0 if theta is None else 1 - theta
+        value, error = float(right.mean()), 0.04
+        row: Any = {
+            "bits": int(bits) if bits == int(bits) else bits,
+            "engine": engine,
+            "theta": theta,
+            "split": split,
+            "examples": QUESTIONS,
+            "execution_ratio": ratio,
+            "execution_ratio_per_layer": [1.0, 1.0] + [ratio] * (LAYERS - 2),
+            "flops_ratio": ratio,
+            "accuracy": {task: _score(task, value, error)},
+            "average": value if task not in TEXTS else None,
+            "average_stderr": error if task not in TEXTS else None,
+            "average_nll": 3 - value,
+            "average_nll_stderr": 0.05,
+            "weight_bytes": int(1_000_000 * bits),
+            "seconds": 1.5,
+            "protocol": {"seed": seed, "prompt_style": "cloze"},
+        }  # fmt: skip
+        outcomes = [
+            Prediction(task, i, 0, (-1.0, -2.0), {"value": float(r), "nll": 3.0 - r, "acc": r, "acc_norm": r})
+            for i, r in enumerate(right.astype(float))
+        ]
+        evaluation: Evaluation = row
+        save_predictions(run.root, evaluation, outcomes)
+        upsert_evaluation(run.root, evaluation)
+
+
+def _value(options: Sequence[str], name: str) -> Any:
+    """An option of a stage, such as `--quantize.bits` by "bits"."""
+    (at,) = (index for index, option in enumerate(options) if option.endswith(f".{name}"))
+    return yaml.safe_load(options[at + 1])
+
+
+def _score(task: str, value: float, error: float) -> dict[str, Any]:
+    """A task's, by the metric that it reports."""
+    both: dict[str, Any] = {"value": value, "stderr": error, "nll": 3 - value, "examples": QUESTIONS}
+    if task not in TEXTS:
+        return both | {"metric": "acc", "acc": value, "acc_norm": value}
+    texts = {
+        "metric": TEXTS[task],
+        "nll_stderr": 0.1,
+        "perplexity": 9.0,
+        "perplexity_stderr": 0.5,
+        "tokens": 500,
+    }
+    rouge = {
+        name: at for k in ("rouge1", "rouge2", "rougeL") for name, at in ((k, value), (f"{k}_stderr", error))
+    }
+    return both | texts | (rouge if task == "samsum" else {})
+
+
+@pytest.fixture
+def commands() -> FakeCommands:
+    return FakeCommands()
+
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """A table's command line at its smallest, in a folder of the test's own."""
+    monkeypatch.chdir(ROOT)
+
+    def given(name: str, *more: str) -> list[str]:
+        return [name, "--model", "tiny", "--out", str(tmp_path / "out"), *OPTIONS, *more]
+
+    return given
+
+
+@pytest.fixture
+def declared(tmp_path: Path) -> Callable[[str], Path]:
+    """A declaration's file with this text."""
+
+    def write(text: str) -> Path:
+        file = tmp_path / "mine.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write

@@ -1,0 +1,117 @@
+"""A table from its command line: what it plans is what it runs, and failures are said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtale_lightning.tables import table
+
+Arguments = Callable[..., list[str]]
+Declared = Callable[[str], Path]
+
+
+def folder(arguments: list[str], name: str, data: str = "facts") -> Path:
+    return Path(arguments[arguments.index("--out") + 1]) / "tables" / f"{name}-tiny-{data}"
+
+
+def rows(arguments: list[str], name: str) -> list[dict[str, Any]]:
+    return json.loads((folder(arguments, name) / "table.json").read_text(encoding="utf-8"))["rows"]
+
+
+def row_of(found: list[dict[str, Any]], name: str, bits: float) -> dict[str, Any]:
+    return next(row for row in found if (row["name"], row["bits"]) == (name, bits))
+
+
+def test_the_plan_is_said_and_nothing_runs(
+    arguments: Arguments, commands: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(arguments("fairness", "--plan"), commands)
+    said = capsys.readouterr().out
+    assert commands.started == []
+    assert "42 lines of 5 runs, 0 there and 5 to train" in said
+    assert "by counted FLOPs, no run to go by yet" in said
+    planned = int(said.split(" commands to run")[0].split()[-1])
+    table(arguments("fairness"), commands)
+    assert len(commands.started) == planned, "what was planned is what ran"
+    capsys.readouterr()
+    table(arguments("fairness", "--seeds", "0,1", "--plan"), commands)
+    said = capsys.readouterr().out
+    assert "5 there and 5 to train" in said
+    assert "by 5 finished runs of tiny" in said
+
+
+def test_options_of_a_cell_get_a_readable_folder(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    cell = "{name: a, method: qtale, bits: [16], theta: 0.5, options: {model.lambda_entropy: 2.0}}"
+    file.write_text(f"title: t\ncells: [{cell}]\n", encoding="utf-8")
+    table(arguments(str(file)), commands)
+    assert (tmp_path / "out" / "lambda_entropy=2.0" / "tiny-qtale-facts-s0" / "config.yaml").is_file()
+
+
+def test_what_failed_is_said_and_the_rest_is_there(
+    arguments: Arguments, commands: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.fails = ("quantize", "autoawq")
+    given = arguments("quantizers")
+    with pytest.raises(SystemExit) as ended:
+        table(given, commands)
+    assert ended.value.code == 1
+    assert "error: it isn't there" in capsys.readouterr().out
+    page = (folder(given, "quantizers") / "table.md").read_text(encoding="utf-8")
+    assert page.count("| failed |") > 0
+    failed = [row for row in rows(given, "quantizers") if row["failed"]]
+    assert {row["engine"] for row in failed} == {"autoawq"}
+    commands.fails = ()
+    table(given, commands)
+    assert not any(row["failed"] for row in rows(given, "quantizers"))
+
+
+def test_a_budget_like_another_line_is_what_that_line_measured(arguments: Arguments, commands: Any) -> None:
+    given = arguments("fairness")
+    table(given, commands)
+    found = rows(given, "fairness")
+    for bits in (16, 4, 3):
+        qtale = row_of(found, "QTALE", bits)["values"]["execution_ratio"]["value"]
+        dllm = row_of(found, "D-LLM at QTALE's ratio by θ", bits)["values"]["execution_ratio"]["value"]
+        assert dllm == pytest.approx(qtale, abs=0.0005), "a budget has three digits"
+
+
+def test_a_line_like_one_that_failed_fails(arguments: Arguments, commands: Any) -> None:
+    commands.fails = ("fit", "experiments/methods/qtale.yaml")
+    given = arguments("fairness")
+    with pytest.raises(SystemExit):
+        table(given, commands)
+    found = rows(given, "fairness")
+    reason = row_of(found, "D-LLM at QTALE's ratio by θ", 4)["failed"]["facts, seed 0"]
+    assert reason == "the line 'QTALE', whose ratio it takes, has no row"
+    assert row_of(found, "D-LLM", 4)["values"]["nll"]
+
+
+def test_other_groups_than_asked_for_are_refused_before_anything_runs(
+    arguments: Arguments, commands: Any
+) -> None:
+    commands.group_size = 16
+    table(arguments("csqa", "--quantize.group_size", "16"), commands)
+    commands.started.clear()
+    with pytest.raises(ValueError, match=r"has groups of 16, --quantize\.group_size 32 is asked for"):
+        table(arguments("csqa"), commands)
+    assert commands.started == []
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (("--seeds", "0,x"), "--seeds 0,x: give numbers"),
+        (("--model", "huge"), "--model huge: choose one of"),
+        (("--data.root", "/not/there"), "/not/there: not a folder"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_runs(
+    arguments: Arguments, commands: Any, more: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises((ValueError, OSError), match=says):
+        table(arguments("csqa", *more), commands)
+    assert commands.started == []

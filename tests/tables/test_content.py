@@ -1,0 +1,77 @@
+"""What a table says: every number with its error, its sources and the paper's value."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qtale_lightning.tables import table
+
+Arguments = Callable[..., list[str]]
+Declared = Callable[[str], Path]
+
+
+def folder(arguments: list[str], name: str, data: str = "facts") -> Path:
+    return Path(arguments[arguments.index("--out") + 1]) / "tables" / f"{name}-tiny-{data}"
+
+
+def rows(arguments: list[str], name: str) -> list[dict[str, Any]]:
+    return json.loads((folder(arguments, name) / "table.json").read_text(encoding="utf-8"))["rows"]
+
+
+def row_of(found: list[dict[str, Any]], name: str, bits: float) -> dict[str, Any]:
+    return next(row for row in found if (row["name"], row["bits"]) == (name, bits))
+
+
+def test_numbers_are_traceable(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
+    given = arguments("csqa", "--seeds", "0,1")
+    table(given, commands)
+    row = row_of(rows(given, "csqa"), "QTALE", 3)
+    value = row["values"]["nll"]
+    assert [source["run"] for source in row["sources"]] == ["tiny-qtale-facts-s0", "tiny-qtale-facts-s1"]
+    recorded = []
+    for source in row["sources"]:
+        results = json.loads((tmp_path / "out" / source["run"] / "results.json").read_text(encoding="utf-8"))
+        (match,) = [
+            one for one in results["evaluation"] if all(one[key] == at for key, at in source["row"].items())
+        ]
+        recorded.append(match["average_nll"])
+        assert source["commit"] == "0123456789"
+    assert value["seeds"] == recorded
+    assert value["value"] == pytest.approx(sum(recorded) / 2)
+    # The standard error of a mean of two: half their distance.
+    assert value["stderr"] == pytest.approx(abs(recorded[0] - recorded[1]) / 2)
+    assert value["over"] == "seeds"
+    with (folder(given, "csqa") / "table.csv").open(encoding="utf-8", newline="") as file:
+        record = next(r for r in csv.DictReader(file) if (r["name"], r["bits"]) == ("QTALE", "3"))
+    assert float(record["nll"]) == pytest.approx(value["value"])
+
+
+def test_one_seed_has_its_error_over_questions(arguments: Arguments, commands: Any) -> None:
+    given = arguments("csqa")
+    table(given, commands)
+    value = row_of(rows(given, "csqa"), "full", 16)["values"]["nll"]
+    assert (value["over"], value["stderr"]) == ("questions", 0.05)
+    page = (folder(given, "csqa") / "table.md").read_text(encoding="utf-8")
+    assert "Seed 0; ± is the standard error over questions." in page
+    assert "Commit: 0123456789." in page
+    assert "prompt_style: cloze" in page
+    assert page.rstrip().splitlines()[-2].startswith("python -m qtale_lightning table csqa --model tiny")
+
+
+def test_the_papers_values_stand_beside_ours(arguments: Arguments, commands: Any, declared: Declared) -> None:
+    file = declared(
+        "title: t\ncolumns: [average]\ncells: [{name: full, method: full, bits: [16, 3]}]\n"
+        "paper: [{model: tiny, cell: full, bits: 3, column: average, value: 72.22}]\n"
+    )
+    given = arguments(str(file))
+    table(given, commands)
+    page = (folder(given, "mine") / "table.md").read_text(encoding="utf-8")
+    assert "| average %, the paper's |" in page
+    assert [line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| full")] == [
+        "",
+        "72.22",
+    ]
