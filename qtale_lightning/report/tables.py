@@ -43,7 +43,7 @@ CAPTIONS = {
     "losses": "Losses and routing during training.",
 }
 COST_COLUMNS = ["layers executed", "counted FLOPs", "measured s"]
-TEXT_COLUMNS = {"what", "value", "precision", "mark", "method", "rule"}
+TEXT_COLUMNS = {"what", "value", "precision", "mark", "method", "setting", "engine", "rule"}
 
 
 @dataclass

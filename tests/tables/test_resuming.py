@@ -9,7 +9,6 @@ import pytest
 from qtale_lightning.tables import table
 
 Arguments = Callable[..., list[str]]
-Declared = Callable[[str], Path]
 
 
 def folder(arguments: list[str], name: str, data: str = "facts") -> Path:
