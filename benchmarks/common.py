@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -29,6 +30,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--quick", action="store_true", help="a small model and few repeats, to see that it runs"
     )
+    return made
+
+
+def rows_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark on real rows: :func:`parser`'s, the model, the folder of the rows and the tasks."""
+    made = parser(description)
+    made.add_argument("--model", default="smollm2-135m")
+    made.add_argument(
+        "--data",
+        type=Path,
+        default=os.environ.get("QTALE_DATA"),
+        help="folder of <task>/train.jsonl and validation.jsonl (environment: QTALE_DATA); needed",
+    )
+    made.add_argument("--tasks", default="csqa")
     return made
 
 

@@ -17,16 +17,14 @@ log-likelihood of every choice; tokenization counts on both sides, reading rows 
 """
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import claim, interleaved, median_ratio, parser, report
+from common import claim, interleaved, median_ratio, report, rows_parser
 from latency import ROUTER_WIDTH
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -152,15 +150,7 @@ def correct(scores: Sequence[np.ndarray], prompts: Sequence[Prompt]) -> float:
 
 def main() -> None:
     """Measure and report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="smollm2-135m")
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("QTALE_DATA"),
-        help="folder of <task>/validation.jsonl (environment: QTALE_DATA); needed",
-    )
-    options.add_argument("--tasks", default="csqa")
+    options = rows_parser(__doc__)
     options.add_argument("--questions", type=int, default=32, help="validation questions of each task")
     options.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 8, 16, 32], help="the harness's")
     options.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

@@ -18,7 +18,6 @@ is also measured on one layer of `--memory-model`'s shape, with random weights a
 """
 
 import ctypes
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import claim, parser, report
+from common import claim, report, rows_parser
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -96,15 +95,7 @@ def memory_of(name: str, group_size: int) -> tuple[float, float]:
 
 def main() -> None:
     """Measure and report."""
-    options = parser(__doc__)
-    options.add_argument("--model", default="smollm2-135m")
-    options.add_argument(
-        "--data",
-        type=Path,
-        default=os.environ.get("QTALE_DATA"),
-        help="folder of <task>/train.jsonl and validation.jsonl (environment: QTALE_DATA); needed",
-    )
-    options.add_argument("--tasks", default="csqa")
+    options = rows_parser(__doc__)
     options.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     options.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
     options.add_argument("--group-size", type=int, default=64)

@@ -249,9 +249,10 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         kept = kwargs.get("logits_to_keep", 0)
         if inputs is not None and isinstance(kept, int) and not kwargs.get("output_hidden_states"):
             routing = Routing() if routing is None else routing
-            length = inputs.shape[1]
-            asked = torch.arange(length, device=inputs.device) >= length - kept
-            routing.asked = asked.expand(inputs.shape[:2]) if 0 < kept < length else None
+            length, routing.asked = inputs.shape[1], None
+            if 0 < kept < length:
+                asked = torch.arange(length, device=inputs.device) >= length - kept
+                routing.asked = asked.expand(inputs.shape[:2])
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, routing=routing, **kwargs)
 
     def _prepare_cache_for_generation(

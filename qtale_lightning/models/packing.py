@@ -106,10 +106,10 @@ class Subset:
     ranks: Tensor
 
     @classmethod
-    def of(cls, executing: Tensor, asked: Tensor, align: bool = False) -> "Subset | None":
-        """Of decisions and of what is asked for, bool ``(B, T)``; None where all or no executing tokens are."""
+    def of(cls, executing: Tensor, whole: Packing, asked: Tensor, align: bool = False) -> "Subset | None":
+        """Of decisions, their packing, and what is asked for, bool ``(B, T)``; None where all or none of them are."""
         packing = Packing.of(executing & asked, align)
-        if packing.index is None or packing.counts == tuple(executing.sum(1).tolist()):
+        if packing.index is None or packing.counts == whole.counts:
             return None
         places = executing.flatten().cumsum(0)[packing.index] - 1
         ranks = executing.cumsum(1).flatten()[packing.index] - 1

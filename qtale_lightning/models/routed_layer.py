@@ -76,7 +76,7 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
         if packing.length == 0:  # nobody executes: the layer isn't computed
             return hidden_states
         cache = past_key_values.layer(self.layer_idx) if past_key_values is not None else None
-        queries = routing.subset(gate, self.is_last)
+        queries = routing.subset(gate, packing, self.is_last)
         if packing.index is not None:
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)

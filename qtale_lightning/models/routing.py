@@ -102,11 +102,11 @@ class Routing:
             self._packing = Packing.of(gate, self.align)
         return self._packing
 
-    def subset(self, gate: Tensor, last: bool) -> Subset | None:
+    def subset(self, gate: Tensor, packing: Packing, last: bool) -> Subset | None:
         """Those of a layer's executing tokens whose output is asked for; None: all."""
         if self.asked is None or not last:
             return None
-        return Subset.of(gate, self.asked, self.align)
+        return Subset.of(gate, packing, self.asked, self.align)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""

@@ -7,41 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from qtale_lightning import stages
 from qtale_lightning.__main__ import main
-from qtale_lightning.cli import QTALECLI
-from qtale_lightning.report.metadata import run_metadata
-from qtale_lightning.report.results import load_results, update_results
+from qtale_lightning.report.results import load_results
 from qtale_lightning.run import RunDirectory
 
 SMALL = ("--data.limit_validation", "40", "--data.limit_train", "64", "--data.calibration_rows", "8")
 RTN = ("--quantize.engine", "rtn", "--quantize.bits", "[4,3]")
 
 
-def make_run(root: Path, options: Callable[..., list[str]], method: str) -> RunDirectory:
-    """A run as ``fit`` leaves it, without training: its model with routers that decide by the token."""
-    cli = QTALECLI(options("tiny", method, *SMALL, *RTN, "--out", str(root)), "test")
-    run, module = cli.run, cli.model.fresh()
-    run.claim(cli.config_text())
-    update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit"))
-    module.configure_model()
-    torch.manual_seed(0)
-    for layer in module.model.model.layers:
-        if layer.router is not None:
-            nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
-            nn.init.zeros_(layer.router.out.bias)
-    stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
-    if method == "qtale":
-        stages.quantize(run, cli.prepare_data(), cli.quantization.options)
-    return run
+MakeRun = Callable[..., RunDirectory]
 
 
 @pytest.fixture(scope="module")
-def made(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return make_run(tmp_path_factory.mktemp("runs"), options, "qtale")
+def made(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return make_run(tmp_path_factory.mktemp("runs"), "qtale", *SMALL, *RTN)
 
 
 @pytest.fixture
@@ -117,9 +97,9 @@ def test_what_cant_be_is_refused(
 
 
 def test_a_model_without_routers_has_nothing_to_inspect(
-    options: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_run: MakeRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full = make_run(tmp_path, options, "full")
+    full = make_run(tmp_path, "full", *SMALL, *RTN)
     with pytest.raises(SystemExit):
         main(["inspect", str(full.root)])
     assert "has no routers" in " ".join(capsys.readouterr().err.split())

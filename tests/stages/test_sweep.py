@@ -8,17 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-from qtale_lightning import stages
 from qtale_lightning.__main__ import main
-from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions, predictions_file
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.report import write_markdown
-from qtale_lightning.report.metadata import run_metadata
-from qtale_lightning.report.results import load_results, save_results, update_results
+from qtale_lightning.report.results import load_results, save_results
 from qtale_lightning.run import RunDirectory
 
 SMALL = ("--data.limit_validation", "60", "--data.limit_train", "150", "--data.calibration_rows", "60")
@@ -29,22 +24,8 @@ Passes = list[tuple[str, list[Any]]]
 
 
 @pytest.fixture(scope="module")
-def made(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """A run as ``fit`` leaves it, without training: its model with routers that decide by the token."""
-    root = tmp_path_factory.mktemp("runs")
-    cli = QTALECLI(options("tiny", "qtale", *SMALL, *SWEEP, "--out", str(root)), "test")
-    run, module = cli.run, cli.model.fresh()
-    run.claim(cli.config_text())
-    update_results(run.root, "run", run_metadata("tiny", "qtale", "facts", 0, "fit"))
-    module.configure_model()
-    torch.manual_seed(0)
-    for layer in module.model.model.layers:
-        if layer.router is not None:
-            nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
-            nn.init.zeros_(layer.router.out.bias)
-    stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
-    stages.quantize(run, cli.prepare_data(), cli.quantization.options)
-    return run
+def made(make_run: Callable[..., RunDirectory], tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return make_run(tmp_path_factory.mktemp("runs"), "qtale", *SMALL, *SWEEP)
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""A run of the tiny model for the stages to work on."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qtale_lightning import stages
+from qtale_lightning.cli import QTALECLI
+from qtale_lightning.report.metadata import run_metadata
+from qtale_lightning.report.results import update_results
+from qtale_lightning.run import RunDirectory
+
+
+@pytest.fixture(scope="session")
+def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
+    """A run as ``fit`` leaves it, without training: its model with routers that decide by the token."""
+
+    def make(root: Path, method: str, *more: str) -> RunDirectory:
+        cli = QTALECLI(options("tiny", method, *more, "--out", str(root)), "test")
+        run, module = cli.run, cli.model.fresh()
+        run.claim(cli.config_text())
+        update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit"))
+        module.configure_model()
+        torch.manual_seed(0)
+        for layer in module.model.model.layers:
+            if layer.router is not None:
+                nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
+                nn.init.zeros_(layer.router.out.bias)
+        stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
+        if method == "qtale":
+            stages.quantize(run, cli.prepare_data(), cli.quantization.options)
+        return run
+
+    return make
