@@ -25,13 +25,15 @@ from qtale_lightning.quantization.rtn import Scheme, quantize
 
 SHAPES = {"q_proj": (4096, 4096), "gate_proj": (11008, 4096), "down_proj": (4096, 11008)}  # (out, in)
 GROUP_SIZE = 128
-BYTES = 2**29 + 2**27  # of int4 weights that take turns: more than any cache holds
+BYTES = 2**29 + 2**27  # of a contender's weights that take turns: more than any cache holds
 
 
 class Copies:
     """As many copies of a linear as don't fit into a cache, used in turn, as a model's layers are."""
 
-    def __init__(self, one: Any, count: int) -> None:
+    def __init__(self, one: Any, size: int, of_all: int = BYTES) -> None:
+        """Copies of one linear of `size` bytes, `of_all` bytes together."""
+        count = math.ceil(of_all / size)
         self._all = itertools.cycle([one, *(copy.deepcopy(one) for _ in range(count - 1))])
 
     def next(self) -> Any:
@@ -88,8 +90,9 @@ def main() -> None:
         full = nn.Linear(inputs, outputs, bias=False)
         for linear in (low, full):
             linear.weight.copy_(weight)
-        copies = 1 if args.quick else math.ceil(BYTES / int4.packed.numel())
-        int4s, lows, fulls = (Copies(one, copies) for one in (int4, low, full))
+        of_all = 1 if args.quick else BYTES
+        int4s = Copies(int4, int4.packed.numel(), of_all)
+        lows, fulls = (Copies(one, one.weight.nbytes, of_all) for one in (low, full))
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
             x16 = x.bfloat16()

@@ -14,13 +14,16 @@ ignores that mean, and most of the plain error is in it.
 
 A search's extra memory is the growth of the process's resident set while it runs; the limit beside it is one layer:
 its weights and its second moments in float32. A small model's is mostly activations and the allocator's reserve, so it
-is also measured on one layer of `--memory-model`'s shape, with random weights and tokens.
+is also measured on one layer of `--memory-model`'s shape, with random weights and tokens, in a process of its own:
+what this one freed before and still holds would hide growth, or fragment it.
 """
 
 import ctypes
+import multiprocessing
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -198,7 +201,8 @@ def main() -> None:
                 claim(f"centred MSE, native over autoawq, {bits} bits", ratio["centred MSE"], 1, "lower"),
                 claim(f"logits MSE, native over autoawq, {bits} bits", ratio["logits MSE"], 1, "lower"),
             ]
-    extra, one_layer = memory_of(args.memory_model, args.group_size)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
+        extra, one_layer = fresh.submit(memory_of, args.memory_model, args.group_size).result()
     what = (
         f"native's extra memory, MB, on a layer of {args.memory_model} (limit: {one_layer:.0f} MB, the layer)"
     )

@@ -38,9 +38,9 @@ from qtale_lightning.quantization.search import Observed, Search
 SCALE_STEPS = 20  # ratios 0, 1/20, …, 19/20 between weight and activation magnitude
 ROWS = 256  # outputs searched at a time: little memory, and a working set that a core's cache holds
 RECORDED_TOKENS = 2048  # padded calibration tokens on which blocks are run again, at least one batch
-SAMPLE = 4  # of the outputs of a linear, one in four ranks its candidate scales, ...
-SHORTLIST = 5  # ... and the first of them are compared on all outputs;
-FEWEST_SAMPLED = 64  # of fewer outputs than these times four, all candidates are
+SAMPLE = 8  # of the outputs of a linear, one in eight ranks its candidate scales, ...
+SHORTLIST = 4  # ... and the first of them are compared on all outputs;
+FEWEST_SAMPLED = 64  # of fewer outputs than these times eight, all candidates are
 CLIP_STEPS = 10  # a group's largest magnitude is shrunk by 0, 1/20, …, 9/20
 
 
@@ -173,9 +173,9 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, columns: Tensor | 
     A group's own part of the output is compared, so its error needs G's diagonal block of that group alone.
 
     Args:
-        weight: shape `(out, in)`, float32, scaled.
-        gram: second moment of the inputs, shape `(in, in)`.
-        columns: the scales that the inputs are divided by, shape `(in,)`.
+        weight: shape `(out, in)`, unscaled.
+        gram: second moment of the inputs, shape `(in, in)`, unscaled.
+        columns: the scales that the weight's columns are multiplied and the inputs divided by, shape `(in,)`.
 
     Returns:
         Steps of `CLIP_STEP`, shape `(out, in / group_size)`, uint8.
@@ -183,10 +183,11 @@ def search_clip(weight: Tensor, gram: Tensor, scheme: Scheme, columns: Tensor | 
     by_group = (-1, scheme.group_size)
     blocks = gram.unflatten(1, by_group).unflatten(0, by_group).diagonal(dim1=0, dim2=2)  # (g, g, n_groups)
     blocks = blocks.permute(2, 0, 1).contiguous()  # (n_groups, g, g)
-    if columns is not None:
-        scales = columns.to(gram).unflatten(0, by_group)
-        blocks /= scales[:, :, None] * scales[:, None, :]
-    return torch.cat([_search_clip(rows, blocks, scheme) for rows in weight.split(ROWS)])
+    scales = torch.ones(()) if columns is None else columns
+    scales = scales.to(gram).expand(len(gram))
+    grouped = scales.unflatten(0, by_group)
+    blocks /= grouped[:, :, None] * grouped[:, None, :]
+    return torch.cat([_search_clip(rows.float() * scales, blocks, scheme) for rows in weight.split(ROWS)])
 
 
 def _search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
@@ -245,8 +246,8 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
             columns = recipe.scales.get(layer.path(mapping.previous))
             for name in mapping.linears:
                 if name not in NOT_CLIPPED:
-                    scaled = layer.scaled_columns(name, recipe.scales)
-                    clips = search_clip(scaled, gram, recipe.scheme(layer.path(name)), columns)
+                    weight = layer.linears[name].weight.detach()
+                    clips = search_clip(weight, gram, recipe.scheme(layer.path(name)), columns)
                     recipe.clips[layer.path(name)] = clips.cpu()
         # [STEP 3] What it gained, and what is left.
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
