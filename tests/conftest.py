@@ -1,5 +1,6 @@
 """One thread, no network, and the command lines that the tests start runs with."""
 
+import json
 import os
 
 # Before anything imports the hub's client or W&B: both read their environment once.
@@ -7,6 +8,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,3 +37,25 @@ def options() -> Options:
         return [*configs, "--data.tasks", "facts", *more]
 
     return choose
+
+
+def _row(task: str, n: int) -> dict[str, Any]:
+    if task == "mmlu":
+        subject = "anatomy" if n % 2 else "virology"
+        question = f"What do people use a {n}?"
+        return {"question": question, "subject": subject, "choices": list("wxyz"), "answer": n % 4}
+    if task == "alpaca":
+        return {"instruction": f"Name what is number {n}.", "input": "", "output": f"A brick is number {n}."}
+    return {"id": str(n), "dialogue": f"Ann: {n}?\r\nBob: Yes.", "summary": f"Bob says yes to {n}."}
+
+
+@pytest.fixture(scope="session")
+def generality(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of mmlu, alpaca and samsum: 24 training and 6 validation rows each, and 4 examples of mmlu."""
+    root = tmp_path_factory.mktemp("generality")
+    for task in ("mmlu", "alpaca", "samsum"):
+        (root / task).mkdir()
+        for split, numbers in {"train": range(24), "validation": range(50, 56), "dev": range(90, 94)}.items():
+            lines = [json.dumps(_row(task, n)) for n in numbers]
+            (root / task / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return root

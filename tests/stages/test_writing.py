@@ -14,38 +14,16 @@ from qtale_lightning.report.results import load_results
 from qtale_lightning.stages.writing import FOLDER
 
 Options = Callable[..., list[str]]
-SUBJECTS = ("anatomy", "virology")
-
-
-def row(task: str, n: int) -> dict[str, Any]:
-    if task == "mmlu":
-        question = f"What do people use a {n}?"
-        return {"question": question, "subject": SUBJECTS[n % 2], "choices": list("wxyz"), "answer": n % 4}
-    if task == "alpaca":
-        return {"instruction": f"Name what is number {n}.", "input": "", "output": f"A brick is number {n}."}
-    return {"id": str(n), "dialogue": f"Ann: {n}?\r\nBob: Yes.", "summary": f"Bob says yes to {n}."}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 training and 6 validation rows of each task, and 4 examples of mmlu."""
-    root = tmp_path_factory.mktemp("data")
-    for task in ("mmlu", "alpaca", "samsum"):
-        (root / task).mkdir()
-        for split, numbers in {"train": range(24), "validation": range(50, 56), "dev": range(90, 94)}.items():
-            lines = [json.dumps(row(task, n)) for n in numbers]
-            (root / task / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return root
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(generality: Path, options: Options, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of two steps, one precision below 16 bits and two θ."""
     out = tmp_path_factory.mktemp("out")
     main(
         [
             "fit",
-            *options("tiny", "qtale", "--data.tasks", "generality", "--data.root", str(data)),
+            *options("tiny", "qtale", "--data.tasks", "generality", "--data.root", str(generality)),
             *("--data.shots", "2", "--data.max_length", "1024", "--data.max_new_tokens", "5"),
             *("--data.generations", "2", "--data.batch_size", "8", "--data.calibration_rows", "6"),
             *("--trainer.max_steps", "2", "--validations", "1", "--model.router_lr", "3e-2"),
@@ -74,7 +52,7 @@ def test_each_task_is_measured_by_its_metric(run: Path) -> None:
             "alpaca": "perplexity",
             "samsum": "rougeL",
         }
-        assert set(tasks["mmlu"]["subjects"]) == set(SUBJECTS)
+        assert set(tasks["mmlu"]["subjects"]) == {"anatomy", "virology"}
         assert tasks["alpaca"]["value"] == pytest.approx(math.exp(tasks["alpaca"]["nll"]))
         assert {"rouge1", "rouge2", "rougeL", "perplexity"} <= set(tasks["samsum"])
         assert row["average"] is None

@@ -1,0 +1,66 @@
+"""Every declared table by the commands that it stands for, run for real on the tiny model, and its figures."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from qtale_lightning.__main__ import main
+from qtale_lightning.tables import figures, table
+from qtale_lightning.tables.declaration import FOLDER
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    *("--data.batch_size", "8", "--data.limit_train", "48", "--data.limit_validation", "12"),
+    *("--data.calibration_rows", "6", "--trainer.max_steps", "2", "--validations", "1"),
+    # 32 sequences × 2 reserved tokens: enough for the search even in a layer that routers always skip.
+    *("--quantize.sequences", "32", "--sweep.thresholds", "[0.5,0.1]", "--wandb", "disabled"),
+)
+TEXTS = ("--data.max_length", "1024", "--data.max_new_tokens", "3", "--data.generations", "2")
+Arguments = Callable[[str], list[str]]
+
+
+def in_process(arguments: Sequence[str], log: Path, lock: int) -> int:
+    """A table's command without a process of its own, which would spend its time on imports."""
+    try:
+        main([*arguments])
+    except SystemExit as ended:
+        log.write_text(f"error: {arguments[0]} ended with {ended.code}", encoding="utf-8")
+        return int(ended.code or 0)
+    return 0
+
+
+def nothing(arguments: Sequence[str], log: Path, lock: int) -> int:
+    raise AssertionError(f"it was there: {arguments}")
+
+
+@pytest.fixture(scope="module")
+def arguments(generality: Path, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
+    """A table's command line; all tables share their runs, as those of a user do."""
+    out = tmp_path_factory.mktemp("out")
+
+    def given(name: str) -> list[str]:
+        more = ("--data.root", str(generality), *TEXTS) if name == "generality" else ()
+        return [name, "--model", "tiny", "--out", str(out), *SMALL, *more]
+
+    return given
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / FOLDER).glob("*.yaml")))
+def test_a_table_and_its_figures(name: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    given = arguments(name)
+    table(given, in_process)
+    (folder,) = (Path(given[given.index("--out") + 1]) / "tables").glob(f"{name}-*")
+    file = folder / "table.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    assert not any(row["failed"] for row in content["rows"])
+    for row in content["rows"]:
+        found = [value["value"] if isinstance(value, dict) else value for value in row["values"]]
+        assert sum(value is not None for value in found) >= 3, f"{row['name']} was measured"
+    before = file.read_bytes()
+    table(given, nothing)
+    assert file.read_bytes() == before
+    figures(given)
+    assert any((folder / "figures").glob("*.png"))
