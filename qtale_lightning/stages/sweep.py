@@ -56,8 +56,9 @@ def sweep(
             selected += [_meet(subject, budget, options.rule == "layer-budget") for budget in options.budgets]
         else:
             selected.append(_select(subject, options))
-    others = [row for row in load_or_new(run.root)["selected"] if row.get("engine") not in ("none", engine)]
-    update_results(run.root, "selected", [*selected, *others])
+    again = {(one["bits"], one["engine"]) for one in selected}
+    others = [one for one in load_or_new(run.root)["selected"] if (one["bits"], one.get("engine")) not in again]
+    update_results(run.root, "selected", sorted([*selected, *others], key=lambda one: -one["bits"]))
 
 
 def _select(subject: Subject, options: SweepOptions) -> Selected:

@@ -185,6 +185,14 @@ def test_a_margin_is_shown_or_full_execution_stays(swept: Path) -> None:
     assert [choice["theta"] for choice in wide["selected"]] == [0.6, 0.6]
 
 
+def test_a_sweep_of_one_precision_keeps_what_was_selected_at_others(swept: Path) -> None:
+    before = dict(load_results(swept))["selected"]
+    after = sweep(swept, "--quantize.bits", "[]", "--sweep.thresholds", "[0.3]")["selected"]
+    assert [(choice["bits"], choice["engine"]) for choice in after] == PRECISIONS
+    assert after[0]["theta"] == 0.3
+    assert after[1] == before[1]
+
+
 # ---------------------------------------------------------------------------------------------------- budget
 
 
