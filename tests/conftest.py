@@ -59,3 +59,12 @@ def generality(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines = [json.dumps(_row(task, n)) for n in numbers]
             (root / task / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return root
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """Folder with real rows of the seven tasks of the suite."""
+    folder = os.environ.get("QTALE_DATA")
+    if not folder:
+        pytest.skip("QTALE_DATA isn't set: it names a folder with <task>/{train,validation}.jsonl")
+    return Path(folder)

@@ -57,7 +57,9 @@ def sweep(
         else:
             selected.append(_select(subject, options))
     again = {(one["bits"], one["engine"]) for one in selected}
-    others = [one for one in load_or_new(run.root)["selected"] if (one["bits"], one.get("engine")) not in again]
+    others = [
+        one for one in load_or_new(run.root)["selected"] if (one["bits"], one.get("engine")) not in again
+    ]
     update_results(run.root, "selected", sorted([*selected, *others], key=lambda one: -one["bits"]))
 
 

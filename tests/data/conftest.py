@@ -1,7 +1,5 @@
 """Rows in every task's fields, and a small byte-level tokenizer."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -85,12 +83,3 @@ def bos_tokenizer() -> PreTrainedTokenizerFast:
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
     return tokenizer
-
-
-@pytest.fixture(scope="session")
-def real_root() -> Path:
-    """Folder with real rows of the seven tasks of the suite."""
-    folder = os.environ.get("QTALE_DATA")
-    if not folder:
-        pytest.skip("QTALE_DATA isn't set: it names a folder with <task>/{train,validation}.jsonl")
-    return Path(folder)

@@ -9,7 +9,6 @@ tie), either may win; ties are counted and must be few.
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -331,14 +330,14 @@ def test_generation_pads_on_the_left(
 
 
 @pytest.fixture(scope="module")
-def real_rows() -> Prompts:
+def real_rows(real_root: Path) -> Prompts:
     """Twenty real rows of each task, the shortest of sixty: this is the file's longest test."""
-    root = os.environ.get("QTALE_DATA")
-    if root is None:
-        pytest.skip("needs the folder of real rows in QTALE_DATA")
     found = {}
     for task in CSQA:
-        prompts = [build_prompt(question, "cloze") for question in read_local(task, root, "validation")[:60]]
+        prompts = [
+            build_prompt(question, "cloze")
+            for question in read_local(task, str(real_root), "validation")[:60]
+        ]
         found[task] = sorted(
             prompts, key=lambda prompt: len("".join(prompt.contexts + prompt.continuations))
         )[:20]

@@ -221,6 +221,17 @@ def test_a_budget_is_met_on_calibration_and_on_validation_questions(run: Path, p
     assert scored == [[choice["theta"]] for choice in results["selected"]], "validation questions alone"
 
 
+def test_a_budget_is_met_on_real_rows_that_were_held_out(
+    make_run: Callable[..., RunDirectory], real_root: Path, tmp_path: Path
+) -> None:
+    """θ comes from training rows of the seven tasks, the ratio is that of validation rows."""
+    rows_of_all = ("--data.tasks", "csqa", "--data.root", str(real_root), "--data.calibration_rows", "24")
+    run = make_run(tmp_path, "qtale", *rows_of_all, "--data.limit_validation", "24", *SWEEP)
+    results = sweep(run.root, "--sweep.rule", "budget", "--sweep.budgets", "[0.8,0.6]")
+    for choice in results["selected"]:
+        assert abs(choice["execution_ratio"] - choice["budget"]) <= 0.02
+
+
 def test_a_search_isnt_repeated_even_after_another_rule(run: Path, passes: Passes) -> None:
     options = ("--sweep.rule", "budget", "--sweep.budgets", "[0.7]")
     first = sweep(run, *options)
