@@ -1,7 +1,6 @@
 """Written answers against token-by-token masked passes, and what is read from them."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,18 +10,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qtale_lightning.evaluation.generation import generate, read_answer
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from tests.evaluation.architecture import ARCHITECTURE
 
-ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,  # large enough for logits and decisions that differ between tokens
-    "max_position_embeddings": 64,
-}
+MODEL = ARCHITECTURE | {"max_position_embeddings": 64}
 NEW = 9
 
 
@@ -37,8 +27,8 @@ def words(eos: int) -> PreTrainedTokenizerFast:
 def model() -> RoutedLlamaForCausalLM:
     """Random weights, and routers whose decisions are mixed; two tokens are reserved."""
     torch.manual_seed(0)
-    dense = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE))
-    routed = route(copy.deepcopy(dense), RoutedLlamaConfig(**ARCHITECTURE, router_width=16, start_layer=1))
+    dense = LlamaForCausalLM(LlamaConfig(**MODEL))
+    routed = route(copy.deepcopy(dense), RoutedLlamaConfig(**MODEL, router_width=16, start_layer=1))
     for layer in routed.model.layers[1:]:
         nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
         nn.init.zeros_(layer.router.out.bias)

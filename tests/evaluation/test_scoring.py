@@ -12,17 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.scoring import score, score_thresholds
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from tests.evaluation.architecture import ARCHITECTURE
 
-ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,  # large enough for decisions that differ between tokens
-}
 # Log-likelihoods are sums of up to 7 terms of size ~5 in float32: noise is ~1e-5, a wrong token or decision ~1e-1.
 TOLERANCE = 1e-4
 

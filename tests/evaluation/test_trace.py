@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -22,17 +21,8 @@ from qtale_lightning.evaluation.trace import (
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
 from qtale_lightning.models.router import execute_probability
 from qtale_lightning.models.sources import load_tokenizer
+from tests.evaluation.architecture import ARCHITECTURE
 
-ARCHITECTURE: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "initializer_range": 0.2,  # large enough for decisions that differ between tokens
-}
 THETA = 0.4
 
 

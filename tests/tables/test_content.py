@@ -9,21 +9,10 @@ from typing import Any
 import pytest
 
 from qtale_lightning.tables import table
+from tests.tables.files import folder, row_of, rows
 
 Arguments = Callable[..., list[str]]
 Declared = Callable[[str], Path]
-
-
-def folder(arguments: list[str], name: str, data: str = "facts") -> Path:
-    return Path(arguments[arguments.index("--out") + 1]) / "tables" / f"{name}-tiny-{data}"
-
-
-def rows(arguments: list[str], name: str) -> list[dict[str, Any]]:
-    return json.loads((folder(arguments, name) / "table.json").read_text(encoding="utf-8"))["rows"]
-
-
-def row_of(found: list[dict[str, Any]], name: str, bits: float) -> dict[str, Any]:
-    return next(row for row in found if (row["name"], row["bits"]) == (name, bits))
 
 
 def test_numbers_are_traceable(arguments: Arguments, commands: Any, tmp_path: Path) -> None:

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from qtale_lightning.tables import table
+from tests.tables.files import folder
 
 Arguments = Callable[..., list[str]]
-
-
-def folder(arguments: list[str], name: str, data: str = "facts") -> Path:
-    return Path(arguments[arguments.index("--out") + 1]) / "tables" / f"{name}-tiny-{data}"
 
 
 def files(path: Path) -> dict[str, bytes]:
