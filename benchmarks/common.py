@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def report(
     name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None
 ) -> None:
     """Print the table, hardware and claims; write them as JSON where a file is given."""
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 200)  # a log's table keeps its columns
     table = Table(title=name, caption=hardware())
     for column in rows[0]:
         table.add_column(column, justify="right" if isinstance(rows[0][column], float) else "left")

@@ -67,7 +67,8 @@ def shares(name: str, widths: list[int], tokens: int, repeats: int) -> list[dict
         ("layer", 0): partial(layer.execute, hidden, rotary, attend)
     }
     for width in widths:
-        router = Router(config.hidden_size, width).eval()
+        with torch.inference_mode(False):  # weights made in it have no version, and are multiplied in float32
+            router = Router(config.hidden_size, width).eval()
         contenders["float32", width] = partial(in_float32, router, hidden)
         contenders["bfloat16", width] = partial(router, hidden)
     seconds = interleaved(contenders, repeats)
