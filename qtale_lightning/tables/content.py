@@ -4,7 +4,7 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ from qtale_lightning.evaluation import cost
 from qtale_lightning.report.notes import TASK_NAMES
 from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header
-from qtale_lightning.tables.bold import Side, is_better
+from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.table import Answer, Table, commit_of
 
@@ -91,6 +91,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
             for c in columns
         ],
         "rows": rows,
+        "differences": _differences(table, columns, rows, answers) if table.declaration.differences else [],
     }
 
 
@@ -252,22 +253,53 @@ def _mark_best(
     table: Table, columns: Sequence[ColumnOf], rows: list[dict[str, Any]], answers: dict[Any, Answer]
 ) -> None:
     """Marks a column's best value in each group of lines, if the paired difference to the next best is significant."""
+    for column in columns:
+        if column.shown.better is None:
+            continue
+        for group in _groups(table, rows):
+            sign = -1 if column.shown.better == "higher" else 1
+            valued = [index for index in group if _has(rows[index], column)]
+            valued.sort(key=lambda i: sign * rows[i]["values"][column.key]["value"])
+            if len(valued) > 1:
+                best, next_best = (_sides(table, column, index, answers) for index in valued[:2])
+                if is_better(best, next_best, column.task or None, _score(column), column.shown.better):
+                    rows[valued[0]]["values"][column.key]["best"] = True
+
+
+def _differences(
+    table: Table, columns: Sequence[ColumnOf], rows: list[dict[str, Any]], answers: dict[Any, Answer]
+) -> list[dict[str, Any]]:
+    """What each line's average and nll differ by from those of the first line of its group."""
+    found = []
+    for first, *others in _groups(table, rows):
+        for index in others:
+            values = {}
+            for column in columns:
+                there = _has(rows[index], column) and _has(rows[first], column)
+                if column.kind in ("average", "nll") and there:
+                    ours, theirs = (_sides(table, column, i, answers) for i in (index, first))
+                    apart = difference(ours, theirs, None, _score(column))
+                    values[column.key] = asdict(apart) if apart else None
+            found.append({"row": index, "against": first, "values": values})
+    return found
+
+
+def _has(row: dict[str, Any], column: ColumnOf) -> bool:
+    return (row["values"].get(column.key) or {}).get("value") is not None
+
+
+def _groups(table: Table, rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Lines that are compared with each other, by their place."""
     groups: dict[tuple[Any, ...], list[int]] = {}
     for index, row in enumerate(rows):
         if row["group"] or "group" not in table.declaration.compare:
             groups.setdefault(tuple(row[key] for key in table.declaration.compare), []).append(index)
-    for column in columns:
-        if column.shown.better is None:
-            continue
-        for group in groups.values():
-            valued = [i for i in group if (rows[i]["values"].get(column.key) or {}).get("value") is not None]
-            sign = -1 if column.shown.better == "higher" else 1
-            valued.sort(key=lambda i: sign * rows[i]["values"][column.key]["value"])
-            if len(valued) > 1:
-                sides = [_sides(table, column, i, answers) for i in valued[:2]]
-                task, score = column.task or None, "nll" if column.kind == "nll" else "value"
-                if is_better(sides[0], sides[1], task, score, column.shown.better):
-                    rows[valued[0]]["values"][column.key]["best"] = True
+    return list(groups.values())
+
+
+def _score(column: ColumnOf) -> str:
+    """Which of the scores of a question a column is the mean of."""
+    return "nll" if column.kind == "nll" else "value"
 
 
 def _sides(table: Table, column: ColumnOf, index: int, answers: dict[Any, Answer]) -> list[Side]:

@@ -159,6 +159,8 @@ class Declaration(_Declared):
     columns: list[Column] = Field(["theta", "execution_ratio", "tasks", "average", "nll"], min_length=1)
     compare: list[Literal["bits", "name", "method", "engine", "setting", "group"]] = ["bits"]
     """The best of the lines that agree in these is bold; by group, lines that have none aren't compared."""
+    differences: bool = False
+    """Whether each line's paired difference to the first of those that it is compared with is given."""
     paper: list[PaperValue] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 

@@ -13,6 +13,7 @@ from qtale_lightning.report.tables import markdown_table
 from qtale_lightning.tables.bold import RULE
 
 PAPER = "the paper's"
+NOISE = "bold where the 95 % interval leaves 0 out, else within noise"
 LATEX = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "θ": r"$\theta$", "λ": r"$\lambda$",
@@ -154,8 +155,38 @@ def markdown(content: dict[str, Any]) -> str:
     parts = [f"# {_title(content)}", markdown_table(headers, marked)]
     if failed := failures(content):
         parts.append("\n".join(f"- failed: {line}" for line in failed))
+    if content["differences"]:
+        parts += [f"Paired differences, on the same questions; {NOISE}:", differences(content)]
     parts += ["\n".join(f"- {note}" for note in footnotes(content)), f"```\n{content['command']}\n```"]
     return "\n\n".join(parts) + "\n"
+
+
+def differences(content: dict[str, Any]) -> str:
+    """What lines differ by from the first of their group, as Markdown."""
+    columns = [column for column in content["columns"] if column["kind"] in ("average", "nll")]
+    texts = []
+    for found in content["differences"]:
+        row, first = content["rows"][found["row"]], content["rows"][found["against"]]
+        text = [_named(row), _named(first), f"{row['bits']:g}"]
+        for column in columns:
+            apart = found["values"].get(column["key"])
+            text.append(_apart(apart, column) if apart else "–")
+        texts.append(text)
+    return markdown_table(["line", "against", "bits", *(column["header"] for column in columns)], texts)
+
+
+def _named(row: dict[str, Any]) -> str:
+    engine = row["engine"] if row["engine"] in ("rtn", "autoawq") else ""
+    return ", ".join(part for part in (row["name"], row["setting"], engine) if part)
+
+
+def _apart(found: dict[str, Any], column: dict[str, Any]) -> str:
+    value, error = (
+        f"{column['factor'] * found[key]:{sign}.{column['digits']}f}"
+        for key, sign in (("value", "+"), ("stderr", ""))
+    )
+    text = f"{value.replace('-', '−')} ± {error}"
+    return f"**{text}**" if found["significant"] else text
 
 
 def latex(content: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qtale_lightning.evaluation.predictions import Prediction, save_predictions
-from qtale_lightning.tables.bold import Side, is_better
+from qtale_lightning.tables.bold import Side, difference, is_better
 
 Make = Callable[..., Side]
 
@@ -78,3 +78,17 @@ def test_a_task_is_judged_by_its_own_questions(side: Make) -> None:
 def test_without_predictions_nothing_is_better(side: Make, tmp_path: Path) -> None:
     one = side("a", answers(70))
     assert not is_better([one], [Side(tmp_path / "nowhere", one.row)], None, "value", "higher")
+
+
+def test_a_difference_has_its_error_and_interval(side: Make) -> None:
+    found = difference([side("a", answers(58))], [side("b", answers(50))], None, "value")
+    assert found is not None
+    assert found.value == pytest.approx(0.08)
+    assert found.stderr == pytest.approx((0.08 * 0.92 / 100) ** 0.5, rel=0.05), "that of 8 questions of 100"
+    assert 0 < found.low < 0.08 < found.high
+    assert found.significant
+    seeds = [side("c0", answers(70)), side("c1", answers(60))], [side("d", answers(50))] * 2
+    over_seeds = difference(*seeds, None, "value")
+    assert over_seeds is not None
+    assert over_seeds.value == pytest.approx(0.15)
+    assert over_seeds.stderr == pytest.approx(0.05), "of 0.2 and 0.1, over seeds"

@@ -64,3 +64,19 @@ def test_the_papers_values_stand_beside_ours(arguments: Arguments, commands: Any
         "",
         "72.22",
     ]
+
+
+def test_differences_are_to_the_first_of_a_group(arguments: Arguments, commands: Any) -> None:
+    given = arguments("fairness")
+    table(given, commands)
+    content = json.loads((folder(given, "fairness") / "table.json").read_text(encoding="utf-8"))
+    found = content["rows"]
+    pairs = [(found[one["row"]], found[one["against"]]) for one in content["differences"]]
+    assert {first["name"] for _, first in pairs} == {"QTALE", "QTALE at a ratio of 0.8"}
+    assert all((row["bits"], row["group"]) == (first["bits"], first["group"]) for row, first in pairs)
+    for one, (row, first) in zip(content["differences"], pairs, strict=True):
+        apart = one["values"]["average"]
+        expected = row["values"]["average"]["value"] - first["values"]["average"]["value"]
+        assert apart["value"] == pytest.approx(expected, abs=1e-9)
+    page = (folder(given, "fairness") / "table.md").read_text(encoding="utf-8")
+    assert "| line | against | bits | average % | nll ↓ |" in page
