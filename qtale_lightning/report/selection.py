@@ -49,3 +49,8 @@ class Search(TypedDict):
     execution_ratio: Fraction
     passes: Count
     seconds: Quantity
+
+
+def search_key(search: Search) -> tuple[float, str, str, float]:
+    """What no two searches of a run have in common: precision, rule and budget."""
+    return search["bits"], search["engine"], search["rule"], search["budget"]

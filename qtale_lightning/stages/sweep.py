@@ -21,7 +21,7 @@ from qtale_lightning.evaluation.threshold import (
 )
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, load_or_new, update_results
-from qtale_lightning.report.selection import Search, Selected
+from qtale_lightning.report.selection import Selected, search_key
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.evaluate import Subject
 from qtale_lightning.stages.export import load_exported
@@ -90,7 +90,7 @@ def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
     rule: Literal["budget", "layer-budget"] = "layer-budget" if by_layer else "budget"
     key = (subject.bits, subject.engine, rule, budget)
     searches = load_or_new(subject.run.root).get("searches", [])
-    known = next((one for one in searches if _key(one) == key), None)
+    known = next((one for one in searches if search_key(one) == key), None)
     if known is None or subject.known(known["theta"], "calibration") is None:
         calibration = _calibration(subject)
         find = find_layer_thresholds if by_layer else find_threshold
@@ -106,8 +106,8 @@ def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
             "passes": calibration.passes,
             "seconds": calibration.seconds,
         }
-        kept = [one for one in searches if _key(one) != key]
-        update_results(subject.run.root, "searches", sorted([*kept, known], key=_key))
+        kept = [one for one in searches if search_key(one) != key]
+        update_results(subject.run.root, "searches", sorted([*kept, known], key=search_key))
     _say(subject, known["theta"], known["passes"], known["seconds"])
     (row,) = subject.evaluate([known["theta"]], "validation")
     cost = {name: known[name] for name in ("passes", "seconds", "budget")}
@@ -126,10 +126,6 @@ def _calibration(subject: Subject) -> Calibration:
         return progress(f"{subject}, searching: {name}", len(questions))
 
     return Calibration(subject.model, questions, nll, bar)
-
-
-def _key(search: Search) -> tuple[float, str, str, float]:
-    return search["bits"], search["engine"], search["rule"], search["budget"]
 
 
 def _selected(row: Evaluation, rule: str, **found: Any) -> Selected:

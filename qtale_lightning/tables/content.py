@@ -253,10 +253,11 @@ def _mark_best(
     table: Table, columns: Sequence[ColumnOf], rows: list[dict[str, Any]], answers: dict[Any, Answer]
 ) -> None:
     """Marks a column's best value in each group of lines, if the paired difference to the next best is significant."""
+    groups = _groups(table, rows)
     for column in columns:
         if column.shown.better is None:
             continue
-        for group in _groups(table, rows):
+        for group in groups:
             sign = -1 if column.shown.better == "higher" else 1
             valued = [index for index in group if _has(rows[index], column)]
             valued.sort(key=lambda i: sign * rows[i]["values"][column.key]["value"])

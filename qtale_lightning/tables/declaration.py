@@ -5,6 +5,7 @@ every combination: each is a `Line` of the table, and needs one run a seed.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -135,9 +136,7 @@ class Line:
     @property
     def setting(self) -> str:
         """The varied options, such as "λ₂ = 0.5"."""
-        return ", ".join(
-            f"{SYMBOLS.get(key, key)} = {value}" for key, value in self.options if key in self.varied
-        )
+        return setting_of([(key, value) for key, value in self.options if key in self.varied])
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -198,6 +197,11 @@ class Declaration(_Declared):
             if not any((line.name, line.bits) == (value.cell, value.bits) for line in lines):
                 raise ValueError(f"paper: there is no line {value.cell!r} at {value.bits:g} bits")
         return self
+
+
+def setting_of(options: Sequence[tuple[str, Option]]) -> str:
+    """Options as tables and figures name them."""
+    return ", ".join(f"{SYMBOLS.get(key, key)} = {value}" for key, value in options)
 
 
 def _lines(cell: Cell) -> list[Line]:

@@ -18,7 +18,7 @@ from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
 from qtale_lightning.report.routing_figure import read_metrics
 from qtale_lightning.report.style import DPI
-from qtale_lightning.tables.declaration import Line
+from qtale_lightning.tables.declaration import Line, setting_of
 from qtale_lightning.tables.plots import (
     Heat,
     Point,
@@ -30,7 +30,7 @@ from qtale_lightning.tables.plots import (
     plot_layers,
     style_of,
 )
-from qtale_lightning.tables.runs import TableRun, setting_of
+from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table, commit_of
 
 METHODS = {"full": "full", "dllm": "D-LLM", "qtale": "QTALE"}

@@ -59,10 +59,9 @@ def cells(content: dict[str, Any]) -> tuple[list[str], list[list[str]], list[lis
     """Headings, cells as text, and which of these are the best."""
     rows = content["rows"]
     labels = {"name": "method", "setting": "setting", "bits": "bits", "engine": "engine"}
-    several = {row["engine"] for row in rows} - {"none"}
     if not any(row["setting"] for row in rows):
         labels.pop("setting")
-    if len(several) < 2:
+    if not _several_engines(content):
         labels.pop("engine")
     paper = {kind for row in rows for kind in row["paper"]}
     headers, texts, best = list(labels.values()), [_labels(row, labels) for row in rows], []
@@ -78,6 +77,11 @@ def cells(content: dict[str, Any]) -> tuple[list[str], list[list[str]], list[lis
                 text.append(f"{row['paper'][column['kind']]:.2f}" if column["kind"] in row["paper"] else "")
                 marks.append(False)
     return headers, texts, best
+
+
+def _several_engines(content: dict[str, Any]) -> bool:
+    """Whether a line must say which engine quantized it."""
+    return len({row["engine"] for row in content["rows"]} - {"none"}) > 1
 
 
 def _labels(row: dict[str, Any], labels: dict[str, str]) -> list[str]:
@@ -167,17 +171,14 @@ def differences(content: dict[str, Any]) -> str:
     texts = []
     for found in content["differences"]:
         row, first = content["rows"][found["row"]], content["rows"][found["against"]]
-        text = [_named(row), _named(first), f"{row['bits']:g}"]
+        parts = ("name", "setting", "engine") if _several_engines(content) else ("name", "setting")
+        names = [", ".join(one[part] for part in parts if one[part]) for one in (row, first)]
+        text = [*names, f"{row['bits']:g}"]
         for column in columns:
             apart = found["values"].get(column["key"])
             text.append(_apart(apart, column) if apart else "–")
         texts.append(text)
     return markdown_table(["line", "against", "bits", *(column["header"] for column in columns)], texts)
-
-
-def _named(row: dict[str, Any]) -> str:
-    engine = row["engine"] if row["engine"] in ("rtn", "autoawq") else ""
-    return ", ".join(part for part in (row["name"], row["setting"], engine) if part)
 
 
 def _apart(found: dict[str, Any], column: dict[str, Any]) -> str:

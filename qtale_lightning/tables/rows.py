@@ -8,6 +8,7 @@ from typing import Literal
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.threshold import within_one_standard_error, within_tolerance
 from qtale_lightning.report.results import Evaluation, same_theta
+from qtale_lightning.report.selection import search_key
 from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
 from qtale_lightning.tables.runs import TableRun
 
@@ -64,14 +65,7 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
     theta = demand.theta
     if isinstance(theta, BudgetRule):
         key = (demand.bits, demand.engine, theta.rule, theta.budget)
-        found = next(
-            (
-                search
-                for search in results.get("searches", [])
-                if (search["bits"], search["engine"], search["rule"], search["budget"]) == key
-            ),
-            None,
-        )
+        found = next((search for search in results.get("searches", []) if search_key(search) == key), None)
         return _at(at["validation"], found["theta"]) if found else None
     if isinstance(theta, GridRule):
         chosen = _choose(run, theta, at["calibration"])

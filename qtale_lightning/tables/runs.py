@@ -11,7 +11,7 @@ from qtale_lightning.plan import optimizer_steps, training_flops
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
 from qtale_lightning.run import RunDirectory, identity
-from qtale_lightning.tables.declaration import SYMBOLS, Line, Option
+from qtale_lightning.tables.declaration import Line, Option
 
 EXPERIMENTS = Path("experiments")
 
@@ -139,8 +139,3 @@ def _variant(options: Sequence[tuple[str, Option]]) -> str:
 
 def _argument(value: Option) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def setting_of(options: Sequence[tuple[str, Option]]) -> str:
-    """All options of a line, as a figure names them."""
-    return ", ".join(f"{SYMBOLS.get(key, key)} = {value}" for key, value in options)
