@@ -102,7 +102,9 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             id="choice labels",
         ),
         pytest.param(
-            ("--data.shots", "5"), ("--data.shots 5", "facts", "mmlu"), id="shots of a task without"
+            ("--data.tasks", "alpaca", "--data.shots", "5"),
+            ("--data.shots 5", "alpaca"),
+            id="shots of a task without",
         ),
         pytest.param(
             ("--data.answers", "generated"),

@@ -44,12 +44,10 @@ class Asking:
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"--data.max_new_tokens must be positive, got {self.max_new_tokens}")
         chosen = [task for task in self.tasks if not TASKS[task].written]
-        without = [task for task in chosen if not TASKS[task].few_shot]
-        if self.shots and (without or not chosen):
-            few_shot = ", ".join(name for name, task in TASKS.items() if task.few_shot)
+        if self.shots and not chosen:
             raise ValueError(
-                f"--data.shots {self.shots}: there are no examples for {', '.join(without or self.tasks)}; only "
-                f"{few_shot} has dev rows to take them from"
+                f"--data.shots {self.shots}: there are no examples for {', '.join(self.tasks)}; only tasks with "
+                "choices have them"
             )
         unlisted = [task for task in chosen if not TASKS[task].template and self.prompt_style == "cloze"]
         if self.answers == "generated" and (unlisted or not chosen):

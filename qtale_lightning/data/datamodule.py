@@ -38,7 +38,8 @@ class CommonsenseDataModule(LightningDataModule):
         root: Folder with <task>/train.jsonl and <task>/validation.jsonl. None reads the Hugging Face hub.
         prompt_style: cloze (score each choice's text) or choice (score each choice's letter); mmlu is always choice.
         choice_labels: What choices are called in the choice style: letters or numbers.
-        shots: Examples before each scored question of mmlu, from its dev rows (<root>/mmlu/dev.jsonl).
+        shots: Examples before each scored question: of mmlu its first dev rows (<root>/mmlu/dev.jsonl), of other tasks
+            with choices their first training rows.
         answers: How validation questions with choices are answered: scored (by log-likelihood) or generated (the model
             writes; what can't be read is wrong).
         max_new_tokens: Tokens of the longest generated answer. None: 16 where choices are given, samsum 96, alpaca 128.

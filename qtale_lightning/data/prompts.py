@@ -2,8 +2,8 @@
 
 `cloze` scores the text of each choice, with the wording of lm-evaluation-harness (`lm_eval/tasks/*`); right
 for small models. `choice` lists the choices and scores their letters or numbers; what 7B fine-tuning uses. mmlu is
-always asked by choice, in the harness's words, and may have examples before its question. alpaca and samsum
-ask for a text.
+always asked by choice, in the harness's words. Examples may stand before a question, as in the harness. alpaca and
+samsum ask for a text.
 """
 
 from collections.abc import Sequence
@@ -22,6 +22,7 @@ _ALPACA = (
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 _ALPACA_PAIRED = ", paired with an input that provides further context"
+_WRITTEN = ("alpaca", "samsum")
 _SAMSUM = "Summarize this dialog:\n{dialogue}\n---\nSummary:\n"  # meta-llama/llama-recipes
 
 
@@ -74,7 +75,7 @@ def build_prompt(
         question: What is asked.
         style: `cloze` or `choice`; of no effect on mmlu, alpaca and samsum.
         labels: What choices are called, `letters` or `numbers`.
-        shots: Examples before the question; mmlu's only.
+        shots: Examples before the question: its own task's, of tasks with choices.
 
     Raises:
         ValueError: The style or the kind of labels is unknown, a question has more choices than there are labels, or
@@ -84,17 +85,24 @@ def build_prompt(
         raise ValueError(f"unknown prompt style {style!r}; known: {', '.join(PROMPT_STYLES)}")
     if labels not in CHOICE_LABELS:
         raise ValueError(f"unknown choice labels {labels!r}; known: {', '.join(CHOICE_LABELS)}")
-    if shots and question.task != "mmlu":
+    if shots and question.task in _WRITTEN:
         raise ValueError(f"task {question.task!r} takes no examples before its questions")
+    prompt = _ask(question, style, labels)
+    before = _about(question) + "".join(_example(shot, style, labels) for shot in shots)
+    return replace(prompt, contexts=tuple(before + context for context in prompt.contexts), shots=len(shots))
+
+
+def _ask(question: Question, style: str, labels: str) -> Prompt:
+    """A question without anything before it."""
     task, count, space = question.task, len(question.choices), " "
     contexts: tuple[str, ...]
     shown: tuple[str, ...] = ()
-    if task in ("alpaca", "samsum"):
+    if task in _WRITTEN:
         context = _alpaca(question) if task == "alpaca" else _SAMSUM.format(dialogue=question.text)
         contexts, answers, space = (context,), question.choices, ""
     elif task == "mmlu" or style == "choice":
         shown = answers = _labels(question, labels)
-        context = _mmlu(question, labels, shots) if task == "mmlu" else _choice(question, shown)
+        context = _mmlu(question, shown) if task == "mmlu" else _choice(question, shown)
         contexts = (context,) * count
     elif task == "winogrande":
         contexts, answers = _partial_evaluation(question)
@@ -109,8 +117,13 @@ def build_prompt(
         choices=question.choices,
         labels=shown,
         subject=question.subject,
-        shots=len(shots),
     )
+
+
+def _example(question: Question, style: str, labels: str) -> str:
+    """A question with its right answer, in front of another one."""
+    prompt = _ask(question, style, labels)
+    return f"{prompt.contexts[prompt.label]}{prompt.continuations[prompt.label]}\n\n"
 
 
 def _cloze_context(question: Question) -> str:
@@ -146,15 +159,16 @@ def _options(question: Question, labels: Sequence[str]) -> str:
     return "\n".join(f"{label}. {text}" for label, text in zip(labels, question.choices, strict=True))
 
 
-def _mmlu(question: Question, kind: str, shots: Sequence[Question]) -> str:
-    """lm-evaluation-harness's mmlu: a description, the examples with their answers, the question."""
+def _about(question: Question) -> str:
+    """What stands before all else: the harness's description of an mmlu subject."""
+    if question.task != "mmlu":
+        return ""
     about = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
-    parts = [f"The following are multiple choice questions (with answers){about}."]
-    for asked in (*shots, question):
-        labels = _labels(asked, kind)
-        answer = "" if asked is question else f" {labels[asked.label]}"
-        parts.append(f"{asked.text}\n{_options(asked, labels)}\nAnswer:{answer}")
-    return "\n\n".join(parts)
+    return f"The following are multiple choice questions (with answers){about}.\n\n"
+
+
+def _mmlu(question: Question, labels: Sequence[str]) -> str:
+    return f"{question.text}\n{_options(question, labels)}\nAnswer:"
 
 
 def _alpaca(question: Question) -> str:

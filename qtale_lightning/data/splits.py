@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from random import Random
 
 from qtale_lightning.data.parsing import Question
@@ -57,7 +58,9 @@ def task_rows(
 
 
 class Examples:
-    """Few-shot examples: the first of the same subject among the task's dev rows, in their order.
+    """Few-shot examples: the first of the same subject among the task's dev rows, else training rows, in their order.
+
+    lm-evaluation-harness's sampler `first_n`. A question isn't its own example.
 
     Args:
         task: Its name.
@@ -70,21 +73,23 @@ class Examples:
 
     def __init__(self, task: str, root: str | None, count: int) -> None:
         self.task, self.count = task, count
-        self._rows: Sequence[Question] = read(task, root, "dev", 0) if count and TASKS[task].few_shot else ()
+        self._split = TASKS[task].few_shot if count else None
+        self._rows: Sequence[Question] = read(task, root, self._split, 0) if self._split else ()
 
     def of(self, question: Question) -> list[Question]:
         """What stands before a question.
 
         Raises:
-            ValueError: Its subject has too few dev rows.
+            ValueError: Its subject has too few rows.
         """
         if not self._rows:
             return []
-        found = [row for row in self._rows if row.subject == question.subject][: self.count]
+        alike = (row for row in self._rows if row.subject == question.subject and row != question)
+        found = [*islice(alike, self.count)]
         if len(found) < self.count:
             raise ValueError(
-                f"--data.shots {self.count}: task {self.task!r} has {len(found)} dev rows of the subject "
-                f"{question.subject!r} of the question {question.text[:60]!r}"
+                f"--data.shots {self.count}: task {self.task!r} has {len(found)} other {self._split} rows of the "
+                f"subject {question.subject!r} of the question {question.text[:60]!r}"
             )
         return found
 

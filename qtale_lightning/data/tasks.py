@@ -84,9 +84,11 @@ class Task:
         return self.metric in ("perplexity", "rougeL")
 
     @property
-    def few_shot(self) -> bool:
-        """Whether it has examples to put before a question."""
-        return self.hub is not None and self.hub.dev is not None
+    def few_shot(self) -> Split | None:
+        """The split whose first rows are examples to put before a question; None where answers are texts."""
+        if self.written:
+            return None
+        return "dev" if self.hub is not None and self.hub.dev is not None else "train"
 
     @property
     def calibration(self) -> bool:

@@ -70,7 +70,7 @@ class Packed:
         packing: How they were gathered.
         cache: The layer's.
         queries: Which executing tokens are asked for; None: all.
-        branch: See :class:`~qtale_lightning.models.routing.Routing`, ``(B, T)``; not together with a cache.
+        branch: See :class:`~qtale_lightning.models.routing.Routing`, ``(B, T, levels)``; not together with a cache.
     """
 
     packing: Packing

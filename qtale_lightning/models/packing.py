@@ -126,5 +126,10 @@ class Subset:
 
 
 def branch_mask(queries: Tensor, keys: Tensor) -> Tensor:
-    """Which tokens may see which, bool ``(B, L, K)``, of their branches: the prompt, and the own branch."""
-    return (keys[:, None, :] == 0) | (keys[:, None, :] == queries[:, :, None])
+    """Which tokens may see which, bool ``(B, L, K)``, of their branches, ``(B, L, levels)`` and ``(B, K, levels)``."""
+    visible = torch.ones((), dtype=torch.bool, device=keys.device)
+    for query, key in zip(
+        queries.unbind(-1), keys.unbind(-1), strict=True
+    ):  # level by level: a quarter of the memory
+        visible = visible & ((key[:, None, :] == 0) | (key[:, None, :] == query[:, :, None]))
+    return visible

@@ -27,8 +27,9 @@ class Routing:
         sample: Decide by straight-through Gumbel noise instead of the threshold. None: while training.
         temperature: Of the Gumbel-softmax.
         forced: Decisions to use instead of the routers', layer → bool ``(B, T)``.
-        branch: Several continuations of one prompt in one sequence, int ``(B, T)``: a token of branch b > 0 sees the
-            prompt, which is branch 0, and its own branch. Give their ``position_ids`` to the model, and no cache.
+        branch: Several continuations of one text in one sequence, and of these again, int ``(B, T, levels)``: a token
+            sees those before it whose number is 0 or its own at every level. Give their ``position_ids`` to the model,
+            and no cache.
         align: Let packed execution repeat a token, where that makes the shapes of products faster; see
             :class:`Packing`. Not where something counts the tokens that reach a linear.
         asked: Tokens whose last hidden states the caller will read, bool ``(B, T)``: in packed execution the last layer

@@ -29,6 +29,26 @@ def trained_on(data: CommonsenseDataModule) -> list[Ids]:
     ]
 
 
+def test_examples_are_the_first_training_rows_but_the_question(
+    local_root: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Calibration questions are held out of the training rows, where examples come from."""
+    options = {"tasks": "piqa,boolq", "root": str(local_root), "shots": 2, "calibration_rows": 19}
+    data = CommonsenseDataModule(**options)
+    data.tokenizer = tokenizer
+    data.setup()
+    for split in ("validation", "calibration"):
+        for question in data.questions(split):
+            first, second, asked = tokenizer.decode(question.contexts[0]).split("\n\n")
+            if question.task == "piqa":  # rows 10 on are training rows
+                number = int(asked.removeprefix("Question: goal ").removesuffix("\nAnswer:"))
+                others = [n for n in (10, 11, 12) if n != number]
+                answers = ("wear it", "eat it")
+                expected = [f"Question: goal {n}\nAnswer: {answers[n % 2]}" for n in others]
+                assert [first, second] == expected[:2]
+    assert not any("\n\n" in tokenizer.decode(ids) for ids in trained_on(data))
+
+
 def gold(question: EncodedPrompt) -> Ids:
     return (*question.contexts[question.label], *question.continuations[question.label])
 
@@ -74,8 +94,10 @@ def local_root(tmp_path: Path) -> Path:
         ({"tasks": "mmlu", "shots": -1}, "--data.shots must not be negative"),
         ({"generations": -1}, "--data.generations must not be negative"),
         ({"max_new_tokens": 0}, "--data.max_new_tokens must be positive"),
-        ({"tasks": "mmlu,piqa", "shots": 5}, "--data.shots 5: there are no examples for piqa; only mmlu"),
-        ({"tasks": "alpaca", "shots": 5}, "no examples for alpaca"),
+        (
+            {"tasks": "alpaca,samsum", "shots": 5},
+            "--data.shots 5: there are no examples for alpaca, samsum; only",
+        ),
         ({"tasks": "mmlu,facts", "answers": "generated"}, "facts has not: give --data.prompt_style choice"),
         ({"tasks": "samsum", "answers": "generated"}, "samsum has not"),
     ],

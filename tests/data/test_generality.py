@@ -75,7 +75,7 @@ def test_examples_stand_before_scored_questions_of_their_subject(
 
 
 def test_too_few_examples_are_refused(root: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(ValueError, match=r"--data\.shots 4: task 'mmlu' has 3 dev rows of the subject"):
+    with pytest.raises(ValueError, match=r"--data\.shots 4: task 'mmlu' has 3 other dev rows of the subject"):
         made(root, tokenizer, shots=4)
     (root / "mmlu" / "dev.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"dev\.jsonl holds the examples"):
@@ -88,7 +88,7 @@ def test_mmlus_own_calibration_rows_are_taken_where_there_are_any(
 ) -> None:
     """As on the hub, whose training rows have no subject to take examples of."""
     write(root, "mmlu", "train", [row | {"subject": ""} for row in rows("mmlu", 20)])
-    with pytest.raises(ValueError, match="0 dev rows of the subject ''"):
+    with pytest.raises(ValueError, match="0 other dev rows of the subject ''"):
         made(root, tokenizer, shots=3)
     write(root, "mmlu", "calibration", rows("mmlu", 6, first=500))
     write(root, "samsum", "calibration", rows("samsum", 6, first=500))  # no split of samsum's

@@ -226,6 +226,22 @@ def test_gold_keeps_the_right_choice_alone(rows: Rows, task: str, style: str) ->
     assert gold.label == 0
 
 
+def test_examples_come_with_their_right_answers() -> None:
+    warm, cold = (
+        Question("piqa", f"{what} hands", ("wear gloves", "hold ice"), n)
+        for n, what in enumerate(("warm", "cold"))
+    )
+    prompt = build_prompt(warm, "cloze", shots=[cold, warm])
+    asked = "Question: cold hands\nAnswer: hold ice\n\nQuestion: warm hands\nAnswer: wear gloves\n\n"
+    assert prompt.contexts == (f"{asked}Question: warm hands\nAnswer:",) * 2
+    assert (prompt.shots, prompt.continuations) == (2, (" wear gloves", " hold ice"))
+    listed = build_prompt(warm, "choice", "numbers", [cold]).contexts[0]
+    assert listed.startswith("Question: cold hands\n1. wear gloves\n2. hold ice\nAnswer: 2\n\nQuestion: warm")
+    blank = Question("winogrande", "Ann thanked _ for it.", ("Bo", "Cy"), 1)
+    filled = build_prompt(blank, "cloze", shots=[blank])
+    assert filled.contexts == tuple(f"Ann thanked Cy for it.\n\nAnn thanked {name}" for name in ("Bo", "Cy"))
+
+
 def test_unknown_styles_and_too_many_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown prompt style 'chat'; known: cloze, choice"):
         build_prompt(Question("piqa", "warm hands", ("wear gloves", "hold ice"), 0), "chat")
@@ -234,6 +250,7 @@ def test_unknown_styles_and_too_many_choices_are_refused() -> None:
     question = Question("piqa", "warm hands", ("wear gloves", "hold ice"), 0)
     with pytest.raises(ValueError, match="unknown choice labels 'roman'; known: letters, numbers"):
         build_prompt(question, "choice", "roman")
-    with pytest.raises(ValueError, match="'piqa' takes no examples"):
-        build_prompt(question, "choice", shots=[question])
+    dialogue = Question("samsum", "Kim: hi", ("Kim greets.",), 0)
+    with pytest.raises(ValueError, match="'samsum' takes no examples"):
+        build_prompt(dialogue, "choice", shots=[dialogue])
     assert {len(labels) for labels in CHOICE_LABELS.values()} == {26}

@@ -81,7 +81,7 @@ def test_any_positions_and_branches(routed: RoutedLlamaForCausalLM, seed: int, t
     """What is asked for may lie anywhere, also in branches of a prompt."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (3, 12), generator=generator)
-    branch = torch.tensor([0] * 6 + [1] * 3 + [2] * 3).expand(3, 12)
+    branch = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)[:, None].expand(3, 12, 1)
     position = torch.tensor([*range(6), 6, 7, 8, 6, 7, 8]).expand(3, 12)
     asked = torch.rand(3, 12, generator=generator) < 0.3
     hidden = [

@@ -182,7 +182,7 @@ def test_branches_of_a_prompt_equal_each_continuation_alone(
     """Two continuations, of 3 and 2 tokens, behind one prompt of 4; a row of padding and another one beside."""
     prompt, first, second = tokens()[0, :4], tokens()[1, :3], tokens()[2, :2]
     ids = torch.stack([torch.cat([prompt, first, second, prompt[:1]]), tokens()[3, :10]])
-    branch = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0] * 10])
+    branch = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0] * 10]).unsqueeze(-1)
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 4, 5, 6], list(range(10))])
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[0, 9] = 0
@@ -197,7 +197,23 @@ def test_branches_of_a_prompt_equal_each_continuation_alone(
     torch.testing.assert_close(together[1], logits(routed, ids[1:], "packed")[0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("execution", ["masked", "packed"])
+def test_branches_of_branches_equal_each_path_alone(routed: RoutedLlamaForCausalLM, execution: str) -> None:
+    """A beginning of 3 tokens; two questions of 2 behind it; two answers of 1 and 2 behind each question."""
+    ids = tokens()[0, :13]
+    # By token: the question, and the answer behind it.
+    branch = [(0, 0)] * 3 + [(1, 0)] * 2 + [(1, 1)] + [(1, 2)] * 2 + [(2, 0)] * 2 + [(2, 1)] + [(2, 2)] * 2
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 5, 6, 3, 4, 5, 5, 6]])
+    routing = Routing(execution=execution, branch=torch.tensor([branch]))  # type: ignore[arg-type]
+    with torch.no_grad():
+        together = routed(ids[None], position_ids=positions, routing=routing, use_cache=False).logits[0]
+    for answer in ([3, 4, 5], [3, 4, 6, 7], [8, 9, 10], [8, 9, 11, 12]):
+        path = [0, 1, 2, *answer]
+        alone = logits(routed, ids[path][None], "packed")[0]
+        torch.testing.assert_close(together[path], alone, atol=1e-5, rtol=0)
+
+
 def test_branches_and_a_cache_are_refused(routed: RoutedLlamaForCausalLM) -> None:
-    branch = torch.zeros(BATCH, tokens().shape[1], dtype=torch.long)
+    branch = torch.zeros(BATCH, tokens().shape[1], 1, dtype=torch.long)
     with pytest.raises(ValueError, match="leave the cache out"):
         routed(tokens(), past_key_values=RoutedCache(), routing=Routing(branch=branch))

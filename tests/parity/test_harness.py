@@ -210,22 +210,30 @@ def gap_of_best(scores: np.ndarray) -> float:
 # ------------------------------------------------------------------------------------------------ made rows
 
 
-def test_prompts_are_those_of_the_harness(made: Prompts, tmp_path: Path) -> None:
-    """The harness's own task files, with nothing replaced but where the rows come from, ask the same."""
+@pytest.mark.parametrize("shots", [0, 3])
+def test_prompts_are_those_of_the_harness(shots: int, tmp_path: Path) -> None:
+    """The harness's own task files, with nothing replaced but where the rows come from, ask the same.
+
+    With examples, its sampler `first_n` takes the first training rows.
+    """
+    made = {}
     tasks_folder = Path(lm_eval.__file__).parent / "tasks"
     for task, file in DECLARED.items():
-        rows = tmp_path / f"{task}.jsonl"
-        # Of SuperGLUE's copy of boolq, which the harness reads.
-        as_read = [
-            {**row, "label": int(row["answer"])} if task == "boolq" else row for row in made_rows(task)
-        ]
-        rows.write_text("".join(json.dumps(row) + "\n" for row in as_read), encoding="utf-8")
-        source = {
-            "data_files": {"train": str(rows), "validation": str(rows)},
-            "cache_dir": str(tmp_path / "cache"),
-        }
-        changed = {"include": str(tasks_folder / file), "task": task, "test_split": None, "num_fewshot": 0}
+        rows = made_rows(task, 20)
+        parsed = [TASKS[task].parse(row) for row in rows]
+        made[task] = [build_prompt(question, "cloze", shots=parsed[8 : 8 + shots]) for question in parsed[:8]]
+        files = {}
+        for split, some in (("validation", rows[:8]), ("train", rows[8:])):
+            # Of SuperGLUE's copy of boolq, which the harness reads.
+            as_read = [{**row, "label": int(row["answer"])} if task == "boolq" else row for row in some]
+            (tmp_path / task).mkdir(exist_ok=True)
+            path = tmp_path / task / f"{split}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in as_read), encoding="utf-8")
+            files[split] = str(path)
+        source = {"data_files": files, "cache_dir": str(tmp_path / "cache")}
+        changed = {"include": str(tasks_folder / file), "task": task, "test_split": None}
         changed |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": source}
+        changed |= {"num_fewshot": shots, "fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
         (tmp_path / f"{task}.yaml").write_text(yaml.safe_dump(changed), encoding="utf-8")
     loaded = find_tasks(list(DECLARED), tmp_path, defaults=False).load(list(DECLARED))["tasks"]
     for task, prompts in made.items():
