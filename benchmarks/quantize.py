@@ -5,9 +5,11 @@
 Each engine gets the same model and the same calibration tokens (training prompts and answers), and is judged on
 validation questions: mean squared error and KL divergence of the logits against the model before, log-likelihood of
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
+Seconds are of the search and, for `native`, of the final norm's fit.
 
-AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. A fraction among `--bits` is an average that the
-engine native spends where its errors are largest.
+AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. At those widths both engines search on each of
+`--sets` disjoint sets of calibration sequences: what a search finds, and so its errors, hangs on the sequences. A
+fraction among `--bits` is an average that the engine native spends where its errors are largest.
 
 The logits' mean squared error is given as it is, and without each token's mean over the vocabulary ("centred"): softmax
 ignores that mean, and most of the plain error is in it.
@@ -19,10 +21,12 @@ what this one freed before and still holds would hide growth, or fragment it.
 """
 
 import ctypes
+import math
 import multiprocessing
+import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -38,11 +42,13 @@ from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, me
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer, planned_config
-from qtale_lightning.quantization.calibration import padded_batches
+from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
-from qtale_lightning.quantization.options import ENGINES, Engine
+from qtale_lightning.quantization.options import ENGINES, Engine, QuantizationOptions
 from qtale_lightning.quantization.precision import allocate, neighbours, uniform
+from qtale_lightning.quantization.recipe import Recipe
 
 HELD_OUT = 64  # validation prompts, with their gold answers, whose logits are compared
 
@@ -75,6 +81,19 @@ def measured(run: Callable[[], Any]) -> tuple[Any, float, int]:
     return result, seconds, max(0, peak - before)
 
 
+def search(
+    model: RoutedLlamaForCausalLM, batches: Sequence[Batch], engine: Engine, bits: float, group_size: int
+) -> tuple[Recipe, Tensor | None]:
+    """What an engine makes of a width, or of an average: a recipe, and where it fits one, the final norm's weight."""
+    shapes = linear_shapes(model)
+    widths = [int(bits)] if bits == int(bits) else [*neighbours(bits)]
+    recipes = ENGINES[engine](model, batches, [uniform(shapes, width, {}) for width in widths], group_size)
+    found = dict(zip(widths, recipes, strict=True))
+    recipe = recipes[0] if len(recipes) == 1 else allocate(shapes, found, bits)
+    refits = QuantizationOptions(engine=engine).refits
+    return recipe, refit_final_norm(model, recipe, batches) if refits else None
+
+
 def layer_bytes(model: RoutedLlamaForCausalLM) -> int:
     """One layer in float32: its linears' weights, and the second moments of its four inputs."""
     layer = decoder_layers(model)[0]
@@ -86,13 +105,12 @@ def layer_bytes(model: RoutedLlamaForCausalLM) -> int:
 def memory_of(name: str, group_size: int) -> tuple[float, float]:
     """Extra bytes of a native search, and the limit, on one layer of a preset's shape: both in MB."""
     config = planned_config(name)
-    config.num_hidden_layers, config.vocab_size = 1, 1024  # embeddings have no part in it
+    config.num_hidden_layers = 1
     options = {"model_type": "routed_llama", "start_layer": 1}
     model = route(LlamaForCausalLM(config), RoutedLlamaConfig(**config.to_dict() | options))
     model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]
-    batches = [{"input_ids": torch.randint(1024, (8, 128))} for _ in range(4)]
-    bits = uniform(linear_shapes(model), 4, {})
-    _, _, grown = measured(partial(ENGINES["native"], model, batches, [bits], group_size))
+    batches = [{"input_ids": torch.randint(config.vocab_size, (8, 128))} for _ in range(4)]
+    _, _, grown = measured(partial(search, model, batches, "native", 4, group_size))
     return grown / 1e6, layer_bytes(model) / 1e6
 
 
@@ -102,7 +120,8 @@ def main() -> None:
     options.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     options.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
     options.add_argument("--group-size", type=int, default=64)
-    options.add_argument("--sequences", type=int, default=128, help="calibration sequences")
+    options.add_argument("--sequences", type=int, default=128, help="calibration sequences of a set")
+    options.add_argument("--sets", type=int, default=3, help="calibration sets that engines are compared on")
     options.add_argument("--questions", type=int, default=100, help="validation questions of each task")
     options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     options.add_argument(
@@ -111,7 +130,7 @@ def main() -> None:
     args = options.parse_args()
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
-        args.memory_model = "tiny"
+        args.memory_model, args.sets = "tiny", 2
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
@@ -127,8 +146,11 @@ def main() -> None:
     )
     data.tokenizer = tokenizer
     data.setup("fit")
-    batches = padded_batches(data.calibration_sequences(args.sequences))
-    tokens = int(sum(batch["attention_mask"].sum() for batch in batches))
+    sequences = data.calibration_sequences(args.sequences * args.sets)
+    sets = [
+        padded_batches(sequences[start : start + args.sequences])
+        for start in range(0, len(sequences), args.sequences)
+    ]
     questions = data.questions("validation")
     chosen = questions[:: max(1, len(questions) // HELD_OUT)]
     held_out = padded_batches([q.contexts[q.label] + q.continuations[q.label] for q in chosen])
@@ -140,11 +162,11 @@ def main() -> None:
         )
 
     model = load()
-    exact, shapes, limit = logits(model), linear_shapes(model), layer_bytes(model)
+    exact, limit = logits(model), layer_bytes(model)
     metrics = data.protocol()["metrics"]
 
     def row(
-        model: RoutedLlamaForCausalLM, bits: float, engine: str, seconds: float, grown: int
+        model: RoutedLlamaForCausalLM, bits: float, engine: str, number: int, seconds: float, grown: int
     ) -> dict[str, Any]:
         found = logits(model)
         delta = found - exact
@@ -154,53 +176,58 @@ def main() -> None:
         likelihoods = score(model, questions).loglikelihoods
         accuracy = accuracy_by_task(questions, likelihoods, metrics)
         return {
-            "bits": bits, "engine": engine, "search s": seconds, "extra MB": grown / 1e6, "a layer MB": limit / 1e6,
+            "bits": bits, "engine": engine, "set": number, "search s": seconds,
+            "extra MB": grown / 1e6, "a layer MB": limit / 1e6,
             "logits MSE": delta.square().mean().item(),
             "centred MSE": delta.sub_(delta.mean(-1, keepdim=True)).square_().mean().item(), "KL": kl.item(),
             "answer nll": mean_over_tasks(accuracy, "nll"), "± nll": mean_error(accuracy, "nll_stderr"),
             "accuracy %": 100 * mean_over_tasks(accuracy, "value"), "± %": 100 * mean_error(accuracy, "stderr"),
         }  # fmt: skip
 
-    rows = [row(model, 16, "none", 0.0, 0)]
+    rows = [row(model, 16, "none", 0, 0.0, 0)]
     whole = [int(bits) for bits in args.bits if bits == int(bits)]
     engines: dict[Engine, list[float]] = {
         "native": args.bits, "rtn": [*whole], "autoawq": [*args.autoawq_bits],
     }  # fmt: skip
     for engine, widths in engines.items():
         for bits in widths:
-            candidates = [int(bits)] if bits == int(bits) else [*neighbours(bits)]
-            precisions = [uniform(shapes, width, {}) for width in candidates]
-            recipes, seconds, grown = measured(
-                partial(ENGINES[engine], model, batches, precisions, args.group_size)
-            )
-            [recipe] = (
-                recipes
-                if len(recipes) == 1
-                else [allocate(shapes, dict(zip(candidates, recipes, strict=True)), bits)]
-            )
-            quantized = load()
-            quantize_model(quantized, recipe)
-            rows.append(row(quantized, bits, engine, seconds, grown))
-            print(
-                {key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()}, flush=True
-            )
-    rows.sort(key=lambda one: (-one["bits"], one["engine"]))
+            compared = bits in args.autoawq_bits and engine in ("native", "autoawq")
+            for number, batches in enumerate(sets if compared else sets[:1]):
+                (recipe, final_norm), seconds, grown = measured(
+                    partial(search, model, batches, engine, bits, args.group_size)
+                )
+                quantized = load()
+                quantize_model(quantized, recipe, final_norm)
+                rows.append(row(quantized, bits, engine, number, seconds, grown))
+                print(
+                    {key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()},
+                    flush=True,
+                )
+    rows.sort(key=lambda one: (-one["bits"], one["engine"], one["set"]))
+    tokens = ", ".join(str(int(sum(batch["attention_mask"].sum() for batch in one))) for one in sets)
     print(
-        f"calibration: {tokens} tokens of {args.sequences} sequences; {len(questions)} validation questions"
+        f"calibration sets of {args.sequences} sequences: {tokens} tokens; {len(questions)} validation questions"
     )
 
     claims = []
-    found = {(one["engine"], one["bits"]): one for one in rows}
     for bits in args.autoawq_bits:
-        if ("native", bits) in found:
-            ours, theirs = found["native", bits], found["autoawq", bits]
-            ratio = {key: ours[key] / theirs[key] for key in ("search s", "KL", "logits MSE", "centred MSE")}
-            claims += [
-                claim(f"seconds, autoawq over native, {bits} bits", 1 / ratio["search s"], 20, "higher"),
-                claim(f"KL, native over autoawq, {bits} bits", ratio["KL"], 1, "lower"),
-                claim(f"centred MSE, native over autoawq, {bits} bits", ratio["centred MSE"], 1, "lower"),
-                claim(f"logits MSE, native over autoawq, {bits} bits", ratio["logits MSE"], 1, "lower"),
-            ]
+        ours, theirs = (
+            [one for one in rows if (one["engine"], one["bits"]) == (engine, bits)]
+            for engine in ("native", "autoawq")
+        )
+        if not ours:
+            continue
+        for what, key in (("seconds, autoawq over native", "search s"), *(
+            (f"{error}, native over autoawq", error) for error in ("KL", "centred MSE", "logits MSE")
+        )):  # fmt: skip
+            pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
+            faster = key == "search s"
+            ratios = [b / a if faster else a / b for a, b in pairs]
+            spread = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else math.nan
+            name = f"{what}, {bits} bits, mean of {len(ratios)} sets (± {spread:.2f})"
+            claims.append(
+                claim(name, statistics.mean(ratios), 20 if faster else 1, "higher" if faster else "lower")
+            )
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         extra, one_layer = fresh.submit(memory_of, args.memory_model, args.group_size).result()
     what = (

@@ -20,6 +20,8 @@ class AWQQuantization(Callback):
         symmetric: Levels symmetric around zero; AWQ's are not.
         patterns: Other widths by pattern of linears' names, e.g. '{"*.down_proj": 8, "model.layers.0.*": 8}'.
         sequences: Training sequences (prompt and answer) to calibrate on.
+        refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it (engine
+            native). AWQ alone has no such step.
     """
 
     def __init__(
@@ -30,9 +32,10 @@ class AWQQuantization(Callback):
         symmetric: bool = False,
         patterns: dict[str, int] | None = None,
         sequences: int = 128,
+        refit_norm: bool = True,
     ) -> None:
         self.options = QuantizationOptions(
-            tuple(bits), group_size, engine, symmetric, dict(patterns or {}), sequences
+            tuple(bits), group_size, engine, symmetric, dict(patterns or {}), sequences, refit_norm
         )
         self.run: RunDirectory | None = None
 

@@ -98,7 +98,7 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
     """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
     inputs = {name: flat(args[0] for args, _ in seen.calls[name]) for name in seen.moments}
     _search_scales(layer, seen, inputs, recipe)
-    with plain_float32(layer.linears[LINEARS[0]].weight.device):
+    with plain_float32(layer.linears[LINEARS[0]].weight):
         _search_clips(layer, inputs, recipe)
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
 

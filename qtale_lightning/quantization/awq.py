@@ -37,7 +37,7 @@ from qtale_lightning.quantization.search import Observed, Search
 
 SCALE_STEPS = 20  # ratios 0, 1/20, …, 19/20 between weight and activation magnitude
 ROWS = 256  # outputs searched at a time: little memory, and a working set that a core's cache holds
-RECORDED_TOKENS = 2048  # padded calibration tokens on which blocks are run again, at least one batch
+RECORDED_TOKENS = 1024  # padded calibration tokens on which blocks are run again, at least one batch
 SAMPLE = 8  # of the outputs of a linear, one in eight ranks its candidate scales, ...
 SHORTLIST = 4  # ... and the first of them are compared on all outputs;
 FEWEST_SAMPLED = 64  # of fewer outputs than these times eight, all candidates are
@@ -239,7 +239,7 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
         if len(mapping.linears) > 1:
             tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, mapping.previous))
             recipe.damage[layer.path(mapping.previous)] = error / tokens
-    with plain_float32(layer.linears[LINEARS[0]].weight.device):
+    with plain_float32(layer.linears[LINEARS[0]].weight):
         # [STEP 2] Clips, on the weights with scaled columns.
         for mapping in MAPPINGS:
             gram = seen.moments[mapping.linears[0]].gram
@@ -276,13 +276,12 @@ def _search_scale(
     weights = {name: layer.linears[name].weight.detach() for name in mapping.linears}
     schemes = {name: recipe.scheme(layer.path(name)) for name in mapping.linears}
     first = mapping.linears[0]
-    device = weights[first].device
-    with plain_float32(device):
+    with plain_float32(weights[first]):
         moments = seen.moments[first]
         candidates = scale_candidates([*weights.values()], moments, recipe.group_size)
     try:
         if len(weights) == 1:
-            with plain_float32(device):
+            with plain_float32(weights[first]):
                 weight, gram, scheme = weights[first], moments.gram, schemes[first]
                 exact, sample = (linear_objective(rows, gram, scheme) for rows in (weight, weight[::SAMPLE]))
                 return best_of_all(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -29,6 +29,7 @@ class PackedConfig(QuantizationConfigMixin):
         group_size: inputs that share a scale.
         zero_point: levels are asymmetric.
         engine: that searched the scales and clips, for the record.
+        refit_norm: whether the final norm was fitted to them, for the record.
     """
 
     def __init__(
@@ -37,18 +38,20 @@ class PackedConfig(QuantizationConfigMixin):
         group_size: int,
         zero_point: bool = True,
         engine: str | None = None,
+        refit_norm: bool = False,
         **_: Any,  # what AWQ's own format says besides
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.bits = bits if isinstance(bits, int) else dict(bits)
-        self.group_size, self.zero_point, self.engine = group_size, zero_point, engine
+        self.group_size, self.zero_point = group_size, zero_point
+        self.engine, self.refit_norm = engine, refit_norm
 
     @classmethod
-    def of(cls, recipe: Recipe) -> "PackedConfig":
+    def of(cls, recipe: Recipe, refit_norm: bool = False) -> "PackedConfig":
         """The configuration of a model under a recipe."""
         widths = set(recipe.bits.values())
         bits = widths.pop() if len(widths) == 1 else recipe.bits
-        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine)
+        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine, refit_norm)
 
     @property
     def layout(self) -> Layout:
@@ -70,7 +73,7 @@ class PackedConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """As it stands in config.json."""
         known: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
-        known |= {"zero_point": self.zero_point, "engine": self.engine}
+        known |= {"zero_point": self.zero_point, "engine": self.engine, "refit_norm": self.refit_norm}
         if self.layout == "gemm":
             kept = ["lm_head", "router"]
             return known | {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": kept}
@@ -118,14 +121,19 @@ class PackedQuantizer(HfQuantizer):
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, recipe: Recipe) -> None:
+def quantize_model(model: nn.Module, recipe: Recipe, final_norm: Tensor | None = None) -> None:
     """Replaces the decoder layers' linears by packed quantized ones, in place; all else keeps its precision.
+
+    Args:
+        model: a LLaMA-family causal language model.
+        recipe: what a search found for it.
+        final_norm: a weight for its final norm, shape `(D,)`, that fits the recipe; see `refit_final_norm`.
 
     Raises:
         ValueError: the model is quantized already, or the recipe is of another model.
     """
     check_recipe(model, recipe)
-    config = PackedConfig.of(recipe)
+    config = PackedConfig.of(recipe, refit_norm=final_norm is not None)
     for layer in decoder_layers(model):
         packed = {}
         for name, linear in layer.linears.items():
@@ -138,4 +146,6 @@ def quantize_model(model: nn.Module, recipe: Recipe) -> None:
         for name, module in packed.items():
             layer.module.set_submodule(name, module)
         scale_vectors(layer, recipe)
+    if final_norm is not None:
+        model.get_parameter("model.norm.weight").copy_(final_norm)
     model.config.quantization_config = config  # type: ignore[union-attr]

@@ -49,6 +49,12 @@ class QuantizationOptions:
     symmetric: bool = False
     patterns: Mapping[str, int] = field(default_factory=dict)
     sequences: int = 128
+    refit_norm: bool = True
+
+    @property
+    def refits(self) -> bool:
+        """Whether the final norm is fitted to what was rounded: the other engines are references as they are."""
+        return self.refit_norm and self.engine == "native"
 
     @property
     def calibrates(self) -> bool:

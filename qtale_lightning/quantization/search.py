@@ -11,6 +11,7 @@ from qtale_lightning.quantization.calibration import (
     Moments,
     check_model,
     collect_moments,
+    every_nth,
     layer_by_layer,
 )
 from qtale_lightning.quantization.mappings import LINEARS, DecoderLayer
@@ -83,8 +84,9 @@ class Search:
             check_model(model, bits, group_size)
             self.check(bits)
         recipes = [Recipe(self.engine, dict(bits), group_size, symmetric) for bits in precisions]
+        every = 1 if self.recorded_tokens is None else every_nth(batches, self.recorded_tokens)
         for layer, run in layer_by_layer(model, batches):
-            with recorded_calls(layer, self.recorded, self._every(batches)) as calls:
+            with recorded_calls(layer, self.recorded, every) as calls:
                 seen = Observed(collect_moments(layer, run, min_tokens), calls)
             tokens = seen.moments[LINEARS[0]].tokens
             for recipe in recipes:
@@ -94,10 +96,3 @@ class Search:
                 progress(layer.name, tokens)
             del seen, calls  # before the next layer's are summed
         return recipes
-
-    def _every(self, batches: Sequence[Batch]) -> int:
-        """One batch of how many has its calls recorded."""
-        if self.recorded_tokens is None:
-            return 1
-        padded = sum(batch["input_ids"].numel() for batch in batches)
-        return max(1, -(-padded // self.recorded_tokens))

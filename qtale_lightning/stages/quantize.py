@@ -3,12 +3,14 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.files import replacing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import PackedConfig, quantize_model
+from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import LINEARS, linear_shapes
 from qtale_lightning.quantization.options import ENGINES, QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
@@ -24,7 +26,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     """Quantizes the exported model at each of the options' precisions, calibrated on training sequences, routing on.
 
     Saves what the search found (``awq-search-Nbit.safetensors``), which later calls reuse, and the packed model
-    (``model-awq-Nbit/``); routers, embeddings and head keep full precision.
+    (``model-awq-Nbit/``); routers, norms, embeddings and head keep full precision.
 
     Args:
         run: With an exported model.
@@ -45,7 +47,8 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     shapes = linear_shapes(model)
     wanted = {bits: uniform(shapes, int(bits), options.patterns) for bits in missing if bits == int(bits)}
     searched = wanted | {width: uniform(shapes, width, {}) for width in options.candidates(missing)}
-    recipes = _recipes(run, data, options, model, searched)
+    batches = padded_batches(data.calibration_sequences(options.sequences), model.device)
+    recipes = _recipes(run, batches, options, model, searched)
     assert data.tokenizer is not None  # it made the sequences
     for bits in missing:
         if bits in recipes:
@@ -53,8 +56,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         else:
             recipe = allocate(shapes, {w: recipes[w] for w in options.candidates([bits])}, bits)
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
+        final_norm = refit_final_norm(model, recipe, batches) if options.refits else None
         packed = load_exported(run)
-        quantize_model(packed, recipe)
+        quantize_model(packed, recipe, final_norm)
         with replacing(run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
@@ -77,6 +81,7 @@ def _check_alike(run: RunDirectory, bits: float, options: QuantizationOptions) -
     for option, value, asked in (
         ("group_size", there.group_size, options.group_size),
         ("symmetric", not there.zero_point, options.symmetric),
+        ("refit_norm", there.refit_norm, options.refits),
         ("patterns", whole and {name: there.bits_of(name) for name in names},
          whole and uniform(names, int(bits), options.patterns)),
     ):  # fmt: skip
@@ -94,7 +99,7 @@ def _share_of_widths(recipe: Recipe) -> str:
 
 def _recipes(
     run: RunDirectory,
-    data: CommonsenseDataModule,
+    batches: Sequence[Batch],
     options: QuantizationOptions,
     model: RoutedLlamaForCausalLM,
     precisions: dict[float, Bits],
@@ -114,15 +119,9 @@ def _recipes(
     missing = {bits: by_linear for bits, by_linear in precisions.items() if bits not in found}
     if not missing:
         return found
-    batches: list[Batch] = []
     if options.calibrates:
-        sequences = data.calibration_sequences(options.sequences)
-        log.info(
-            "calibrating on %d training sequences, %d tokens, routing on",
-            len(sequences),
-            sum(map(len, sequences)),
-        )
-        batches = padded_batches(sequences, model.device)
+        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        log.info("calibrating on %d tokens of training sequences, routing on", tokens)
     with progress(f"{options.engine} search, layers", len(model.model.layers)) as advance:
         recipes = ENGINES[options.engine](
             model,

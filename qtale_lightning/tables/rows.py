@@ -215,6 +215,7 @@ def _stage(
             str(made.sequences),
         ]
         arguments += ["--quantize.symmetric", str(made.symmetric).lower()]
+        arguments += ["--quantize.refit_norm", str(made.refit_norm).lower()]
     return Command(kind, run, engine, (*arguments, *options), evaluations)
 
 

@@ -116,6 +116,7 @@ def test_the_config_says_how(precision: str, make_routed: MakeRouted, tmp_path: 
         "group_size": GROUP,
         "zero_point": precision != "symmetric",
         "engine": "rtn",
+        "refit_norm": False,
         "quant_method": "awq" if precision == "4" else "qtale",
     }
     if precision == "4":
