@@ -5,7 +5,7 @@
 Each engine gets the same model and the same calibration tokens (training prompts and answers), and is judged on
 validation questions: mean squared error and KL divergence of the logits against the model before, log-likelihood of
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
-Seconds are of the search and, for `native`, of the final norm's fit.
+Seconds are of the search and, for `native`, of the final norm's fit; `native, norm kept` is the same search without it.
 
 AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. At those widths both engines search on each of
 `--sets` disjoint sets of calibration sequences: what a search finds, and so its errors, hangs on the sequences. A
@@ -196,13 +196,15 @@ def main() -> None:
                 (recipe, final_norm), seconds, grown = measured(
                     partial(search, model, batches, engine, bits, args.group_size)
                 )
-                quantized = load()
-                quantize_model(quantized, recipe, final_norm)
-                rows.append(row(quantized, bits, engine, number, seconds, grown))
-                print(
-                    {key: round(v, 4) if isinstance(v, float) else v for key, v in rows[-1].items()},
-                    flush=True,
-                )
+                made: dict[str, Tensor | None] = {engine: final_norm}
+                if final_norm is not None:
+                    made["native, norm kept"] = None
+                for name, norm in made.items():
+                    quantized = load()
+                    quantize_model(quantized, recipe, norm)
+                    rows.append(row(quantized, bits, name, number, seconds, grown))
+                    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}
+                    print(shown, flush=True)
     rows.sort(key=lambda one: (-one["bits"], one["engine"], one["set"]))
     tokens = ", ".join(str(int(sum(batch["attention_mask"].sum() for batch in one))) for one in sets)
     print(

@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
 from qtale_lightning.models.cache import RoutedCacheLayer
-from qtale_lightning.models.packing import Packing, Subset, branch_mask
+from qtale_lightning.models.packing import Packing, Subset
 
 # Tokens of a sequence, on average, from which sequences attend one after the other on a CPU.
 MANY_TOKENS = 16
@@ -70,13 +70,13 @@ class Packed:
         packing: How they were gathered.
         cache: The layer's.
         queries: Which executing tokens are asked for; None: all.
-        branch: See :class:`~qtale_lightning.models.routing.Routing`, ``(B, T, levels)``; not together with a cache.
+        visible: Which keys the queries may see, bool ``(B, 1, L', L)``; None: all before them. Not with a cache.
     """
 
     packing: Packing
     cache: RoutedCacheLayer | None
     queries: Subset | None = None
-    branch: Tensor | None = None
+    visible: Tensor | None = None
 
     def asked(self, x: Tensor) -> Tensor:
         """Of flat tokens ``(1, N, …)``."""
@@ -97,8 +97,8 @@ class Packed:
             mask = self.queries.mask(
                 self.cache.past(self.packing) if self.cache is not None else None, key.shape[2]
             )
-        if self.branch is not None:
-            mask = self._branch_mask(queries, mask)
+        if self.visible is not None:
+            mask = self.visible if mask is None else self.visible & mask
         if length == 1:
             # One query a sequence sees all its keys: the heads that share a key head are its queries.
             query = query.reshape(batch, key.shape[1], -1, width)
@@ -118,7 +118,7 @@ class Packed:
 
         On a GPU that needs a kernel in half precision; on a CPU it pays where sequences are long enough.
         """
-        ragged = self.packing.index is not None and self.queries is None and self.branch is None
+        ragged = self.packing.index is not None and self.queries is None and self.visible is None
         if not ragged or (self.cache is not None and self.cache.longest):
             return False
         if key.is_cuda:
@@ -136,15 +136,6 @@ class Packed:
         output = attend(query, key, value, counts, scaling)
         # What the packing repeats is the last token.
         return torch.cat([output, output[-1:].expand(count - len(output), -1, -1)]).unsqueeze(0)
-
-    def _branch_mask(self, queries: Packing, mask: Tensor | None) -> Tensor:
-        """What queries may see of the keys, bool ``(B, 1, L, K)``."""
-        assert self.branch is not None
-        of_queries, of_keys = (
-            packing.to_rows(packing.gather(self.branch)) for packing in (queries, self.packing)
-        )
-        visible = branch_mask(of_queries, of_keys).unsqueeze(1)
-        return visible.tril() if mask is None else visible & mask
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], scaling: float) -> Tensor:

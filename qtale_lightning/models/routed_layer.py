@@ -81,7 +81,7 @@ class RoutedLlamaDecoderLayer(LlamaDecoderLayer):
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
-        attend = Packed(packing, cache, queries, routing.branch)
+        attend = Packed(packing, cache, queries, routing.visible(packing, queries))
         output = self.execute(packing.gather(hidden_states), position_embeddings, attend)
         return (packing if queries is None else queries.packing).scatter(hidden_states, output)
 

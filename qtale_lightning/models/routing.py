@@ -65,6 +65,7 @@ class Routing:
     states: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: Tensor | None = None
     _packing: Packing | None = None
+    _visible: Tensor | None = None
 
     def start(self) -> None:
         """Forget what belongs to one pass, but what it resumes from: generate() hands the same object to every step."""
@@ -72,7 +73,7 @@ class Routing:
         self.logits = {layer: logits for layer, logits in self.logits.items() if layer in kept}
         self.gates = {layer: gate for layer, gate in self.gates.items() if layer in kept}
         self.states = {layer: state for layer, state in self.states.items() if layer <= self.resume}
-        self._attention_bias = self._packing = None
+        self._attention_bias = self._packing = self._visible = None
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
@@ -108,6 +109,24 @@ class Routing:
         if self.asked is None or not last:
             return None
         return Subset.of(gate, packing, self.asked, self.align)
+
+    def visible(self, packing: Packing, queries: Subset | None) -> Tensor | None:
+        """Which executing tokens those that are asked for may see, bool ``(B, 1, L', L)``; None without branches.
+
+        Causal where all are asked for. The same for all layers that all tokens execute.
+        """
+        if self.branch is None:
+            return None
+        if (everyone := queries is None and packing is self._packing) and self._visible is not None:
+            return self._visible
+        keys = packing.to_rows(packing.gather(self.branch))
+        if queries is None:
+            mask = branch_mask(keys, keys).tril()
+        else:
+            mask = branch_mask(queries.packing.to_rows(queries.packing.gather(self.branch)), keys)
+        if everyone:
+            self._visible = mask.unsqueeze(1)
+        return mask.unsqueeze(1)
 
     def attention_bias(self, dtype: torch.dtype) -> Tensor:
         """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""

@@ -30,7 +30,7 @@ from qtale_lightning.quantization.mappings import (
     DecoderLayer,
     ScaleMapping,
 )
-from qtale_lightning.quantization.recipe import OutputError, Recipe, clip_limit, clip_weight
+from qtale_lightning.quantization.recipe import Recipe, clip_limit, clip_weight
 from qtale_lightning.quantization.replay import INSPECTED, Replay
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
 from qtale_lightning.quantization.search import Observed, Search
@@ -206,8 +206,8 @@ def _search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
     return best.squeeze(-1).T.contiguous()
 
 
-def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> dict[str, OutputError]:
-    """The errors of a layer's linears under a recipe, by full name; all of them are of the unscaled outputs."""
+def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> dict[str, float]:
+    """The errors of a layer's linears under a recipe, by full name; see :class:`Recipe`."""
     errors = {}
     for mapping in MAPPINGS:
         inputs = moments[mapping.linears[0]]
@@ -215,18 +215,13 @@ def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Reci
         for name in mapping.linears:
             full, weight = layer.path(name), layer.linears[name].weight.detach()
             scheme, clips = recipe.scheme(full), recipe.clips.get(full)
-            sums = [0.0, 0.0, 0.0]
+            total = 0.0
             for first in range(0, len(weight), ROWS):
                 rows = weight[first : first + ROWS].float()
                 clipped = clip_weight(rows * scale, None if clips is None else clips[first : first + ROWS])
-                deltas = (
-                    fake_quantize(rows, scheme) - rows,
-                    fake_quantize(clipped, scheme) / scale - rows,
-                    rows,
-                )
-                for i, delta in enumerate(deltas):
-                    sums[i] += output_error(delta, inputs.gram).item()
-            errors[full] = OutputError(*(value / inputs.tokens / len(weight) for value in sums))
+                delta = fake_quantize(clipped, scheme).div_(scale).sub_(rows)
+                total += output_error(delta, inputs.gram).item()
+            errors[full] = total / inputs.tokens / len(weight)
     return errors
 
 
@@ -249,10 +244,10 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
                     weight = layer.linears[name].weight.detach()
                     clips = search_clip(weight, gram, recipe.scheme(layer.path(name)), columns)
                     recipe.clips[layer.path(name)] = clips.cpu()
-        # [STEP 3] What it gained, and what is left.
+        # [STEP 3] The errors that are left.
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
         for (linear,), previous, norm in _SINGLE:
-            outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)].found
+            outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)]
             stream = torch.cat([h.float().square().sum(-1).flatten() for h in _residuals(seen, norm)])
             recipe.damage[layer.path(previous)] = outputs * error / stream.mean().item()
 

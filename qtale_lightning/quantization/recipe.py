@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,27 +14,8 @@ from qtale_lightning.files import replacing
 from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers, split_name
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 
-FILE_FORMAT = "qtale-quantization-3"
+FILE_FORMAT = "qtale-quantization-4"
 CLIP_STEP = 1 / 20  # of a group's largest magnitude: a clip of k leaves (1 - k/20) of it
-
-
-class OutputError(NamedTuple):
-    """A linear's mean squared output error on its calibration inputs, over tokens and outputs.
-
-    Attributes:
-        rtn: rounded to nearest.
-        found: with the recipe's scales and clips.
-        power: mean square of the output itself.
-    """
-
-    rtn: float
-    found: float
-    power: float
-
-    @property
-    def relative(self) -> float:
-        """‖X·ΔWᵀ‖² / ‖X·Wᵀ‖² with the recipe; 0 where the output is 0."""
-        return self.found / self.power if self.power else 0.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +30,8 @@ class Recipe:
         clips: by the linear's name, steps of `CLIP_STEP` by which a group's largest magnitude shrinks before it is
             rounded, shape `(out, in / group_size)`, uint8. They refer to the weight with scaled columns; rows may
             be scaled afterwards, since that scales a group as a whole.
-        errors: by the linear's name.
+        errors: by the linear's name, the mean squared error of its unscaled outputs on its calibration inputs, over
+            tokens and outputs.
         damage: by the name of the operation before, what rounding the linears that it feeds does to the residual
             stream: the mean over tokens of the squared change of their block's output over the squared stream. The
             engine native's.
@@ -63,7 +44,7 @@ class Recipe:
     symmetric: bool = False
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
-    errors: dict[str, OutputError] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
     damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
 
@@ -122,7 +103,6 @@ class Recipe:
         if metadata.get("format") != FILE_FORMAT:
             raise ValueError(f"{path} is not a recipe in format {FILE_FORMAT}: run the search again")
         plain = {name: json.loads(metadata[name]) for name in _PLAIN}
-        plain["errors"] = {name: OutputError(*values) for name, values in plain["errors"].items()}
         scales, clips = (
             {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
             for kind in ("scales/", "clips/")

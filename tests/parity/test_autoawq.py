@@ -291,10 +291,8 @@ def test_the_engines_agree_where_their_objectives_do(bits: int) -> None:
         assert native.clips[name].dtype == theirs.clips[name].dtype == torch.uint8
         assert native.clips[name].float().std() > 0.5  # the comparison isn't one of constants
         assert (native.clips[name] == theirs.clips[name]).float().mean() >= 0.99  # but for ties
-        ours, expected = native.errors[name], theirs.errors[name]
-        assert (ours.rtn, ours.power) == (expected.rtn, expected.power)
         # A group's tied clips err alike, but not alike beside the other groups.
-        assert ours.found == pytest.approx(expected.found, rel=0.02)
+        assert native.errors[name] == pytest.approx(theirs.errors[name], rel=0.02)
 
 
 def test_rows_of_zeros_and_odd_widths_are_clipped() -> None:
@@ -374,8 +372,6 @@ def test_the_callers_mode_does_not_reach_the_recipe(mode: Callable[[], Any]) -> 
     for tensor in (*recipe.scales.values(), *recipe.clips.values()):
         assert not tensor.is_inference()
     assert all(scale.dtype == torch.float32 for scale in recipe.scales.values())
-    name = "model.layers.0.self_attn.q_proj"
-    assert recipe.errors[name].power == pytest.approx(search("autoawq", model).errors[name].power, rel=1e-5)
 
 
 def test_several_precisions_at_once() -> None:
@@ -389,7 +385,7 @@ def test_several_precisions_at_once() -> None:
     assert all(torch.equal(plain.clips[name], clip) for name, clip in alone.clips.items())
     assert mixed.bits == precisions[0]
     down = "model.layers.0.mlp.down_proj"
-    assert mixed.errors[down].found == pytest.approx(search("autoawq", model, 8).errors[down].found)
+    assert mixed.errors[down] == pytest.approx(search("autoawq", model, 8).errors[down])
 
 
 def test_mixed_bits_of_one_input_are_refused_before_any_compute() -> None:

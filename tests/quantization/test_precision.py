@@ -10,7 +10,7 @@ from transformers import LlamaForCausalLM
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.mappings import MAPPINGS, decoder_layers, linear_shapes, split_name
 from qtale_lightning.quantization.precision import CANDIDATES, allocate, average_bits, neighbours, uniform
-from qtale_lightning.quantization.recipe import OutputError, Recipe, clip_weight
+from qtale_lightning.quantization.recipe import Recipe, clip_weight
 from qtale_lightning.quantization.rtn import fake_quantize
 
 Shapes = dict[str, tuple[int, int]]
@@ -29,7 +29,7 @@ def recipes(errors: Errors) -> dict[int, Recipe]:
             layer, mapping = split_name(name)
             previous = f"{layer}.{mapping.previous}"
             damage[previous] = damage.get(previous, 0.0) + error[width]
-        logged = dict.fromkeys(errors, OutputError(9.0, 9.0, 9.0))
+        logged = dict.fromkeys(errors, 9.0)
         made[width] = Recipe("made up", dict.fromkeys(errors, width), 16, errors=logged, damage=damage)
     return made
 
