@@ -44,8 +44,13 @@ def tolerance(router: Router) -> dict[str, float]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 5), (3, 40), (2, 300), ()])
-def test_inference_in_bfloat16_is_near_float32(router: Router, shape: tuple[int, ...]) -> None:
+def test_inference_in_bfloat16_is_near_float32(
+    router: Router, shape: tuple[int, ...], cached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a token alone where a cache holds the weights: that is float32."""
+    monkeypatch.setattr(module, "CACHED", HIDDEN * WIDTH if cached else 0)
     x = states(*shape)
     logits = router(x)
     assert logits.shape == (*shape, 2)
@@ -53,7 +58,8 @@ def test_inference_in_bfloat16_is_near_float32(router: Router, shape: tuple[int,
     expected = reference(router, x).float()
     torch.testing.assert_close(logits, expected, **tolerance(router))
     torch.testing.assert_close(router(x.float()), expected, rtol=0.0, atol=1e-5)  # the float32 path itself
-    assert not torch.equal(logits, router(x.float()))  # the two are different paths
+    single = x.numel() == x.shape[-1]
+    assert torch.equal(logits, router(x.float())) == (single and cached)  # the two are different paths
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -84,6 +90,7 @@ def test_autocast_does_not_reach_the_router(router: Router) -> None:
 def test_chunks_do_not_change_results(router: Router, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = states(3, 50)
     whole = router(x)
+    monkeypatch.setattr(module, "CACHED", 0)
     monkeypatch.setattr(module, "CHUNK", chunk * router.down.out_features)
     parts = router(x)
     # Products of other sizes may be summed in another order: a hidden value moves by its last bit.
