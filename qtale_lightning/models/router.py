@@ -12,8 +12,8 @@ INITIAL_BIAS = (0.1, 2.0)
 
 # Numbers that a router normalises at a time on a CPU: half a MB in float32, so that they stay in a core's cache.
 CHUNK = 2**17
-# Weights of a router that a core's cache holds in float32, 1 MB: bfloat16 saves no reading there, and a token alone, as in
-# decoding, takes half the time without it.
+# Weights of a router that a core's cache holds in float32, 1 MB: bfloat16 saves no reading there, and a token alone,
+# as in decoding, takes half the time without it.
 CACHED = 2**18
 
 
