@@ -47,7 +47,8 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     shapes = linear_shapes(model)
     wanted = {bits: uniform(shapes, int(bits), options.patterns) for bits in missing if bits == int(bits)}
     searched = wanted | {width: uniform(shapes, width, {}) for width in options.candidates(missing)}
-    batches = padded_batches(data.calibration_sequences(options.sequences), model.device)
+    sequences = data.calibration_sequences(options.sequences) if options.calibrates else []
+    batches = padded_batches(sequences, model.device)
     recipes = _recipes(run, batches, options, model, searched)
     assert data.tokenizer is not None  # it made the sequences
     for bits in missing:

@@ -7,7 +7,7 @@ from qtale_lightning.evaluation import branches
 from qtale_lightning.evaluation.branches import Tree, batches, trees
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models import RoutedLlamaForCausalLM
-from tests.evaluation.test_scoring import TOLERANCE, alone, dense, differences, masked, routed
+from tests.evaluation.test_scoring import TOLERANCE, dense, differences, one_by_one, routed
 
 __all__ = ["dense", "routed"]  # fixtures
 
@@ -34,13 +34,7 @@ def few_shot() -> list[EncodedPrompt]:
 def test_what_is_shared_changes_no_score(
     routed: RoutedLlamaForCausalLM, few_shot: list[EncodedPrompt], threshold: float
 ) -> None:
-    expected = [
-        [
-            alone(masked(routed, c + a, threshold)[0], c, a)
-            for c, a in zip(q.contexts, q.continuations, strict=True)
-        ]
-        for q in few_shot
-    ]
+    expected = one_by_one(routed, few_shot, threshold)
     assert differences(score(routed, few_shot, threshold).loglikelihoods, expected) < TOLERANCE
 
 

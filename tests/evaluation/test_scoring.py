@@ -76,6 +76,19 @@ def masked(
     return logits, routing
 
 
+def one_by_one(
+    model: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: float | list[float]
+) -> list[list[float]]:
+    """Log-likelihoods, every choice by a pass of its own."""
+    return [
+        [
+            alone(masked(model, c + a, threshold)[0], c, a)
+            for c, a in zip(q.contexts, q.continuations, strict=True)
+        ]
+        for q in questions
+    ]
+
+
 def differences(found: list[np.ndarray], expected: list[list[float]]) -> float:
     return max(float(np.abs(a - np.array(b)).max()) for a, b in zip(found, expected, strict=True))
 
@@ -100,13 +113,7 @@ def test_threshold_0_scores_as_the_dense_model(
 def test_routed_scores_are_those_of_masked_execution(
     routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: float
 ) -> None:
-    expected = [
-        [
-            alone(masked(routed, c + a, threshold)[0], c, a)
-            for c, a in zip(q.contexts, q.continuations, strict=True)
-        ]
-        for q in questions
-    ]
+    expected = one_by_one(routed, questions, threshold)
     scores = score(routed, questions, threshold)
     assert differences(scores.loglikelihoods, expected) < TOLERANCE
     assert all(0.1 < ratio < 0.95 for ratio in scores.execution[1:]), (
@@ -277,13 +284,7 @@ def test_time_is_shared_and_adds_up(
 def test_scores_by_layer_are_those_of_masked_execution(
     routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: list[float]
 ) -> None:
-    expected = [
-        [
-            alone(masked(routed, c + a, threshold)[0], c, a)
-            for c, a in zip(q.contexts, q.continuations, strict=True)
-        ]
-        for q in questions
-    ]
+    expected = one_by_one(routed, questions, threshold)
     assert differences(score(routed, questions, threshold).loglikelihoods, expected) < TOLERANCE
 
 
