@@ -71,6 +71,11 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
     return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
 
 
+def show(row: Mapping[str, Any]) -> None:
+    """Print a row as soon as it is measured: a benchmark takes minutes."""
+    print({key: round(v, 4) if isinstance(v, float) else v for key, v in row.items()}, flush=True)
+
+
 def claim(name: str, value: float, goal: float, better: str) -> dict[str, Any]:
     """A goal and what was measured; ``better`` is "higher" or "lower"."""
     met = value >= goal if better == "higher" else value <= goal

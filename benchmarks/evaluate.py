@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import claim, interleaved, median_ratio, report, rows_parser
+from common import claim, interleaved, median_ratio, report, rows_parser, show
 from latency import ROUTER_WIDTH
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -192,9 +192,7 @@ def main() -> None:
                 with torch.inference_mode():
                     row = measured(*contenders[form], tokenizer, prompts, args.batch_sizes, args.repeats)
                 rows.append({"task": task, "shots": shots, "form": form, "dtype": args.dtype} | row)
-                print(
-                    {k: round(v, 3) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
-                )
+                show(rows[-1])
     claims = []
     for row in rows:
         if row["form"] == "dense" and (row["task"] in FOUR_CHOICES or args.quick):

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import claim, interleaved, median_ratio, parser, report
+from common import claim, interleaved, median_ratio, parser, report, show
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -178,7 +178,7 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
                 | {"tokens/s": tokens / statistics.median(values), "speed-up": speedup, "ideal": best}
                 | {"of ideal": speedup / best}
             )
-            print(rows[-1], flush=True)
+            show(rows[-1])
     return rows
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import claim, report, rows_parser
+from common import claim, report, rows_parser, show
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -203,8 +203,7 @@ def main() -> None:
                     quantized = load()
                     quantize_model(quantized, recipe, norm)
                     rows.append(row(quantized, bits, name, number, seconds, grown))
-                    shown = {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}
-                    print(shown, flush=True)
+                    show(rows[-1])
     rows.sort(key=lambda one: (-one["bits"], one["engine"], one["set"]))
     tokens = ", ".join(str(int(sum(batch["attention_mask"].sum() for batch in one))) for one in sets)
     print(
@@ -219,17 +218,17 @@ def main() -> None:
         )
         if not ours:
             continue
-        for what, key in (("seconds, autoawq over native", "search s"), *(
-            (f"{error}, native over autoawq", error) for error in ("KL", "centred MSE", "logits MSE")
-        )):  # fmt: skip
-            pairs = [(a[key], b[key]) for a, b in zip(ours, theirs, strict=True)]
-            faster = key == "search s"
-            ratios = [b / a if faster else a / b for a, b in pairs]
+        for key, what, goal, better in (
+            ("search s", "seconds, autoawq over native", 20, "higher"),
+            ("KL", "KL, native over autoawq", 1, "lower"),
+            ("centred MSE", "centred MSE, native over autoawq", 1, "lower"),
+            ("logits MSE", "logits MSE, native over autoawq", 1, "lower"),
+        ):
+            above, below = (theirs, ours) if better == "higher" else (ours, theirs)
+            ratios = [one[key] / other[key] for one, other in zip(above, below, strict=True)]
             spread = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else math.nan
             name = f"{what}, {bits} bits, mean of {len(ratios)} sets (± {spread:.2f})"
-            claims.append(
-                claim(name, statistics.mean(ratios), 20 if faster else 1, "higher" if faster else "lower")
-            )
+            claims.append(claim(name, statistics.mean(ratios), goal, better))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         extra, one_layer = fresh.submit(memory_of, args.memory_model, args.group_size).result()
     what = (

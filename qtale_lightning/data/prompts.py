@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from string import ascii_uppercase
 
 from qtale_lightning.data.parsing import Question
+from qtale_lightning.data.tasks import TASKS
 
 PROMPT_STYLES = ("cloze", "choice")
 CHOICE_LABELS = {"letters": tuple(ascii_uppercase), "numbers": tuple(str(n) for n in range(1, 27))}
@@ -22,7 +23,6 @@ _ALPACA = (
     "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
 _ALPACA_PAIRED = ", paired with an input that provides further context"
-_WRITTEN = ("alpaca", "samsum")
 _SAMSUM = "Summarize this dialog:\n{dialogue}\n---\nSummary:\n"  # meta-llama/llama-recipes
 
 
@@ -85,7 +85,7 @@ def build_prompt(
         raise ValueError(f"unknown prompt style {style!r}; known: {', '.join(PROMPT_STYLES)}")
     if labels not in CHOICE_LABELS:
         raise ValueError(f"unknown choice labels {labels!r}; known: {', '.join(CHOICE_LABELS)}")
-    if shots and question.task in _WRITTEN:
+    if shots and TASKS[question.task].written:
         raise ValueError(f"task {question.task!r} takes no examples before its questions")
     prompt = _ask(question, style, labels)
     before = _about(question) + "".join(_example(shot, style, labels) for shot in shots)
@@ -97,7 +97,7 @@ def _ask(question: Question, style: str, labels: str) -> Prompt:
     task, count, space = question.task, len(question.choices), " "
     contexts: tuple[str, ...]
     shown: tuple[str, ...] = ()
-    if task in _WRITTEN:
+    if TASKS[task].written:
         context = _alpaca(question) if task == "alpaca" else _SAMSUM.format(dialogue=question.text)
         contexts, answers, space = (context,), question.choices, ""
     elif task == "mmlu" or style == "choice":

@@ -130,6 +130,6 @@ def branch_mask(queries: Tensor, keys: Tensor) -> Tensor:
     visible = torch.ones((), dtype=torch.bool, device=keys.device)
     for query, key in zip(
         queries.unbind(-1), keys.unbind(-1), strict=True
-    ):  # level by level: a quarter of the memory
+    ):  # level by level, for less memory
         visible = visible & ((key[:, None, :] == 0) | (key[:, None, :] == query[:, :, None]))
     return visible

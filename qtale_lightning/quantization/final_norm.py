@@ -54,10 +54,11 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
         raise ValueError("the quantized model's hidden states have NaN or infinity: quantize at more bits")
     norm = model.get_parameter("model.norm.weight").detach().float()
     head = model.get_parameter("lm_head.weight").detach()
+    wanted = exact * norm
     with plain_float32(norm):
-        quadratic, linear = _uniform_terms(head.float(), found, exact * norm)
-    for terms, more in zip((quadratic, linear), _sampled_terms(head, found, exact * norm), strict=True):
-        terms += more
+        uniform = _uniform_terms(head.float(), found, wanted)
+    sampled = _sampled_terms(head, found, wanted)
+    quadratic, linear = (one + other for one, other in zip(uniform, sampled, strict=True))
     ridge = RIDGE * quadratic.diagonal().clamp(min=1e-6 * quadratic.diagonal().mean().item())
     system = (quadratic + ridge.diag()).double()
     return torch.linalg.solve(system, (linear + ridge * norm).double()).float()

@@ -60,12 +60,17 @@ def test_awq_beats_round_to_nearest(
 ) -> None:
     before = logits(make_model(kv_heads), rows)
     recipe = search(make_model(kv_heads), rows, bits, symmetric=symmetric)
-    errors = []
-    for tried in (recipe, round_to_nearest(recipe.bits, GROUP, symmetric)):
+    errors, plain = [], round_to_nearest(recipe.bits, GROUP, symmetric)
+    for tried in (recipe, plain):
         model = make_model(kv_heads)
         apply(model, tried)
         errors.append((logits(model, rows) - before).square().mean())
     assert errors[0] < errors[1]
+    # The log says the same of the linears that only their own search decides.
+    for layer, run in layer_by_layer(make_model(kv_heads), [{"input_ids": rows}]):
+        rounded = awq.output_errors(layer, collect_moments(layer, run, 1), plain)
+        for name in (layer.path("self_attn.o_proj"), layer.path("mlp.down_proj")):
+            assert recipe.errors[name] < rounded[name], name
 
 
 @torch.no_grad()
