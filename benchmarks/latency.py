@@ -66,11 +66,16 @@ def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedLlamaForCausalLM:
 
 
 def decisions(ratio: float, layers: int, batch: int, length: int, seed: int) -> dict[int, Tensor]:
-    """Which tokens execute each layer: the same share in every layer (prompts) or for every token (decode)."""
+    """Which tokens execute each layer: the same share in every layer (prompts) or for every token (decode).
+
+    A prompt's reserved tokens, which execute whatever is decided, are among its share.
+    """
     generator = torch.Generator().manual_seed(seed)
     if length > 1:
-        order = torch.rand(layers, batch * length, generator=generator).argsort(-1).argsort(-1)
-        chosen = (order < ratio * batch * length).view(layers, batch, length)
+        order = torch.rand(layers, batch, length, generator=generator)
+        order[:, :, : RoutedLlamaConfig.reserved_tokens] = -1
+        ranks = order.flatten(1).argsort(-1).argsort(-1)
+        chosen = (ranks < ratio * batch * length).view(layers, batch, length)
     else:
         order = torch.rand(batch, layers, generator=generator).argsort(-1).argsort(-1)
         chosen = (order < ratio * layers).T[:, :, None]

@@ -1,9 +1,10 @@
 """The int4 linear against `nn.Linear` in bfloat16 and float32 at LLaMA-2-7B's widths: tokens a second.
 
-    python benchmarks/linear.py [--tokens 1 8 48 64 512] [--repeats 15] [--json FILE]
+    python benchmarks/linear.py [--tokens 1 8 24 64 512] [--repeats 15] [--json FILE]
 
 `int4` is what a quantized model runs. Its two ways are measured beside it, to see that it chooses well: the kernel
-(good for a few tokens, whose time is that of reading the weights) and blocks dequantized one by one (for many).
+(good for a few tokens, whose time is that of reading the weights) and blocks dequantized one by one (for many). So is
+PyTorch's int4 kernel, which runs where our own operations can't be built.
 The limit is the larger of two times measured here in the same run: reading the int4 weights at this machine's
 bandwidth, and the products at the speed of a large bfloat16 matrix product.
 """
@@ -20,7 +21,7 @@ import torch
 from common import claim, interleaved, median_ratio, parser, report
 from torch import nn
 
-from qtale_lightning.quantization.kernels import CROSSOVER_TOKENS, Int4CPU
+from qtale_lightning.quantization.kernels import CROSSOVER_TOKENS, Int4CPU, Int4Strips, choose_kernel
 from qtale_lightning.quantization.rtn import Scheme, quantize
 
 SHAPES = {"q_proj": (4096, 4096), "gate_proj": (11008, 4096), "down_proj": (4096, 11008)}  # (out, in)
@@ -67,7 +68,7 @@ def _median(run: Any, repeats: int) -> float:
 def main() -> None:
     """Measure and report."""
     options = parser(__doc__)
-    options.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 48, 64, 512])
+    options.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 24, 64, 512])
     options.add_argument("--repeats", type=int, default=15)
     args = options.parse_args()
     shapes = SHAPES
@@ -82,16 +83,18 @@ def main() -> None:
     for name, (outputs, inputs) in shapes.items():
         weight = torch.randn(outputs, inputs) / inputs**0.5
         quantized = quantize(weight, Scheme(4, GROUP_SIZE))
-        if not Int4CPU.supports(quantized):
-            print("skipped: the int4 kernel of this processor has no known layout")
+        int4 = choose_kernel(quantized)
+        if not isinstance(int4, Int4Strips | Int4CPU) or not Int4CPU.supports(quantized):
+            print("skipped: this processor has no int4 kernel of a known layout")
             return
-        int4 = Int4CPU(quantized)
+        peer = Int4CPU(quantized)
         low = nn.Linear(inputs, outputs, bias=False).to(torch.bfloat16)
         full = nn.Linear(inputs, outputs, bias=False)
         for linear in (low, full):
             linear.weight.copy_(weight)
         of_all = 1 if args.quick else BYTES
         int4s = Copies(int4, int4.packed.numel(), of_all)
+        peers = Copies(peer, peer.packed.numel(), of_all)
         lows, fulls = (Copies(one, one.weight.nbytes, of_all) for one in (low, full))
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
@@ -102,11 +105,12 @@ def main() -> None:
                 "int4": partial(lambda int4s, x: int4s.next()(x), int4s, x16),
                 "kernel": partial(lambda int4s, x: int4s.next().by_kernel(x), int4s, x16),
                 "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, x16),
+                "PyTorch": partial(lambda peers, x: peers.next().by_kernel(x), peers, x16),
             }
-            if tokens > 2 * CROSSOVER_TOKENS:
-                del contenders["kernel"]  # seconds a call
+            if tokens > 4 * CROSSOVER_TOKENS:
+                del contenders["kernel"], contenders["PyTorch"]  # seconds a call
             seconds = interleaved(contenders, args.repeats)
-            size = int4.packed.numel() + 2 * int4.scales_and_offsets.numel()
+            size = int4.packed.nbytes + 3 * int4.scales.numel()  # 16 bits of a scale, 8 of a zero point
             limit = max(size / read, 2 * tokens * outputs * inputs / compute)
             medians = {key: statistics.median(values) for key, values in seconds.items()}
             rows.append(
@@ -116,8 +120,8 @@ def main() -> None:
                 | {"over bf16": median_ratio(seconds["bf16"], seconds["int4"])}
                 | {"over float32": median_ratio(seconds["float32"], seconds["int4"])}
                 | {
-                    "kernel ms": 1e3 * medians["kernel"] if "kernel" in medians else "",
-                    "blocks ms": 1e3 * medians["blocks"],
+                    f"{way} ms": 1e3 * medians[way] if way in medians else ""
+                    for way in ("kernel", "blocks", "PyTorch")
                 }
             )
     claims = []

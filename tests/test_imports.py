@@ -11,13 +11,14 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 # beside them, and may import everything below.
 MAY_IMPORT = {
     "allocator": set(),
+    "cpu": set(),
     "files": set(),
     "data": set(),
-    "models": set(),
+    "models": {"cpu"},
     "losses": {"models"},
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
-    "quantization": {"files"},
+    "quantization": {"cpu", "files"},
     "report": {"evaluation", "files"},
     "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},

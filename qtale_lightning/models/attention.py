@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
+from qtale_lightning import cpu
 from qtale_lightning.models.cache import RoutedCacheLayer
 from qtale_lightning.models.packing import Packing, Subset
 
@@ -84,6 +85,9 @@ class Packed:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See :class:`Attention`; keys and values join the cache."""
+        if self._attends_next(query, key, value):
+            assert self.cache is not None
+            return self.cache.attend_next(query, key, value, self.packing, scaling)
         if self._attends_flat(key):
             return self._flat(query, key, value, scaling)
         queries = self.packing if self.queries is None else self.queries.packing
@@ -112,6 +116,12 @@ class Packed:
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return queries.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
+
+    def _attends_next(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether this is decoding, a token a sequence at most, where the CPU's operation takes it."""
+        alone = self.packing.length == 1 and self.queries is None and self.visible is None
+        fits = query.shape[-1] % cpu.LANES == 0 and query.shape[-1] <= cpu.WIDEST_HEAD
+        return self.cache is not None and alone and fits and cpu.ready(query, key, value)
 
     def _attends_flat(self, key: Tensor) -> bool:
         """Whether sequences of a prompt attend without rows, whose padding and copies that saves.

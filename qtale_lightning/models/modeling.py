@@ -8,9 +8,11 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.cache import RoutedCache
+from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm
 from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.packing import branch_mask
 from qtale_lightning.models.routed_layer import attach_router
@@ -267,6 +269,14 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         )
 
 
+# What a module of a routed model computes in less time, under the same names and from the same weights.
+FASTER: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: RoutedLinear,
+    LlamaRMSNorm: RoutedRMSNorm,
+    LlamaMLP: RoutedMLP,
+}
+
+
 def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForCausalLM:
     """Attach routers to a LLaMA in place and return it as a routed model; weights keep their names and storage."""
     config._attn_implementation = ATTENTION
@@ -281,8 +291,7 @@ def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForC
             )
         attach_router(layer, index, router, is_last=index == config.num_hidden_layers - 1)
     for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = RoutedLinear
+        module.__class__ = FASTER.get(type(module), type(module))
         if hasattr(module, "config"):
             module.config = config  # type: ignore[assignment]
     return model  # type: ignore[return-value]

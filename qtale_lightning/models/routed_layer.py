@@ -3,10 +3,11 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from qtale_lightning.models.attention import Attention, Masked, Packed
 from qtale_lightning.models.cache import RoutedCache
+from qtale_lightning.models.fused import rotate
 from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
 
@@ -30,12 +31,11 @@ class RoutedLlamaAttention(LlamaAttention):
                 (self.v_proj, hidden_states),
             )
         )
-        if asked is hidden_states:
-            query, key = apply_rotary_pos_emb(query, key, *rotary, unsqueeze_dim=2)
-        else:
-            of_asked = (attend.asked(x.expand(*hidden_states.shape[:2], -1)) for x in rotary)
-            query, _ = apply_rotary_pos_emb(query, query, *of_asked, unsqueeze_dim=2)
-            key, _ = apply_rotary_pos_emb(key, key, *rotary, unsqueeze_dim=2)
+        of_asked = rotary
+        if asked is not hidden_states:
+            cos, sin = (attend.asked(x.expand(*hidden_states.shape[:2], -1)) for x in rotary)
+            of_asked = cos, sin
+        query, key = rotate(query, *of_asked), rotate(key, *rotary)
         dropout = float(self.attention_dropout or 0.0) if self.training else 0.0
         return self.o_proj(attend(query, key, value, self.scaling, dropout).flatten(2))
 

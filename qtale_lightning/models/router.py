@@ -5,6 +5,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning import cpu
+
 SKIP, EXECUTE = 0, 1
 
 # D-LLM's initial bias of (skip, execute): training starts near 'execute', so near the pretrained model.
@@ -12,8 +14,9 @@ INITIAL_BIAS = (0.1, 2.0)
 
 # Numbers that a router normalises at a time on a CPU: half a MB in float32, so that they stay in a core's cache.
 CHUNK = 2**17
-# Weights of a router that a core's cache holds in float32, 1 MB: bfloat16 saves no reading there, and a token alone,
-# as in decoding, takes half the time without it.
+# Tokens of decoding: a router's time is that of reading its weights.
+FEW = 8
+# Weights of a router that a core's cache holds in float32, 1 MB: there bfloat16 saves a few tokens no time.
 CACHED = 2**18
 
 
@@ -65,14 +68,28 @@ class Router(nn.Module):
         inference = not self.training and not torch.is_grad_enabled()
         # Weights made in inference mode have no version to tell their changes by.
         low = hidden_states.dtype == torch.bfloat16 and inference and not self.down.weight.is_inference()
-        single = device == "cpu" and hidden_states.numel() == hidden_states.shape[-1]
-        if low and not (single and self.down.weight.numel() <= CACHED):
-            wide = self._low_product(hidden_states.reshape(-1, hidden_states.shape[-1]))
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        few = device == "cpu" and len(tokens) <= FEW
+        low = low and not (few and self.down.weight.numel() <= CACHED)
+        if few and inference and cpu.ready(hidden_states) and self._fits:
+            down, bias = self._low_weights() if low else (self.down.weight, self.down.bias)
+            eps = self.norm.eps
+            assert eps is not None
+            logits = cpu.route(
+                tokens.contiguous(), down, bias, self.norm.weight, eps, self.out.weight, self.out.bias
+            )
+        elif low:
+            wide = self._low_product(tokens)
             rows = max(1, CHUNK // self.down.out_features) if device == "cpu" else len(wide)
-            logits = [self._logits(chunk.float()) for chunk in wide.split(rows)]
-            flat = logits[0] if len(logits) == 1 else torch.cat(logits)
-            return flat.view(*hidden_states.shape[:-1], 2)
-        return self._logits(self.down(hidden_states.float()))
+            parts = [self._logits(chunk.float()) for chunk in wide.split(rows)]
+            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+        else:
+            return self._logits(self.down(hidden_states.float()))
+        return logits.view(*hidden_states.shape[:-1], 2)
+
+    @property
+    def _fits(self) -> bool:
+        return self.down.in_features % cpu.LANES == self.down.out_features % cpu.LANES == 0
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.out(nn.functional.silu(self.norm(hidden)))
@@ -83,14 +100,17 @@ class Router(nn.Module):
         On a CPU that is several times as fast as float32, and rounds as every other product of the model does:
         benchmarks/router.py counts what it decides otherwise.
         """
+        weight, bias = self._low_weights()
+        if len(tokens) == 1 and tokens.is_cpu:
+            return torch.addmv(bias, weight, tokens[0]).unsqueeze(0)
+        return nn.functional.linear(tokens, weight, bias)
+
+    def _low_weights(self) -> tuple[Tensor, Tensor]:
         sources = self.down.weight, self.down.bias
         state = tuple((source.data_ptr(), source._version) for source in sources)
         if self._low is None or self._low[0] != state:
             self._low = state, sources[0].bfloat16(), sources[1].bfloat16()
-        _, weight, bias = self._low
-        if len(tokens) == 1 and tokens.is_cpu:
-            return torch.addmv(bias, weight, tokens[0]).unsqueeze(0)
-        return nn.functional.linear(tokens, weight, bias)
+        return self._low[1:]
 
 
 def execute_probability(logits: Tensor) -> Tensor:

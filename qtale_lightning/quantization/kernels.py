@@ -1,4 +1,4 @@
-"""Products with quantized weights: PyTorch's int4 kernels, and the plain reference that dequantizes.
+"""Products with quantized weights: ours for the CPU, PyTorch's int4 kernels, and the reference that dequantizes.
 
     y = x · Q(W)ᵀ,  Q(W) = (code - zero) · scale
 
@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from qtale_lightning import cpu
 from qtale_lightning.quantization.rtn import Quantized
 
 # Inputs of a group that PyTorch's int4 kernels take.
 INT4_GROUP_SIZES = (32, 64, 128, 256)
-# With this many tokens or more, dequantizing and a dense product are faster than the CPU's int4 kernel, whose time
+# With this many tokens or more, dequantizing and a dense product are faster than a kernel for the CPU, whose time
 # grows with every token: benchmarks/linear.py measures both.
-CROSSOVER_TOKENS = 64
-# Weights dequantized at a time: 8 MB in bfloat16. Smaller blocks stay in nearer caches, but make the products narrow.
+CROSSOVER_TOKENS = 32
+# Outputs dequantized at a time by our operations. With fewer than 1024, products of some numbers of tokens take oneDNN
+# twice the time; with more, blocks leave the caches.
+BLOCK_OUTPUTS = 2048
+# Weights dequantized at a time by PyTorch's, 8 MB in bfloat16. Smaller blocks stay in nearer caches, but make the
+# products narrow.
 TILE_WEIGHTS = 2**22
 
 
@@ -46,8 +51,62 @@ class Dequantize:
         return linear(x, self.weight.dequantize().to(x.dtype))
 
 
+class Int4Strips:
+    """4 bits or fewer in the layout of our own operations for the CPU, `cpu/int4.h`.
+
+    Few tokens (decode) are multiplied with the codes themselves; for many (prefill), blocks of outputs are dequantized
+    and multiplied densely. Codes, scales and zero points are exact, in float32 and bfloat16 alike.
+
+    Raises:
+        ValueError: `supports` is False for this weight.
+    """
+
+    name = "int4 by our CPU operations"
+
+    def __init__(self, weight: Quantized) -> None:
+        if not self.supports(weight):
+            raise ValueError(f"our CPU operations don't take a weight of {len(weight.codes)} outputs")
+        outputs, groups, group_size = weight.codes.shape
+        self.outputs, self.inputs = outputs, groups * group_size
+        # By strip of 16 outputs: 8 inputs of each in 32 bits, the first one lowest.
+        nibbles = weight.codes.flatten(1).to(torch.uint8).view(-1, 16, self.inputs // 8, 4, 2).transpose(1, 2)
+        self.packed = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, self.inputs // 8, 64)
+        scales, zeros = (term.view(-1, 16, groups).transpose(1, 2) for term in (weight.scales, weight.zeros))
+        self.scales, self.zeros = scales.half().contiguous(), zeros.to(torch.uint8).contiguous()
+
+    @staticmethod
+    def supports(weight: Quantized) -> bool:
+        """Whether the operations were built, and the weight is on the CPU, in shapes that they take."""
+        outputs, groups, group_size = weight.codes.shape
+        return (
+            weight.codes.device.type == "cpu"
+            and outputs % 16 == group_size % 16 == groups * group_size % 32 == 0
+            and bool(weight.codes.max() < 16)
+            and cpu.available()
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self(x.float()).to(x.dtype)
+        return self.by_kernel(x) if len(x) < CROSSOVER_TOKENS else self.by_blocks(x)
+
+    def by_kernel(self, x: Tensor) -> Tensor:
+        """Products with the codes: the time grows with every token."""
+        return cpu.int4_linear(x.contiguous(), self.packed, self.scales, self.zeros)
+
+    def by_blocks(self, x: Tensor) -> Tensor:
+        """Dense products with blocks of outputs, each dequantized just before."""
+        output = x.new_empty(len(x), self.outputs)
+        strips, blocks = self.outputs // 16, -(-self.outputs // BLOCK_OUTPUTS)
+        for block in range(blocks):
+            first, end = (16 * (strips * place // blocks) for place in (block, block + 1))
+            weight = cpu.int4_dequantize(self.packed, self.scales, self.zeros, first, end - first, x)
+            torch.mm(x, weight.T, out=output[:, first:end])
+        return output
+
+
 class Int4CPU:
-    """4 bits or fewer in the layout of PyTorch's int4 kernel for the CPU.
+    """4 bits or fewer in the layout of PyTorch's int4 kernel for the CPU: where our own operations weren't built.
 
     The kernel itself for a few tokens (decode), where reading the weights takes the time; for many (prefill), blocks
     of outputs are dequantized and multiplied densely. The kernel computes in bfloat16 only: other
@@ -163,7 +222,7 @@ def _inner_tiles(inputs: int) -> int:
 
 def choose_kernel(weight: Quantized) -> Kernel:
     """The fastest kernel that takes a weight where it lies."""
-    for kernel in (Int4CPU, Int4CUDA):
+    for kernel in (Int4Strips, Int4CPU, Int4CUDA):
         if kernel.supports(weight):
             return kernel(weight)
     return Dequantize(weight)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from qtale_lightning import cpu
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 
 ARCHITECTURE = {
@@ -17,11 +18,20 @@ ARCHITECTURE = {
     "num_hidden_layers": 5,
     "num_attention_heads": 6,
     "num_key_value_heads": 2,  # grouped-query attention, as in every newer model
-    "head_dim": 8,
+    "head_dim": 32,  # as small as the CPU's operations take it
     "initializer_range": 0.2,  # large enough for logits, and so routing decisions, that differ between tokens
 }
 
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+
+
+@pytest.fixture(params=["our operations", "PyTorch's"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test runs by on a CPU."""
+    if request.param == "PyTorch's":
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("our CPU operations weren't built here")
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
 
+pytestmark = pytest.mark.usefixtures("operations")
+
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 LENGTHS = (13, 9, 5, 2)
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtale_lightning import cpu
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.models.sources import PRESETS, planned_config
 from qtale_lightning.quantization import kernels
@@ -21,6 +22,7 @@ from qtale_lightning.quantization.kernels import (
     Dequantize,
     Int4CPU,
     Int4CUDA,
+    Int4Strips,
     Kernel,
     choose_kernel,
     kernel_block,
@@ -28,7 +30,7 @@ from qtale_lightning.quantization.kernels import (
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-TOKENS = (1, 5, CROSSOVER_TOKENS - 1, CROSSOVER_TOKENS, 100)
+TOKENS = (1, 2, 3, 5, 8, 13, CROSSOVER_TOKENS - 1, CROSSOVER_TOKENS, 100)
 # Outputs are independent of each other: 256 of them are enough.
 ALL_SHAPES = {shape for name in PRESETS for shape in linear_shapes(planned_config(name)).values()}
 SHAPES = sorted({(min(outputs, 256), inputs) for outputs, inputs in ALL_SHAPES})
@@ -37,6 +39,7 @@ CASES = [(*shape, group) for shape in SHAPES for group in (32, 64, 128) if shape
 needs_kernel = pytest.mark.skipif(
     kernel_block() is None, reason="PyTorch has no int4 kernel of a known layout here"
 )
+needs_ours = pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -82,7 +85,88 @@ def test_the_reference_is_the_definition(bits: int, symmetric: bool) -> None:
     torch.testing.assert_close(output, x @ fake_quantize(weight, scheme).T, rtol=1e-5, atol=1e-5)
 
 
-# The CPU's kernel ----------------------------------------------------------------------------------------------------
+# Ours for the CPU ----------------------------------------------------------------------------------------------------
+
+
+@needs_ours
+@pytest.mark.parametrize(("outputs", "inputs", "group"), CASES)
+def test_the_presets_shapes_by_ours(outputs: int, inputs: int, group: int) -> None:
+    weight = make_weight(outputs, inputs, Scheme(4, group))
+    check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
+
+
+@needs_ours
+@pytest.mark.parametrize("group", [16, 32, 48, 128])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_all_widths_by_ours(bits: int, symmetric: bool, group: int) -> None:
+    """An odd number of strips, too: the last one is multiplied alone."""
+    weight = make_weight(208, 384, Scheme(bits, group, symmetric))
+    check(Int4Strips(weight), weight, torch.float32, torch.bfloat16, torch.float16)
+
+
+@needs_ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_scales_and_zeros_are_exact_in_ours(dtype: torch.dtype) -> None:
+    """Tokens that choose single inputs give back the weight's columns, rounded once."""
+    weight = make_weight(80, 96, Scheme(4, 32))
+    kernel, exact = Int4Strips(weight), weight.dequantize()
+    one_hot = torch.eye(96, dtype=dtype)
+    assert torch.equal(kernel.by_kernel(one_hot).T, exact.to(dtype))
+    assert torch.equal(kernel.by_blocks(one_hot).T, exact.to(dtype))
+
+
+@needs_ours
+@pytest.mark.parametrize("outputs", [16, 176])
+def test_outputs_in_several_blocks(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "BLOCK_OUTPUTS", 48)
+    weight = make_weight(outputs, 64, Scheme(4, 32))
+    check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
+
+
+@needs_ours
+def test_threads_do_not_change_ours() -> None:
+    """Each computes whole outputs."""
+    weight, threads = make_weight(256, 4096, Scheme(4, 128)), torch.get_num_threads()
+    kernel, x = Int4Strips(weight), make_tokens(4096)[:3].bfloat16()
+    alone = kernel(x)
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(kernel(x), alone)
+            assert torch.equal(kernel.by_blocks(torch.eye(4096).bfloat16()).T, weight.dequantize().bfloat16())
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_ours
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "group", "taken"),
+    [(72, 64, 32, False), (16, 16, 16, False), (16, 32, 8, False), (16, 32, 16, True)],
+)
+def test_ours_take_the_shapes_that_they_say(outputs: int, inputs: int, group: int, taken: bool) -> None:
+    weight = make_weight(outputs, inputs, Scheme(4, group))
+    assert Int4Strips.supports(weight) == taken
+    if taken:
+        check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
+    else:
+        with pytest.raises(ValueError, match=f"{outputs} outputs"):
+            Int4Strips(weight)
+
+
+@needs_ours
+def test_no_tokens_by_ours() -> None:
+    assert Int4Strips(make_weight(64, 128, Scheme(4, 32)))(torch.ones(0, 128)).shape == (0, 64)
+
+
+@needs_ours
+def test_ours_refuse_tokens_of_another_width() -> None:
+    kernel = Int4Strips(make_weight(16, 64, Scheme(4, 32)))
+    with pytest.raises(RuntimeError, match="64 inputs"):
+        kernel(torch.ones(2, 32))
+
+
+# PyTorch's for the CPU -----------------------------------------------------------------------------------------------
 
 
 @needs_kernel
@@ -181,7 +265,9 @@ def test_a_call_leaves_the_tokens_and_the_weight() -> None:
 
 
 @needs_kernel
-def test_the_choice_on_the_cpu() -> None:
+def test_the_choice_on_the_cpu_without_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+
     def chosen(outputs: int, group: int, bits: int) -> Kernel:
         return choose_kernel(make_weight(outputs, 128, Scheme(bits, group)))
 
@@ -191,6 +277,12 @@ def test_the_choice_on_the_cpu() -> None:
         kernel = chosen(outputs, 32, bits)
         assert isinstance(kernel, Dequantize), (outputs, bits)
         check(kernel, make_weight(outputs, 128, Scheme(bits, 32)), torch.float32, torch.bfloat16)
+
+
+@needs_ours
+def test_the_choice_on_the_cpu() -> None:
+    assert all(isinstance(choose_kernel(make_weight(64, 128, Scheme(b, 32))), Int4Strips) for b in (2, 3, 4))
+    assert isinstance(choose_kernel(make_weight(64, 128, Scheme(8, 32))), Dequantize)
 
 
 @pytest.mark.parametrize(("outputs", "bits"), [(72, 4), (64, 8)])
@@ -217,6 +309,7 @@ def test_without_a_known_layout_the_weight_is_dequantized(
     convert: Callable[[Tensor, int], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = make_weight(64, 128, Scheme(4, 32))
+    monkeypatch.setattr(cpu, "available", lambda: False)
     monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack_for_cpu", convert)
     kernel_block.cache_clear()
     try:

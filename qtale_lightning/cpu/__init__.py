@@ -1,0 +1,114 @@
+"""Operations of inference that PyTorch has no fast form of on a CPU, in C++: see layer.h, attention.h and int4.h.
+
+They are an addition: where `ready` says no, callers take PyTorch's own operations. What a model computes is defined
+there; here it is only computed in fewer passes over memory, with roundings at the same places.
+"""
+
+import torch
+from torch import Tensor
+
+from qtale_lightning.cpu.build import available
+
+__all__ = [
+    "attend_next",
+    "available",
+    "int4_dequantize",
+    "int4_linear",
+    "ready",
+    "rms_norm",
+    "rotate",
+    "route",
+    "swiglu",
+]
+
+LANES = 16
+"""Numbers that an operation takes at a time: widths are multiples of it."""
+
+WIDEST_HEAD = 256
+"""Of `attend_next`."""
+
+
+def ready(x: Tensor, *others: Tensor) -> bool:
+    """Whether these operations can take tensors: on the CPU, of one dtype (float32 or bfloat16), without gradients."""
+    dtype = x.dtype
+    return (
+        (dtype == torch.bfloat16 or dtype == torch.float32)
+        and x.is_cpu
+        and not torch.is_grad_enabled()
+        and all(other.dtype == dtype for other in others)
+        and available()
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Hugging Face's `LlamaRMSNorm`, ``(..., D)`` from ``(..., D)``; equal but for the order of the sum of squares."""
+    return torch.ops.qtale.rms_norm.default(x, weight, eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Hugging Face's rotary embedding of heads ``(B, T, H, d)`` by cosines and sines ``(1|B, T, d)``; equal."""
+    return torch.ops.qtale.rotate.default(x, cos, sin)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up`` of any shape; equal, but that exp may differ in its last bit."""
+    return torch.ops.qtale.swiglu.default(gate, up)
+
+
+def attend_next(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: list[int],
+    lengths: list[int],
+    scaling: float,
+) -> Tensor:
+    """Attention of one new token a sequence to those kept of its sequence and to itself, ``(N, H, d)``.
+
+    Args:
+        query: ``(N, H, d)``.
+        key, value: ``(N, H_kv, d)``; written into the buffers behind the sequence's last.
+        keys, values: Buffers ``(B, H_kv, capacity, d)``.
+        rows: Of the buffers, N different ones.
+        lengths: Tokens kept of each of these.
+        scaling: Of the scores.
+    """
+    return torch.ops.qtale.attend_next.default(query, key, value, keys, values, rows, lengths, scaling)
+
+
+def route(
+    x: Tensor, down: Tensor, bias: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Tensor
+) -> Tensor:
+    """A router's logits ``(N, 2)`` in float32, of a few tokens ``(N, D)``; its time grows with every token.
+
+    Args:
+        x: Contiguous, float32 or bfloat16.
+        down: ``(W, D)``, float32 or bfloat16, and its ``bias (W,)``.
+        norm: ``(W,)`` float32.
+        out: ``(2, W)`` float32, and its bias ``out_bias (2,)``.
+    """
+    return torch.ops.qtale.route.default(x, down, bias, norm, eps, out, out_bias)
+
+
+def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """``(M, out)`` from tokens ``(M, in)`` and a weight in the layout of int4.h; its time grows with every token.
+
+    Args:
+        x: Contiguous.
+        packed: ``(out / 16, in / 8, 64)`` uint8.
+        scales: ``(out / 16, groups, 16)`` float16.
+        zeros: ``(out / 16, groups, 16)`` uint8.
+    """
+    return torch.ops.qtale.int4_linear.default(x, packed, scales, zeros)
+
+
+def int4_dequantize(
+    packed: Tensor, scales: Tensor, zeros: Tensor, first: int, count: int, like: Tensor
+) -> Tensor:
+    """The weight's outputs ``first`` to ``first + count``, ``(count, in)``, in the dtype of ``like``.
+
+    Levels are ``(code - zero) · scale`` in float32, rounded once.
+    """
+    return torch.ops.qtale.int4_dequantize.default(packed, scales, zeros, first, count, like)

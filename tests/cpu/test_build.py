@@ -1,0 +1,83 @@
+"""Building the CPU operations: once, into a cache, and quietly doing without where it can't be."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qtale_lightning import cpu
+from qtale_lightning.cpu import build
+
+CALL = "from qtale_lightning import cpu; print(cpu.available())"
+
+
+def in_a_process(cache: Path, **environment: str) -> tuple[bool, str]:
+    """Whether the operations are there in a new process, and what it logged."""
+    code = "import logging; logging.basicConfig(level=logging.INFO); " + CALL
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"XDG_CACHE_HOME": str(cache)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip() == "True", done.stderr
+
+
+@pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
+def test_built_once_and_found_again(tmp_path: Path) -> None:
+    works, log = in_a_process(tmp_path)
+    assert works
+    assert "building CPU operations" in log
+    (library,) = (tmp_path / "qtale_lightning").iterdir()  # nothing half-built beside it
+    built = library.stat().st_mtime_ns
+    works, log = in_a_process(tmp_path, CXX="c++")
+    assert works
+    assert "building" not in log
+    assert library.stat().st_mtime_ns == built
+
+
+@pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
+@pytest.mark.parametrize(
+    ("compiler", "reason"), [("no-such-compiler", "install g++"), ("false", "weren't built")]
+)
+def test_without_a_working_compiler(compiler: str, reason: str, tmp_path: Path) -> None:
+    works, log = in_a_process(tmp_path, CXX=compiler)
+    assert not works
+    assert reason in log
+    assert not any(tmp_path.glob("qtale_lightning/*"))
+
+
+def test_the_switch(tmp_path: Path) -> None:
+    assert in_a_process(tmp_path, **{build.SWITCH: "0"})[0] is False
+    assert not any(tmp_path.iterdir())
+
+
+def test_other_processors_and_systems(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    caplog.set_level(logging.INFO)
+    for name, value in (("_is_avx512_bf16_supported", lambda: False),):
+        monkeypatch.setattr(torch.cpu, name, value)
+        assert build.available.__wrapped__() is False
+        assert "AVX-512" in caplog.text
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert build.available.__wrapped__() is False
+    assert "Linux" in caplog.text
+
+
+def test_a_broken_library_is_not_fatal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    monkeypatch.delenv(build.SWITCH, raising=False)
+    monkeypatch.setattr(build, "_unsuited", lambda: None)
+    monkeypatch.setattr(build, "_library", lambda: broken)
+    assert build.available.__wrapped__() is False
+    assert "weren't built" in caplog.text
