@@ -18,6 +18,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "route",
+    "route_wide",
     "swiglu",
 ]
 
@@ -90,6 +91,11 @@ def route(
         out: ``(2, W)`` float32, and its bias ``out_bias (2,)``.
     """
     return torch.ops.qtale.route.default(x, down, bias, norm, eps, out, out_bias)
+
+
+def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Tensor) -> Tensor:
+    """`route` without its first product: logits ``(N, 2)`` in float32, of ``wide (N, W)``, contiguous, bias included."""
+    return torch.ops.qtale.route_wide.default(wide, norm, eps, out, out_bias)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

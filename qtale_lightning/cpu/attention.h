@@ -62,8 +62,9 @@ inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, co
             const float weight = std::exp(scores[j] - largest);
             total += weight;
             const __m512 weights = _mm512_set1_ps(weight);
+            const T* row = kept_values + j * width;
             for (int64_t i = 0; i < width; i += LANES)
-              _mm512_store_ps(sum + i, _mm512_fmadd_ps(weights, load(kept_values + j * width + i), _mm512_load_ps(sum + i)));
+              _mm512_store_ps(sum + i, _mm512_fmadd_ps(weights, load(row + i), _mm512_load_ps(sum + i)));
           }
           const __m512 share = _mm512_set1_ps(1 / total);
           for (int64_t i = 0; i < width; i += LANES)

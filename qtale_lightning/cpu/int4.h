@@ -179,7 +179,8 @@ inline at::Tensor int4_dequantize(const at::Tensor& packed, const at::Tensor& sc
   dispatch(like, [&](auto type) {
     using T = decltype(type);
     constexpr int64_t wide = 64 / sizeof(T), each = wide / LANES;  // inputs in a row of a cache line, and in a lane
-    TORCH_CHECK(first % STRIP == 0 && count % STRIP == 0 && first + count <= weight.outputs && weight.inputs % wide == 0,
+    TORCH_CHECK(first % STRIP == 0 && count % STRIP == 0 && first + count <= weight.outputs &&
+                    weight.inputs % wide == 0,
                 "int4_dequantize takes whole strips of ", STRIP, " outputs, and a multiple of ", wide, " inputs");
     T* out = output.mutable_data_ptr<T>();
     at::parallel_for(0, count / STRIP, grain(STRIP * weight.inputs), [&](int64_t begin, int64_t end) {

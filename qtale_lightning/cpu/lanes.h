@@ -5,6 +5,10 @@
 #include <c10/util/BFloat16.h>
 #include <immintrin.h>
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 namespace qtale {
 
 constexpr int64_t LANES = 16;

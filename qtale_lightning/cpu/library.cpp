@@ -16,6 +16,7 @@ TORCH_LIBRARY(qtale, library) {
       "int[] lengths, float scaling) -> Tensor");
   library.def(
       "route(Tensor x, Tensor down, Tensor bias, Tensor norm, float eps, Tensor out, Tensor out_bias) -> Tensor");
+  library.def("route_wide(Tensor wide, Tensor norm, float eps, Tensor out, Tensor out_bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor zeros, int first, int count, Tensor like) -> Tensor");
@@ -27,6 +28,7 @@ TORCH_LIBRARY_IMPL(qtale, CPU, library) {
   library.impl("swiglu", qtale::swiglu);
   library.impl("attend_next", qtale::attend_next);
   library.impl("route", qtale::route);
+  library.impl("route_wide", qtale::route_wide);
   library.impl("int4_linear", qtale::int4_linear);
   library.impl("int4_dequantize", qtale::int4_dequantize);
 }

@@ -65,31 +65,39 @@ class Router(nn.Module):
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return self.forward(hidden_states)
-        inference = not self.training and not torch.is_grad_enabled()
-        # Weights made in inference mode have no version to tell their changes by.
-        low = hidden_states.dtype == torch.bfloat16 and inference and not self.down.weight.is_inference()
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        few = device == "cpu" and len(tokens) <= FEW
-        low = low and not (few and self.down.weight.numel() <= CACHED)
-        if few and inference and cpu.ready(hidden_states) and self._fits:
+        inference = not self.training and not torch.is_grad_enabled()
+        few = inference and device == "cpu" and len(tokens) <= FEW
+        # Weights made in inference mode have no version to tell their changes by.
+        low = inference and tokens.dtype == torch.bfloat16 and not self.down.weight.is_inference()
+        if few and self.down.weight.numel() <= CACHED:
+            low = False
+        ours = inference and self._fits and cpu.ready(tokens)
+        if few and ours:
             down, bias = self._low_weights() if low else (self.down.weight, self.down.bias)
-            eps = self.norm.eps
-            assert eps is not None
-            logits = cpu.route(
-                tokens.contiguous(), down, bias, self.norm.weight, eps, self.out.weight, self.out.bias
-            )
+            logits = cpu.route(tokens.contiguous(), down, bias, *self._rest())
+        elif low and ours:
+            logits = cpu.route_wide(self._low_product(tokens), *self._rest())
         elif low:
-            wide = self._low_product(tokens)
-            rows = max(1, CHUNK // self.down.out_features) if device == "cpu" else len(wide)
-            parts = [self._logits(chunk.float()) for chunk in wide.split(rows)]
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts)
+            logits = self._in_chunks(self._low_product(tokens))
         else:
-            return self._logits(self.down(hidden_states.float()))
+            logits = self._logits(self.down(tokens.float()))
         return logits.view(*hidden_states.shape[:-1], 2)
 
     @property
     def _fits(self) -> bool:
         return self.down.in_features % cpu.LANES == self.down.out_features % cpu.LANES == 0
+
+    def _rest(self) -> tuple[Tensor, float, Tensor, Tensor]:
+        """What follows the wide product, as the CPU's operations take it."""
+        assert self.norm.eps is not None
+        return self.norm.weight, self.norm.eps, self.out.weight, self.out.bias
+
+    def _in_chunks(self, wide: Tensor) -> Tensor:
+        """Logits ``(N, 2)`` of the wide product in bfloat16, ``(N, width)``."""
+        rows = max(1, CHUNK // self.down.out_features) if wide.is_cpu else len(wide)
+        parts = [self._logits(chunk.float()) for chunk in wide.split(rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.out(nn.functional.silu(self.norm(hidden)))

@@ -125,6 +125,9 @@ def test_route(hidden: int, width: int, count: int, dtype: torch.dtype, low: boo
     x = numbers(count, hidden, dtype=dtype)
     logits = cpu.route(x, down, bias, router.norm.weight, 1e-6, router.out.weight, router.out.bias)
     torch.testing.assert_close(logits, router(x), rtol=1e-5, atol=1e-5)
+    wide = router.down(x.float()).to(dtype)
+    rest = cpu.route_wide(wide, router.norm.weight, 1e-6, router.out.weight, router.out.bias)
+    torch.testing.assert_close(rest, router._logits(wide.float()), rtol=1e-5, atol=1e-5)
 
 
 def test_what_they_refuse() -> None:
