@@ -91,17 +91,20 @@ def probabilities(routing: Routing) -> Tensor:
     return execute_probability(routing.stacked_logits())[:, routing.free]
 
 
+@torch.no_grad()
 def differing(model: RoutedLlamaForCausalLM, batches: list[Any], theta: float) -> tuple[float, float, int]:
     """Share of decisions that bfloat16 takes differently, mean |Δp(execute)|, and the number of decisions."""
-    model.requires_grad_(False)  # so that no graph is made where gradients are on
+    routers = [layer.router for layer in model.model.layers if layer.router is not None]
     decisions, flips, moved = 0, 0, 0.0
     for batch in batches:
         exact = Routing(threshold=theta)
-        with torch.enable_grad():  # a router computes in bfloat16 only where no gradient is wanted
-            model(**batch, use_cache=False, routing=exact, logits_to_keep=1)
+        for router in routers:
+            router.train()  # float32
+        model(**batch, use_cache=False, routing=exact, logits_to_keep=1)
+        for router in routers:
+            router.eval()
         low = Routing(threshold=theta, forced=exact.gates)
-        with torch.no_grad():
-            model(**batch, use_cache=False, routing=low, logits_to_keep=1)
+        model(**batch, use_cache=False, routing=low, logits_to_keep=1)
         one, other = probabilities(exact), probabilities(low)
         decisions += one.numel()
         flips += int(((one >= theta) != (other >= theta)).sum())

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
     "quantization": {"cpu", "files"},
-    "report": {"evaluation", "files"},
+    "report": {"cpu", "evaluation", "files"},
     "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},
     "module": {"losses", "metrics", "models"},

@@ -94,7 +94,7 @@ def route(
 
 
 def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Tensor) -> Tensor:
-    """`route` without its first product: logits ``(N, 2)`` in float32, of ``wide (N, W)``, contiguous, bias included."""
+    """`route` without its first product: float32 logits ``(N, 2)`` of ``wide (N, W)``, bias included, contiguous."""
     return torch.ops.qtale.route_wide.default(wide, norm, eps, out, out_bias)
 
 

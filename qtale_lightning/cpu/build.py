@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,13 +59,13 @@ def _unsuited() -> str | None:
         return "ours are built on Linux"
     if not torch.cpu._is_avx512_bf16_supported():
         return "ours need a processor with AVX-512 and its bfloat16 instructions"
-    if not shutil.which(_compiler()):
-        return f"ours need a C++ compiler: install g++, or name one by CXX (not found: {_compiler()})"
+    if not shutil.which(_compiler()[0]):
+        return f"ours need a C++ compiler: install g++, or name one by CXX (not found: {_compiler()[0]})"
     return None
 
 
-def _compiler() -> str:
-    return os.environ.get("CXX") or "c++"
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
 
 
 def _library() -> Path:
@@ -91,7 +92,7 @@ def _compile(output: Path) -> None:
     torch_folder = Path(torch.__file__).parent
     include, libraries = torch_folder / "include", torch_folder / "lib"
     headers = [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
-    command = [_compiler(), *FLAGS, *headers, str(SOURCES / "library.cpp"), "-o", str(output)]
+    command = [*_compiler(), *FLAGS, *headers, str(SOURCES / "library.cpp"), "-o", str(output)]
     command += [f"-L{libraries}", "-ltorch_cpu", "-lc10"]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 

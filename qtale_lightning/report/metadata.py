@@ -43,14 +43,16 @@ def git_state(folder: Path) -> Git | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed ones among `PACKAGES`."""
+    """Versions of Python and of the installed ones among `PACKAGES`, and whose operations run on the CPU."""
+    from qtale_lightning import cpu  # here, so that reading a report doesn't wait for torch
+
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return installed
+    return installed | {"CPU operations": "ours" if cpu.available() else "PyTorch's"}
 
 
 def hardware() -> str:
