@@ -30,13 +30,19 @@ WIDEST_HEAD = 256
 
 
 def ready(x: Tensor, *others: Tensor) -> bool:
-    """Whether these operations can take tensors: on the CPU, of one dtype (float32 or bfloat16), without gradients."""
+    """Whether these operations can take tensors: on the CPU, of one dtype (float32 or bfloat16), without gradients.
+
+    Not while PyTorch compiles a model: it fuses its own operations by itself.
+    """
     dtype = x.dtype
+    for other in others:
+        if other.dtype != dtype:
+            return False
     return (
         (dtype == torch.bfloat16 or dtype == torch.float32)
         and x.is_cpu
         and not torch.is_grad_enabled()
-        and all(other.dtype == dtype for other in others)
+        and not torch.compiler.is_compiling()
         and available()
     )
 
@@ -66,11 +72,11 @@ def attend_next(
     lengths: list[int],
     scaling: float,
 ) -> Tensor:
-    """Attention of one new token a sequence to those kept of its sequence and to itself, ``(N, H, d)``.
+    """Attention of one new token a sequence to those kept of its sequence and to itself, ``(…, H, d)``.
 
     Args:
-        query: ``(N, H, d)``.
-        key, value: ``(N, H_kv, d)``; written into the buffers behind the sequence's last.
+        query: ``(…, H, d)`` of N tokens or more: those behind the N-th repeat it.
+        key, value: ``(…, H_kv, d)`` of as many; the first N are written into the buffers behind their sequence's last.
         keys, values: Buffers ``(B, H_kv, capacity, d)``.
         rows: Of the buffers, N different ones.
         lengths: Tokens kept of each of these.
@@ -99,7 +105,7 @@ def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Te
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """``(M, out)`` from tokens ``(M, in)`` and a weight in the layout of int4.h; its time grows with every token.
+    """``(…, out)`` from tokens ``(…, in)`` and a weight in the layout of int4.h; its time grows with every token.
 
     Args:
         x: Contiguous.

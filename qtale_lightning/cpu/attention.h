@@ -19,16 +19,21 @@ inline float dot(const T* a, const T* b, int64_t width) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// query (N, H, d), key and value (N, G, d) of the sequences `rows`, which keep `lengths` tokens each in the buffers
-// keys and values (B, G, capacity, d); the new ones are written behind these. Returns (N, H, d).
-inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor& keys,
-                       at::Tensor& values, at::IntArrayRef rows, at::IntArrayRef lengths, double scaling) {
-  const int64_t count = query.size(0), heads = query.size(1), width = query.size(2), groups = key.size(1);
+// query (…, H, d), key and value (…, G, d): tokens of the sequences `rows`, one each, which keep `lengths` tokens in the
+// buffers keys and values (B, G, capacity, d); the new ones are written behind these. Tokens behind those of sequences
+// repeat the last of them. Returns (…, H, d).
+inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                              at::Tensor& keys, at::Tensor& values, at::IntArrayRef rows, at::IntArrayRef lengths,
+                              double scaling) {
+  const int64_t heads = query.size(-2), width = query.size(-1), groups = key.size(-2), count = rows.size();
   const int64_t shared = heads / groups;  // query heads of a key head
+  const int64_t tokens = query.numel() / (heads * width), capacity = keys.size(2);
   TORCH_CHECK(query.is_contiguous() && key.is_contiguous() && value.is_contiguous() && keys.is_contiguous() &&
                   values.is_contiguous() && width % LANES == 0 && width <= WIDEST,
               "attend_next takes contiguous heads of a multiple of ", LANES, ", at most ", WIDEST);
-  const int64_t capacity = keys.size(2);
+  TORCH_CHECK(0 < count && count <= tokens && key.numel() == tokens * groups * width && value.sizes() == key.sizes() &&
+                  lengths.size() == rows.size(),
+              "attend_next takes a query, a key and a value for each of the sequences");
   for (int64_t n = 0; n < count; n++)
     TORCH_CHECK(0 <= lengths[n] && lengths[n] < capacity && 0 <= rows[n] && rows[n] < keys.size(0),
                 "attend_next: the cache has no room");
@@ -72,6 +77,8 @@ inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, co
         }
       }
     });
+    for (int64_t token = count; token < tokens; token++)
+      std::copy_n(out + (count - 1) * heads * width, heads * width, out + token * heads * width);
   });
   return output;
 }

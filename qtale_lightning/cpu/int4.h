@@ -117,10 +117,13 @@ inline void multiply_all(const Weight& weight, int64_t first, int64_t tokens, co
 inline at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
                               const at::Tensor& zeros) {
   const Weight weight(packed, scales, zeros);
-  const int64_t tokens = x.size(0), groups = weight.inputs / weight.group, strips = weight.outputs / STRIP;
-  TORCH_CHECK(x.is_contiguous() && x.size(1) == weight.inputs && weight.group % LANES == 0,
+  const int64_t tokens = x.numel() / weight.inputs, groups = weight.inputs / weight.group;
+  const int64_t strips = weight.outputs / STRIP;
+  TORCH_CHECK(x.is_contiguous() && x.size(-1) == weight.inputs && weight.group % LANES == 0,
               "int4_linear takes contiguous tokens of ", weight.inputs, " inputs, in groups of a multiple of ", LANES);
-  at::Tensor output = at::empty({tokens, weight.outputs}, x.options());
+  at::DimVector shape(x.sizes());
+  shape.back() = weight.outputs;
+  at::Tensor output = at::empty(shape, x.options());
   std::vector<float> wide(tokens * weight.inputs), sums(tokens * groups);
   dispatch(x, [&](auto type) {
     using T = decltype(type);

@@ -92,35 +92,20 @@ class RoutedCacheLayer(CacheLayerMixin):
         """Append the one token that each executing sequence of a packing has; attend from it to all of its sequence.
 
         Query ``(1, N, H, d)``, key and value ``(1, N, H_kv, d)`` are flat, or ``(B, 1, …)`` where every sequence
-        executes; the output is shaped as the query. Tokens behind those of sequences repeat the last of these.
+        executes; the output is shaped as the query.
         """
-        shape, repeated = query.shape, query.shape[0] * query.shape[1] - sum(packing.counts)
-        query, key, value = (tokens.flatten(0, 1) for tokens in (query, key, value))
         if not self.is_initialized:
-            self.lazy_initialization(
-                *(x.new_empty(len(packing.counts), len(x[0]), 0, x.shape[2]) for x in (key, value))
-            )
+            batch, heads, width = len(packing.counts), *key.shape[2:]
+            self.lazy_initialization(*(x.new_empty(batch, heads, 0, width) for x in (key, value)))
         self._reserve(self.longest + 1, _GROWTH)
         assert self.keys is not None
         assert self.values is not None
         rows = [row for row, count in enumerate(packing.counts) if count]
         lengths = [self.lengths[row] for row in rows]
-        if repeated:
-            query, key, value = (tokens[: len(rows)] for tokens in (query, key, value))
-        output = cpu.attend_next(
-            query.contiguous(),
-            key.contiguous(),
-            value.contiguous(),
-            self.keys,
-            self.values,
-            rows,
-            lengths,
-            scaling,
-        )
+        new = query.contiguous(), key.contiguous(), value.contiguous()
+        output = cpu.attend_next(*new, self.keys, self.values, rows, lengths, scaling)
         self.lengths = tuple(kept + count for kept, count in zip(self.lengths, packing.counts, strict=True))
-        if repeated:
-            output = torch.cat([output, output[-1:].expand(repeated, -1, -1)])
-        return output.view(shape)
+        return output
 
     def past(self, packing: Packing) -> Tensor:
         """Tokens of each sequence that were here before those of a packing, which came last, ``(B,)``."""

@@ -36,6 +36,7 @@ class Router(nn.Module):
         self.down = nn.Linear(hidden_size, width, dtype=torch.float32)
         self.norm = nn.RMSNorm(width, eps=1e-6, dtype=torch.float32)
         self.out = nn.Linear(width, 2, dtype=torch.float32)
+        self._fits = hidden_size % cpu.LANES == width % cpu.LANES == 0  # what the CPU's operations take
         # The wide product's weights in bfloat16, for inference, and the state of those that they were made from.
         self._low: tuple[object, Tensor, Tensor] | None = None
         if self.out.bias.device.type != "meta":
@@ -83,10 +84,6 @@ class Router(nn.Module):
         else:
             logits = self._logits(self.down(tokens.float()))
         return logits.view(*hidden_states.shape[:-1], 2)
-
-    @property
-    def _fits(self) -> bool:
-        return self.down.in_features % cpu.LANES == self.down.out_features % cpu.LANES == 0
 
     def _rest(self) -> tuple[Tensor, float, Tensor, Tensor]:
         """What follows the wide product, as the CPU's operations take it."""

@@ -29,7 +29,7 @@ TILE_WEIGHTS = 2**22
 
 
 class Kernel(Protocol):
-    """Multiplies tokens, shape `(M, in)`, with a quantized weight, to shape `(M, out)` in the tokens' dtype."""
+    """Multiplies tokens, shape `(..., in)`, with a quantized weight, to shape `(..., out)` in the tokens' dtype."""
 
     name: str
 
@@ -88,14 +88,16 @@ class Int4Strips:
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self(x.float()).to(x.dtype)
-        return self.by_kernel(x) if len(x) < CROSSOVER_TOKENS else self.by_blocks(x)
+        if x.numel() < CROSSOVER_TOKENS * self.inputs:
+            return self.by_kernel(x)
+        return self.by_blocks(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Products with the codes: the time grows with every token."""
         return cpu.int4_linear(x.contiguous(), self.packed, self.scales, self.zeros)
 
     def by_blocks(self, x: Tensor) -> Tensor:
-        """Dense products with blocks of outputs, each dequantized just before."""
+        """Dense products of tokens `(M, in)` with blocks of outputs, each dequantized just before."""
         output = x.new_empty(len(x), self.outputs)
         strips, blocks = self.outputs // 16, -(-self.outputs // BLOCK_OUTPUTS)
         for block in range(blocks):
@@ -117,14 +119,14 @@ class Int4CPU:
     """
 
     def __init__(self, weight: Quantized) -> None:
-        outputs, _, self.group_size = weight.codes.shape
+        self.outputs, _, self.group_size = weight.codes.shape
         block = kernel_block()
         if block is None or not self.supports(weight):
-            raise ValueError(f"the CPU's int4 kernel doesn't take a weight of {outputs} outputs")
+            raise ValueError(f"the CPU's int4 kernel doesn't take a weight of {self.outputs} outputs")
         self.name = "int4 kernel or blocks" if self.group_size in INT4_GROUP_SIZES else "int4 blocks"
         codes, self.scales, self.zeros, self.scales_and_offsets = _int4_terms(weight)
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-        self.blocks = self.packed.view(outputs // block, codes.shape[1], block // 2)
+        self.blocks = self.packed.view(self.outputs // block, codes.shape[1], block // 2)
 
     @staticmethod
     def supports(weight: Quantized) -> bool:
@@ -138,10 +140,10 @@ class Int4CPU:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        few = len(x) < CROSSOVER_TOKENS
-        if few and x.dtype == torch.bfloat16 and self.group_size in INT4_GROUP_SIZES:
-            return self.by_kernel(x)
-        return self.by_blocks(x)
+        tokens = x.reshape(-1, x.shape[-1])
+        takes = x.dtype == torch.bfloat16 and self.group_size in INT4_GROUP_SIZES
+        product = self.by_kernel if takes and len(tokens) < CROSSOVER_TOKENS else self.by_blocks
+        return product(tokens).view(*x.shape[:-1], self.outputs)
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """PyTorch's kernel, for bfloat16 tokens: its time grows with every token."""
@@ -176,7 +178,7 @@ class Int4CUDA:
     def __init__(self, weight: Quantized) -> None:
         if not self.supports(weight):
             raise ValueError("the CUDA int4 kernel doesn't take this weight")
-        self.group_size = weight.codes.shape[2]
+        self.outputs, _, self.group_size = weight.codes.shape
         codes, _, _, self.scales_and_offsets = _int4_terms(weight)
         nibbles = (codes[:, ::2] << 4 | codes[:, 1::2]).contiguous()
         self.packed = torch.ops.aten._convert_weight_to_int4pack(nibbles, _inner_tiles(codes.shape[1]))
@@ -194,11 +196,11 @@ class Int4CUDA:
         )
 
     def __call__(self, x: Tensor) -> Tensor:
-        low = x.to(torch.bfloat16).contiguous()
+        low = x.to(torch.bfloat16).reshape(-1, x.shape[-1]).contiguous()
         product = torch.ops.aten._weight_int4pack_mm(
             low, self.packed, self.group_size, self.scales_and_offsets
         )
-        return product.to(x.dtype)
+        return product.to(x.dtype).view(*x.shape[:-1], self.outputs)
 
 
 def _int4_terms(weight: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -129,7 +129,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None:
             self.prepare()
         assert self.kernel is not None
-        output = self.kernel(x.detach().reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        output = self.kernel(x.detach() if x.requires_grad else x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:

@@ -100,6 +100,19 @@ def test_attention_of_the_next_token(heads: int, groups: int, width: int, dtype:
     assert all(torch.equal(buffer, old) for buffer, old in zip(buffers, before, strict=True))  # nothing else
 
 
+def test_attention_of_repeated_tokens() -> None:
+    """Those behind the sequences' own are the last one's again, and leave the buffers alone."""
+    buffers = [numbers(3, 2, 8, 16, seed=s) for s in (1, 2)]
+    query, key, value = (numbers(1, 5, heads, 16, seed=s) for heads, s in ((4, 3), (2, 4), (2, 5)))
+    twice = [buffer.clone() for buffer in buffers]
+    output = cpu.attend_next(query, key, value, *buffers, [0, 2], [3, 0], 0.2)
+    parts = [x[:, :2].contiguous() for x in (query, key, value)]
+    alone = cpu.attend_next(*parts, *twice, [0, 2], [3, 0], 0.2)
+    assert output.shape == query.shape
+    assert torch.equal(output, alone[:, [0, 1, 1, 1, 1]])
+    assert all(torch.equal(a, b) for a, b in zip(buffers, twice, strict=True))
+
+
 def test_attention_of_large_scores() -> None:
     keys = torch.full((1, 1, 4, 16), 1e18)
     query = torch.full((1, 1, 16), 1e18)
@@ -138,8 +151,15 @@ def test_what_they_refuse() -> None:
         cpu.swiglu(torch.ones(16, dtype=torch.float16), torch.ones(16, dtype=torch.float16))
     buffers = torch.zeros(1, 1, 4, 16)
     one = torch.ones(1, 1, 16)
-    for rows, lengths in (([0], [4]), ([1], [0]), ([0], [-1])):
-        with pytest.raises(RuntimeError, match="no room"):
+    for rows, lengths, reason in (
+        ([0], [4], "no room"),
+        ([1], [0], "no room"),
+        ([0], [-1], "no room"),
+        ([], [], "each of the sequences"),
+        ([0, 0], [0, 1], "each of the sequences"),
+        ([0], [0, 1], "each of the sequences"),
+    ):
+        with pytest.raises(RuntimeError, match=reason):
             cpu.attend_next(one, one, one, buffers, buffers.clone(), rows, lengths, 1.0)
 
 

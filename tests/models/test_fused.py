@@ -113,3 +113,13 @@ def test_tokens_need_not_be_contiguous(ours: bool) -> None:
     angles = torch.randn(32, 3).T[None]
     turned = apply_rotary_pos_emb(heads, heads, angles, angles, unsqueeze_dim=2)[0]
     assert torch.equal(rotate(heads, angles, angles), turned)
+
+
+@torch.no_grad()
+def test_a_compiled_model_has_pytorchs_operations(calls: list[str]) -> None:
+    """Which its compiler knows and fuses."""
+    plain, routed = norms(32, torch.float32)
+    x = torch.randn(2, 32)
+    compiled = torch.compile(routed, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-6, atol=1e-6)
+    assert not calls
