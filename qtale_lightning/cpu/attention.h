@@ -5,18 +5,59 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
 
 #include "lanes.h"
 
 namespace qtale {
 
-constexpr int64_t WIDEST = 256;     // width of a head
+constexpr int64_t WIDEST = 256;  // width of a head
+
+constexpr int64_t BLOCK = 256;  // keys or values that stay in a near cache while all heads that share them read them
+
+// Products of a query and `length` keys.
+template <typename T>
+inline void score(const float* query, const T* keys, int64_t length, int64_t width, float* scores) {
+  constexpr int64_t some = 4;  // keys at a time
+  int64_t j = 0;
+  for (; j + some <= length; j += some) products<some>(keys + j * width, query, width, scores + j);
+  for (; j < length; j++) products<1>(keys + j * width, query, width, scores + j);
+}
+
+// In place exp(scaling · (score - largest)), and the sum of that; what is behind the scores, up to sixteen, becomes 0.
+inline float exponentials(float* scores, int64_t length, float scaling) {
+  for (int64_t j = length; j % LANES != 0; j++) scores[j] = -std::numeric_limits<float>::infinity();
+  __m512 largest = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
+  for (int64_t j = 0; j < length; j += LANES) largest = _mm512_max_ps(load(scores + j), largest);
+  largest = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t j = 0; j < length; j += LANES) {
+    const __m512 below = _mm512_mul_ps(_mm512_sub_ps(load(scores + j), largest), _mm512_set1_ps(scaling));
+    const __m512 power = at::vec::Vectorized<float>(below).exp();
+    store(scores + j, power);
+    sum = _mm512_add_ps(sum, power);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Adds `vectors` times sixteen columns of the values' weighted sum.
+template <int vectors, typename T>
+inline void add(const float* weights, const T* values, int64_t length, int64_t width, float* sums) {
+  __m512 sum[vectors];
+  for (int v = 0; v < vectors; v++) sum[v] = load(sums + v * LANES);
+  for (int64_t j = 0; j < length; j++) {
+    const __m512 weight = _mm512_set1_ps(weights[j]);
+    for (int v = 0; v < vectors; v++) sum[v] = _mm512_fmadd_ps(weight, load(values + j * width + v * LANES), sum[v]);
+  }
+  for (int v = 0; v < vectors; v++) store(sums + v * LANES, sum[v]);
+}
 
 template <typename T>
-inline float dot(const T* a, const T* b, int64_t width) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t i = 0; i < width; i += LANES) sum = _mm512_fmadd_ps(load(a + i), load(b + i), sum);
-  return _mm512_reduce_add_ps(sum);
+inline void mix(const float* weights, const T* values, int64_t length, int64_t width, float* sums) {
+  constexpr int some = 4;  // vectors at a time
+  int64_t i = 0;
+  for (; i + some * LANES <= width; i += some * LANES) add<some>(weights, values + i, length, width, sums + i);
+  for (; i < width; i += LANES) add<1>(weights, values + i, length, width, sums + i);
 }
 
 // query (…, H, d), key and value (…, G, d): tokens of the sequences `rows`, one each, which keep `lengths` tokens in the
@@ -32,7 +73,7 @@ inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, co
                   values.is_contiguous() && width % LANES == 0 && width <= WIDEST,
               "attend_next takes contiguous heads of a multiple of ", LANES, ", at most ", WIDEST);
   TORCH_CHECK(0 < count && count <= tokens && key.numel() == tokens * groups * width && value.sizes() == key.sizes() &&
-                  lengths.size() == rows.size(),
+                  lengths.size() == rows.size() && scaling > 0,
               "attend_next takes a query, a key and a value for each of the sequences");
   for (int64_t n = 0; n < count; n++)
     TORCH_CHECK(0 <= lengths[n] && lengths[n] < capacity && 0 <= rows[n] && rows[n] < keys.size(0),
@@ -47,34 +88,31 @@ inline at::Tensor attend_next(const at::Tensor& query, const at::Tensor& key, co
     T *all_keys = keys.mutable_data_ptr<T>(), *all_values = values.mutable_data_ptr<T>(),
       *out = output.mutable_data_ptr<T>();
     at::parallel_for(0, count * groups, grain(longest * width), [&](int64_t begin, int64_t end) {
-      std::vector<float> scores(longest);
-      alignas(64) float sum[WIDEST];
+      const int64_t room = longest + LANES;
+      std::vector<float> scores(shared * room), wide(shared * width), sums(shared * width), totals(shared);
       for (int64_t item = begin; item < end; item++) {
         const int64_t n = item / groups, group = item % groups, length = lengths[n] + 1;
+        const int64_t first = (n * heads + group * shared) * width;  // of the heads that share these keys
         T* kept_keys = all_keys + (rows[n] * groups + group) * capacity * width;
         T* kept_values = all_values + (rows[n] * groups + group) * capacity * width;
         std::copy_n(new_key + item * width, width, kept_keys + lengths[n] * width);
         std::copy_n(new_value + item * width, width, kept_values + lengths[n] * width);
-        for (int64_t head = n * heads + group * shared; head < n * heads + (group + 1) * shared; head++) {
-          float largest = -std::numeric_limits<float>::infinity();
-          for (int64_t j = 0; j < length; j++) {
-            scores[j] = dot(queries + head * width, kept_keys + j * width, width) * static_cast<float>(scaling);
-            largest = std::max(largest, scores[j]);
-          }
-          float total = 0;
-          for (int64_t i = 0; i < width; i += LANES) _mm512_store_ps(sum + i, _mm512_setzero_ps());
-          for (int64_t j = 0; j < length; j++) {
-            const float weight = std::exp(scores[j] - largest);
-            total += weight;
-            const __m512 weights = _mm512_set1_ps(weight);
-            const T* row = kept_values + j * width;
-            for (int64_t i = 0; i < width; i += LANES)
-              _mm512_store_ps(sum + i, _mm512_fmadd_ps(weights, load(row + i), _mm512_load_ps(sum + i)));
-          }
-          const __m512 share = _mm512_set1_ps(1 / total);
-          for (int64_t i = 0; i < width; i += LANES)
-            store(out + head * width + i, _mm512_mul_ps(_mm512_load_ps(sum + i), share));
+        for (int64_t i = 0; i < shared * width; i += LANES) {
+          store(wide.data() + i, load(queries + first + i));
+          store(sums.data() + i, _mm512_setzero_ps());
         }
+        for (int64_t j = 0; j < length; j += BLOCK)
+          for (int64_t h = 0; h < shared; h++)
+            score(wide.data() + h * width, kept_keys + j * width, std::min(BLOCK, length - j), width,
+                  scores.data() + h * room + j);
+        for (int64_t h = 0; h < shared; h++)
+          totals[h] = exponentials(scores.data() + h * room, length, static_cast<float>(scaling));
+        for (int64_t j = 0; j < length; j += BLOCK)
+          for (int64_t h = 0; h < shared; h++)
+            mix(scores.data() + h * room + j, kept_values + j * width, std::min(BLOCK, length - j), width,
+                sums.data() + h * width);
+        for (int64_t i = 0; i < shared * width; i += LANES)
+          store(out + first + i, _mm512_mul_ps(load(sums.data() + i), _mm512_set1_ps(1 / totals[i / width])));
       }
     });
     for (int64_t token = count; token < tokens; token++)

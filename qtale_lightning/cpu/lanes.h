@@ -35,6 +35,18 @@ inline __m512 rounded<float>(__m512 value) { return value; }
 template <>
 inline __m512 rounded<c10::BFloat16>(__m512 value) { return widen(narrow(value)); }
 
+// Dot products of `rows` neighbouring rows of a matrix with one vector.
+template <int rows, typename T>
+inline void products(const T* matrix, const float* x, int64_t width, float* y) {
+  __m512 sum[rows];
+  for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < width; i += LANES) {
+    const __m512 value = load(x + i);
+    for (int r = 0; r < rows; r++) sum[r] = _mm512_fmadd_ps(load(matrix + r * width + i), value, sum[r]);
+  }
+  for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(sum[r]);
+}
+
 // Calls a function template's instance for a tensor's type; the callers take no other types.
 template <typename F>
 void dispatch(const at::Tensor& like, F&& run) {

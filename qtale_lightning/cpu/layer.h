@@ -11,8 +11,7 @@
 
 namespace qtale {
 
-// Numbers that are worth a second thread.
-
+// Hugging Face's LlamaRMSNorm of rows (…, D): weight · (x / sqrt(mean(x²) + eps)).
 inline at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   const int64_t width = x.size(-1), rows = x.numel() / width;
   TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && width % LANES == 0 && weight.numel() == width,

@@ -11,18 +11,6 @@
 
 namespace qtale {
 
-// Products of `rows` neighbouring rows of a weight with one token.
-template <int rows, typename T>
-inline void products(const T* weight, const float* x, int64_t inputs, float* y) {
-  __m512 sum[rows];
-  for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < inputs; i += LANES) {
-    const __m512 value = load(x + i);
-    for (int r = 0; r < rows; r++) sum[r] = _mm512_fmadd_ps(load(weight + r * inputs + i), value, sum[r]);
-  }
-  for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(sum[r]);
-}
-
 // Logits (2) of a token's wide values, read from `width` numbers; a bias (or nullptr) is added to them first.
 template <typename T>
 inline void finish(const T* wide, const float* bias, const float* norm, float eps, const float* out,
