@@ -48,7 +48,7 @@ def available() -> bool:
     try:
         torch.ops.load_library(_library())
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("CPU operations weren't built, PyTorch's own are used (slower): %s", _first_lines(error))
+        log.warning("CPU operations weren't built, PyTorch's own are used (slower): %s", _reason(error))
         return False
     return True
 
@@ -97,7 +97,7 @@ def _compile(output: Path) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
 
 
-def _first_lines(error: Exception) -> str:
-    details = getattr(error, "stderr", None)
-    lines = [line for line in str(details or error).splitlines() if line.strip()]
-    return " | ".join(lines[:3])
+def _reason(error: Exception) -> str:
+    """The compiler's first error, or the exception's words."""
+    lines = [line for line in (getattr(error, "stderr", None) or "").splitlines() if "error" in line.lower()]
+    return lines[0] if lines else str(error)

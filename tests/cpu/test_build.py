@@ -71,6 +71,16 @@ def test_other_processors_and_systems(
     assert "Linux" in caplog.text
 
 
+def test_what_the_compiler_says(tmp_path: Path) -> None:
+    """Its first error, not the headers that lead to it."""
+    if build._unsuited():
+        pytest.skip("nothing is compiled here")
+    works, log = in_a_process(tmp_path, CXX="c++ -include no-such-header.h")
+    assert not works
+    (line,) = (line for line in log.splitlines() if "weren't built" in line)
+    assert "error: no-such-header.h" in line
+
+
 def test_a_broken_library_is_not_fatal(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
