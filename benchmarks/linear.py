@@ -107,7 +107,7 @@ def main() -> None:
                 "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, x16),
                 "PyTorch": partial(lambda peers, x: peers.next().by_kernel(x), peers, x16),
             }
-            if tokens > 4 * CROSSOVER_TOKENS:
+            if tokens > 2 * CROSSOVER_TOKENS:
                 del contenders["kernel"], contenders["PyTorch"]  # seconds a call
             seconds = interleaved(contenders, args.repeats)
             size = int4.packed.nbytes + 3 * int4.scales.numel()  # 16 bits of a scale, 8 of a zero point

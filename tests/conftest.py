@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from qtale_lightning import cpu
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 Options = Callable[..., list[str]]
@@ -37,6 +39,17 @@ def options() -> Options:
         return [*configs, "--data.tasks", "facts", *more]
 
     return choose
+
+
+@pytest.fixture(params=["our operations", "PyTorch's"])
+def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """What a test runs by on a CPU; whether that is our operations."""
+    ours = request.param == "our operations"
+    if not ours:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    elif not cpu.available():
+        pytest.skip("our CPU operations weren't built here")
+    return ours
 
 
 def _row(task: str, n: int) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class Packing:
         wasn't seen before costs milliseconds (oneDNN generates code for it), and every layer's N would be another one.
         """
         _, length = executing.shape
+        # Decoding makes a packing in every layer, and a sum over one token would be most of its time.
         counts = tuple(map(int, executing.squeeze(1).tolist()) if length == 1 else executing.sum(1).tolist())
         longest, shortest = max(counts), min(counts)
         if shortest == length or longest == 0:

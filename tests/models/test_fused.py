@@ -18,15 +18,6 @@ from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm, rotate
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=[True, False], ids=["our operations", "PyTorch's"])
-def ours(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    if request.param and not cpu.available():
-        pytest.skip("our CPU operations weren't built here")
-    if not request.param:
-        monkeypatch.setattr(cpu, "available", lambda: False)
-    return request.param
-
-
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The operations of ours that were called."""
@@ -68,7 +59,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 40])
 @torch.no_grad()
-def test_inference(ours: bool, calls: list[str], width: int, dtype: torch.dtype) -> None:
+def test_inference(operations: bool, calls: list[str], width: int, dtype: torch.dtype) -> None:
     """Widths and dtypes that our operations don't take are PyTorch's, to the last bit."""
     x = torch.randn(2, 3, width).to(dtype)
     heads, angles = torch.randn(2, 3, 4, width).to(dtype), torch.randn(1, 3, width)
@@ -80,12 +71,12 @@ def test_inference(ours: bool, calls: list[str], width: int, dtype: torch.dtype)
     plain, routed = mlps(width, dtype)
     hidden = torch.randn(2, 3, 32).to(dtype)
     close(routed(hidden), plain(hidden))
-    taken = ours and width == 32 and dtype != torch.float16
+    taken = operations and width == 32 and dtype != torch.float16
     assert calls == (["rms_norm", "rotate", "swiglu"] if taken else [])
 
 
 @torch.no_grad()
-def test_another_activation(ours: bool, calls: list[str]) -> None:
+def test_another_activation(operations: bool, calls: list[str]) -> None:
     plain, routed = mlps(32, torch.float32, "gelu")
     x = torch.randn(2, 32)
     assert torch.equal(routed(x), plain(x))
@@ -105,7 +96,7 @@ def test_gradients_are_hugging_faces(calls: list[str]) -> None:
 
 
 @torch.no_grad()
-def test_tokens_need_not_be_contiguous(ours: bool) -> None:
+def test_tokens_need_not_be_contiguous(operations: bool) -> None:
     plain, routed = norms(32, torch.float32)
     x = torch.randn(32, 5).T
     close(routed(x), plain(x))

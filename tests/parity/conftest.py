@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtale_lightning import cpu
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 
 ARCHITECTURE = {
@@ -23,15 +22,6 @@ ARCHITECTURE = {
 }
 
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
-
-
-@pytest.fixture(params=["our operations", "PyTorch's"])
-def operations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test runs by on a CPU."""
-    if request.param == "PyTorch's":
-        monkeypatch.setattr(cpu, "available", lambda: False)
-    elif not cpu.available():
-        pytest.skip("our CPU operations weren't built here")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from qtale_lightning.models.sources import PRESETS, planned_config
 from qtale_lightning.quantization import kernels
 from qtale_lightning.quantization.kernels import (
     CROSSOVER_TOKENS,
+    OUR_CROSSOVER_TOKENS,
     Dequantize,
     Int4CPU,
     Int4CUDA,
@@ -29,8 +30,11 @@ from qtale_lightning.quantization.kernels import (
 )
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
 
+KernelOf = Callable[[Quantized], Kernel]
+
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-TOKENS = (1, 2, 3, 5, 8, 13, CROSSOVER_TOKENS - 1, CROSSOVER_TOKENS, 100)
+CROSSOVERS = (OUR_CROSSOVER_TOKENS, CROSSOVER_TOKENS)
+TOKENS = (1, 2, 3, 5, 8, 13, *(tokens for end in CROSSOVERS for tokens in (end - 1, end)), 100)
 # Outputs are independent of each other: 256 of them are enough.
 ALL_SHAPES = {shape for name in PRESETS for shape in linear_shapes(planned_config(name)).values()}
 SHAPES = sorted({(min(outputs, 256), inputs) for outputs, inputs in ALL_SHAPES})
@@ -40,6 +44,9 @@ needs_kernel = pytest.mark.skipif(
     kernel_block() is None, reason="PyTorch has no int4 kernel of a known layout here"
 )
 needs_ours = pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
+on_the_cpu = pytest.mark.parametrize(
+    "kernel_of", [pytest.param(Int4Strips, marks=needs_ours), pytest.param(Int4CPU, marks=needs_kernel)]
+)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -85,14 +92,49 @@ def test_the_reference_is_the_definition(bits: int, symmetric: bool) -> None:
     torch.testing.assert_close(output, x @ fake_quantize(weight, scheme).T, rtol=1e-5, atol=1e-5)
 
 
-# Ours for the CPU ----------------------------------------------------------------------------------------------------
+# Both for the CPU ----------------------------------------------------------------------------------------------------
 
 
-@needs_ours
+@on_the_cpu
 @pytest.mark.parametrize(("outputs", "inputs", "group"), CASES)
-def test_the_presets_shapes_by_ours(outputs: int, inputs: int, group: int) -> None:
+def test_the_presets_shapes(kernel_of: KernelOf, outputs: int, inputs: int, group: int) -> None:
     weight = make_weight(outputs, inputs, Scheme(4, group))
-    check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
+    check(kernel_of(weight), weight, torch.float32, torch.bfloat16)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_one_sign(kernel_of: KernelOf, sign: int) -> None:
+    """Zero points at the ends, where the kernel's offsets, and so their rounding, are largest."""
+    torch.manual_seed(0)
+    codes, scales, zeros = quantize(sign * torch.rand(64, 128), Scheme(4, 32))
+    weight = Quantized(codes, scales.half().float(), zeros)
+    assert weight.zeros.unique().tolist() == [0 if sign > 0 else 15]
+    check(kernel_of(weight), weight, torch.float32, torch.bfloat16)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 64])
+def test_tokens_need_not_be_contiguous(kernel_of: KernelOf, tokens: int, dtype: torch.dtype) -> None:
+    weight = make_weight(64, 128, Scheme(4, 32))
+    x = make_tokens(128)[:tokens].to(dtype)
+    for other in (x.T.contiguous().T, torch.stack([x, x], dim=-1)[..., 0], x.repeat(1, 2)[:, :128]):
+        assert not other.is_contiguous()
+        torch.testing.assert_close(kernel_of(weight)(other), kernel_of(weight)(x), rtol=2e-2, atol=1e-5)
+
+
+@on_the_cpu
+def test_a_call_leaves_the_tokens_and_the_weight(kernel_of: KernelOf) -> None:
+    """Blocks are dequantized in place: not in the weight's own memory."""
+    kernel, x = kernel_of(make_weight(64, 128, Scheme(4, 32))), make_tokens(128)
+    for tokens, dtype in ((1, torch.bfloat16), (100, torch.bfloat16), (100, torch.float32)):
+        once = kernel(given := x[:tokens].to(dtype))
+        assert torch.equal(kernel(given), once)
+        assert torch.equal(given.float(), x[:tokens])
+
+
+# Ours for the CPU ----------------------------------------------------------------------------------------------------
 
 
 @needs_ours
@@ -177,13 +219,6 @@ def test_every_preset_runs_by_the_kernel() -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize(("outputs", "inputs", "group"), CASES)
-def test_the_presets_shapes(outputs: int, inputs: int, group: int) -> None:
-    weight = make_weight(outputs, inputs, Scheme(4, group))
-    check(Int4CPU(weight), weight, torch.float32, torch.bfloat16)
-
-
-@needs_kernel
 @pytest.mark.parametrize("group", [16, 32, 128])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -202,27 +237,6 @@ def test_the_last_step_may_be_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILE_WEIGHTS", step * inputs * block)
     weight = make_weight(outputs, inputs, Scheme(4, 128))
     check(Int4CPU(weight), weight, torch.float32, torch.bfloat16)
-
-
-@needs_kernel
-@pytest.mark.parametrize("sign", [1, -1])
-def test_groups_of_one_sign(sign: int) -> None:
-    """Zero points at the ends, where the kernel's offsets, and so their rounding, are largest."""
-    torch.manual_seed(0)
-    weight = quantize(sign * torch.rand(64, 128), Scheme(4, 32))
-    assert weight.zeros.unique().tolist() == [0 if sign > 0 else 15]
-    check(Int4CPU(weight), weight, torch.float32, torch.bfloat16)
-
-
-@needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [5, 64])
-def test_tokens_need_not_be_contiguous(tokens: int, dtype: torch.dtype) -> None:
-    weight = make_weight(64, 128, Scheme(4, 32))
-    x = make_tokens(128)[:tokens].to(dtype)
-    for other in (x.T.contiguous().T, torch.stack([x, x], dim=-1)[..., 0], x.repeat(1, 2)[:, :128]):
-        assert not other.is_contiguous()
-        torch.testing.assert_close(Int4CPU(weight)(other), Int4CPU(weight)(x), rtol=2e-2, atol=1e-5)
 
 
 @needs_kernel
@@ -249,16 +263,6 @@ def test_which_path_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel(x[:2].half())
     Int4CPU(make_weight(64, 128, Scheme(4, 16)))(x[:3].bfloat16())
     assert calls["by_blocks"] == [1, 2, 3]
-
-
-@needs_kernel
-def test_a_call_leaves_the_tokens_and_the_weight() -> None:
-    """Blocks are dequantized in place: not in the weight's own memory."""
-    kernel, x = Int4CPU(make_weight(64, 128, Scheme(4, 32))), make_tokens(128)
-    for tokens, dtype in ((1, torch.bfloat16), (100, torch.bfloat16), (100, torch.float32)):
-        once = kernel(given := x[:tokens].to(dtype))
-        assert torch.equal(kernel(given), once)
-        assert torch.equal(given.float(), x[:tokens])
 
 
 # The choice ----------------------------------------------------------------------------------------------------------
