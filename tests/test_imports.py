@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"cpu"},
     "losses": {"models"},
+    "manifest": {"files"},
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
     "quantization": {"cpu", "files"},
