@@ -13,6 +13,9 @@ PYTHON ?= python3.11
 
 VENV   := .venv
 QTALE  := $(VENV)/bin/python -m qtale_lightning
+# As many tests at a time as there are processors, and at most four; each file's in one process, which shares what they
+# start from (a finished run, a model).
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 BASE   := $(if $(PRESET),--config experiments/paper/$(PRESET).yaml,\
           --config experiments/base.yaml --config experiments/models/$(MODEL).yaml)
 CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) \
@@ -28,7 +31,7 @@ TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train plan lm-eval test lint bench clean choice run-given sweep table figures table-given
+.PHONY: help setup train plan lm-eval test test-fast lint bench clean choice run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -92,7 +95,10 @@ sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 without (JOBS=2 COUNT
 	  $(if $(COUNT),--count $(COUNT)) $(if $(ARGS),-- $(ARGS))
 
 test: setup ## all tests; QTALE_DATA=<folder> adds those on real rows
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
+
+test-fast: setup ## the tests that take no seconds each: the daily round
+	$(PYTEST) -m "not slow"
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -3,8 +3,9 @@
 import json
 import os
 
-# Before anything imports the hub's client or W&B: both read their environment once.
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+# Before anything imports the hub's client, W&B or PyTorch: they read their environment once. Tests run side by side,
+# and threads of more processes than there are cores wait for each other.
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 
 from collections.abc import Callable
 from pathlib import Path
