@@ -18,7 +18,6 @@ from transformers.utils.logging import disable_progress_bar
 from qtale_lightning import harness, stages, tables
 from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.models.sources import check_source
 from qtale_lightning.plan import print_plan
 from qtale_lightning.report import run_metadata, update_results, write_report
 from qtale_lightning.report.compare import compare as compare_runs
@@ -53,7 +52,7 @@ def fit(args: list[str]) -> None:
     """Train and everything after it."""
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
-    check_source(cli.model.name, cli.model.path)
+    cli.check_base()
     run, data = cli.run, cli.prepare_data()
     if data.steps_per_epoch < 1:
         raise ValueError(f"fewer training rows than one batch: lower --data.batch_size ({data.batch_size})")

@@ -21,7 +21,7 @@ from qtale_lightning.callbacks import (
 )
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.cost import linear_shapes
-from qtale_lightning.models.sources import planned_config
+from qtale_lightning.models.sources import check_source, check_tokens, planned_config, source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.calibration import MIN_TOKENS
 from qtale_lightning.quantization.mappings import LINEARS
@@ -127,9 +127,15 @@ class QTALECLI(LightningCLI):
         self.datamodule.setup("fit")
         return self.datamodule
 
+    def check_base(self) -> None:
+        """Refuse a base model that can't be trained, by its configuration and tokenizer (ValueError, OSError)."""
+        name, path = self.model.name, self.model.path
+        config = check_source(name, path)
+        check_tokens(self.model.tokenizer, config, source_name(name, path))
+
     def check(self) -> None:
         """Refuse what can't work before anything expensive starts (ValueError)."""
-        config = planned_config(self.model.name)
+        config = planned_config(self.model.name, self.model.path)
         routed = self.model.method != "full"
         reserved = self.model.routing_options["reserved_tokens"] if routed else MIN_TOKENS
         shapes = linear_shapes(config)

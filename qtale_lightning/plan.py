@@ -22,7 +22,7 @@ TRAINING_ROWS = {
 
 def routed_config(cli: "QTALECLI") -> RoutedLlamaConfig:
     """The architecture that the run trains."""
-    return cli.model.routed_config(planned_config(cli.model.name))
+    return cli.model.routed_config(planned_config(cli.model.name, cli.model.path))
 
 
 def lora_parameters(cli: "QTALECLI", config: RoutedLlamaConfig) -> int:

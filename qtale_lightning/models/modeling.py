@@ -1,6 +1,7 @@
 """The routed LLaMA: Hugging Face's model whose decoder layers have routers."""
 
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Self
 
 import torch
@@ -21,6 +22,9 @@ from qtale_lightning.models.routing import Routing
 
 # The name under which `quantization.checkpoint` registers its quantizer with transformers.
 PACKED = "qtale"
+
+# Arguments of `from_pretrained` that say where files are: the configuration's as much as the weights'.
+_WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
 @strict
@@ -200,16 +204,22 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         route(self, config)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str] | None = None, *args: Any, **kwargs: Any
+    ) -> Self:
         """Load, and refuse a folder whose weights don't match its routing configuration.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id; all arguments are those of transformers.
 
         Raises:
             ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
         """
-        wants_info = kwargs.pop("output_loading_info", False)
+        path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
-        if config is None and args:
-            config = kwargs["config"] = cls.config_class.from_pretrained(args[0])
+        if isinstance(config, str | PathLike) or (config is None and path is not None):
+            where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+            config = kwargs["config"] = cls.config_class.from_pretrained(config or path, **where)
         packed = getattr(config, "quantization_config", None)
         if config is not None and isinstance(packed, dict) and packed.get("quant_method") == "awq":
             # transformers gives this format to another package; the suite's quantizer runs it by PyTorch's kernels.
@@ -217,7 +227,7 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         # Annotated as the model alone, but a pair when the loading info is asked for; so is what is returned here.
         loaded: tuple[Self, dict[str, Any]]
         loaded = super().from_pretrained(
-            *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )  # type: ignore[assignment]
         model, info = loaded
         wrong = [
@@ -231,7 +241,7 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         ]
         if wrong:
             raise ValueError(
-                f"the weights in {args[0] if args else '?'} don't match its config.json (start_layer "
+                f"the weights in {path} don't match its config.json (start_layer "
                 f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
             )
         return loaded if wants_info else model  # type: ignore[return-value]

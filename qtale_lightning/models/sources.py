@@ -20,14 +20,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-# What must agree between a preset and the weights that a path holds.
+# What must agree between a preset and the weights that a path holds. The vocabulary is the folder's own: many
+# fine-tunes have a padding token more.
 _SHAPE = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "vocab_size",
 )
 
 
@@ -94,8 +94,14 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def planned_config(name: str) -> LlamaConfig:
-    """The architecture of a preset, without touching weights or network."""
+def planned_config(name: str, path: str | None = None) -> LlamaConfig:
+    """The architecture, without touching weights or network: a folder's own where ``path`` is one, or the preset's.
+
+    Raises:
+        ModelUnavailableError, ValueError: as :func:`check_source`, of a folder.
+    """
+    if path is not None and Path(path).is_dir():
+        return check_source(name, path)
     return LlamaConfig(**preset(name).architecture)
 
 
@@ -200,18 +206,23 @@ def load_base(
     return model
 
 
-def check_source(name: str, path: str | None = None) -> None:
-    """Refuse a model that can't be reached or is another one, by its configuration alone (:func:`load_base`)."""
+def check_source(name: str, path: str | None = None) -> LlamaConfig:
+    """Refuse a model that can't be reached, is another one or quantized, by its configuration alone; and return that.
+
+    Raises:
+        ModelUnavailableError: It can't be reached; the message says what to do.
+        ValueError: It can't be trained as this preset.
+    """
+    expected = planned_config(name)
     if path is None and preset(name).hub is None:
-        return
+        return expected
     source = _source(name, path)
     if "gguf_file" in source.options:
-        return
+        return expected
     with _explained(name, source):
         config = AutoConfig.from_pretrained(source.location)
     if config.model_type != "llama":
         raise ValueError(f"{source.location} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
-    expected = planned_config(name)
     wrong = [
         f"{key} {getattr(config, key)} instead of {getattr(expected, key)}"
         for key in _SHAPE
@@ -221,3 +232,40 @@ def check_source(name: str, path: str | None = None) -> None:
         raise ValueError(
             f"{source.location} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
         )
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+        raise ValueError(
+            f"{source.location} (--model.path) is quantized already ({method or 'by an unnamed method'}): LoRA is "
+            "merged into full-precision weights, which are quantized afterwards. Give the model that it was made from."
+        )
+    return config
+
+
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, name: str) -> None:
+    """Refuse a tokenizer whose special tokens have no row in the embedding: an index error in training otherwise.
+
+    Args:
+        tokenizer: As :func:`load_tokenizer` gives it.
+        config: Of the model, from :func:`check_source`.
+        name: What the message calls the model: its folder or id.
+
+    Raises:
+        ValueError: The message names the token, and what to do.
+    """
+    rows, cure = config.vocab_size, "(model.resize_token_embeddings(len(tokenizer))) and save both"
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"the tokenizer of {name} (--model.path) has {tokenizer.vocab_size} tokens, but the embedding {rows} rows: "
+            f"is it another model's? If not, resize the embedding {cure}."
+        )
+    for kind in ("pad", "bos", "eos"):
+        identity = getattr(tokenizer, f"{kind}_token_id")
+        if identity is not None and not 0 <= identity < rows:
+            otherwise = (
+                ", or take pad_token out of its tokenizer_config.json: then EOS pads" if kind == "pad" else ""
+            )
+            raise ValueError(
+                f"the {kind} token {getattr(tokenizer, f'{kind}_token')!r} of {name} (--model.path) has id {identity}, "
+                f"but the embedding has {rows} rows: resize it {cure}{otherwise}."
+            )

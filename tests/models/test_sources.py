@@ -1,15 +1,19 @@
 """Where models come from."""
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qtale_lightning.models.sources import (
     PRESETS,
     ModelUnavailableError,
+    check_source,
+    check_tokens,
     load_base,
     load_tokenizer,
     planned_config,
@@ -54,6 +58,62 @@ def test_another_architecture_behind_a_path_is_refused(tmp_path: Path) -> None:
         ValueError, match=r"isn't a smollm2-135m: hidden_size 144 instead of 576.*--model.name"
     ):
         load_base("smollm2-135m", path=str(tmp_path))
+
+
+def tiny_folder(folder: Path, **changes: Any) -> Path:
+    """A folder with a configuration like tiny's."""
+    LlamaConfig(**{**PRESETS["tiny"].architecture, **changes}).save_pretrained(folder)
+    return folder
+
+
+def with_pad(token: str) -> PreTrainedTokenizerBase:
+    """Tiny's tokenizer with another padding token."""
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"pad_token": token})
+    return tokenizer
+
+
+def test_a_folders_vocabulary_is_its_own(tmp_path: Path) -> None:
+    """A fine-tune with a padding token of its own is the same model in all else."""
+    folder = tiny_folder(tmp_path, vocab_size=769)
+    assert planned_config("tiny", str(folder)).vocab_size == 769
+    check_tokens(with_pad("[PAD]"), check_source("tiny", str(folder)), "it")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(planned_config("tiny", str(folder)))
+    model.save_pretrained(tmp_path)
+    loaded = load_base("tiny", str(tmp_path))
+    assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_hub_id_is_planned_by_its_preset() -> None:
+    assert planned_config("llama2-7b", "somebody/a-fine-tune").vocab_size == 32000
+
+
+def test_a_pad_token_behind_the_embedding_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"pad token '\[PAD\]' of mine \(--model.path\) has id 768.*768 rows"
+    ) as refusal:
+        check_tokens(with_pad("[PAD]"), planned_config("tiny"), "mine")
+    assert "resize_token_embeddings" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    config = LlamaConfig(**{**PRESETS["tiny"].architecture, "vocab_size": 500})
+    with pytest.raises(ValueError, match="768 tokens, but the embedding 500 rows"):
+        check_tokens(load_tokenizer("tiny"), config, "mine")
+
+
+@pytest.mark.parametrize("packing", [{"quant_method": "awq", "bits": 4}, {"bits": 4}])
+def test_a_quantized_base_is_refused(tmp_path: Path, packing: dict[str, Any]) -> None:
+    folder = tiny_folder(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
+    for refuse in (check_source, planned_config, load_base):
+        with pytest.raises(
+            ValueError, match=r"--model.path\) is quantized already \((awq|by an unnamed method)\)"
+        ):
+            refuse("tiny", str(folder))
 
 
 @pytest.mark.skipif(

@@ -298,3 +298,12 @@ def test_a_config_that_is_given_is_read_alike(folder: Path, rows: Tensor) -> Non
     with torch.no_grad():
         assert torch.equal(model(rows).logits, load(folder)(rows).logits)
     assert isinstance(model.config.quantization_config, PackedConfig)
+
+
+def test_a_folder_by_keyword_is_read_alike(folder: Path, rows: Tensor) -> None:
+    by_keyword = RoutedLlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=folder).eval()
+    inside = RoutedLlamaForCausalLM.from_pretrained(folder.parent, subfolder=folder.name).eval()
+    for model in (by_keyword, inside):
+        assert isinstance(model.config.quantization_config, PackedConfig)
+        with torch.no_grad():
+            assert torch.equal(model(rows).logits, load(folder)(rows).logits)
