@@ -11,15 +11,16 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 # beside them, and may import everything below.
 MAY_IMPORT = {
     "allocator": set(),
+    "compat": set(),
     "cpu": set(),
     "files": set(),
     "data": set(),
-    "models": {"cpu"},
+    "models": {"compat", "cpu"},
     "losses": {"models"},
     "manifest": {"files"},
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
-    "quantization": {"cpu", "files"},
+    "quantization": {"compat", "cpu", "files"},
     "report": {"cpu", "evaluation", "files"},
     "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},

@@ -7,10 +7,9 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import varlen
 from transformers import AttentionInterface
 
-from qtale_lightning import cpu
+from qtale_lightning import compat, cpu
 from qtale_lightning.models.cache import RoutedCacheLayer
 from qtale_lightning.models.packing import Packing, Subset
 
@@ -126,13 +125,13 @@ class Packed:
     def _attends_flat(self, key: Tensor) -> bool:
         """Whether sequences of a prompt attend without rows, whose padding and copies that saves.
 
-        On a GPU that needs a kernel in half precision; on a CPU it pays where sequences are long enough.
+        On a GPU that needs a kernel, made for half precision; on a CPU it pays where sequences are long enough.
         """
         ragged = self.packing.index is not None and self.queries is None and self.visible is None
         if not ragged or (self.cache is not None and self.cache.longest):
             return False
         if key.is_cuda:
-            return key.dtype in (torch.float16, torch.bfloat16)
+            return compat.takes_variable_lengths(key)
         return key.is_cpu and sum(self.packing.counts) >= MANY_TOKENS * len(self.packing.counts)
 
     def _flat(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -166,22 +165,7 @@ def _variable_length(
 ) -> Tensor:
     """Causal attention of all sequences of ``(N, H, d)`` at once, by PyTorch's kernel for CUDA."""
     ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=query.device)
-    longest = max(counts)
-    grouped = query.shape[1] != key.shape[1]
-    output = varlen.varlen_attn(
-        query,
-        key,
-        value,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=(-1, 0),
-        enable_gqa=grouped,
-    )
-    assert isinstance(output, Tensor)  # nothing else was asked for
-    return output
+    return compat.variable_length_attention(query, key, value, ends, max(counts), scaling)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

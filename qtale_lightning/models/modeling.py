@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from qtale_lightning import compat
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm
@@ -231,13 +232,13 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         )  # type: ignore[assignment]
         model, info = loaded
         wrong = [
-            f"{problem} {sorted(map(str, info[key]))[:3]}"
-            for key, problem in (
-                ("missing_keys", "missing"),
-                ("unexpected_keys", "left over"),
-                ("mismatched_keys", "misshaped"),
+            f"{problem} {sorted(map(str, names))[:3]}"
+            for names, problem in (
+                (info["missing_keys"], "missing"),
+                (info["unexpected_keys"], "left over"),
+                (info["mismatched_keys"] or compat.misshaped(model), "misshaped"),
             )
-            if info.get(key)
+            if names
         ]
         if wrong:
             raise ValueError(

@@ -104,6 +104,7 @@ class PackedQuantizer(HfQuantizer):
                         linear.weight.dtype,
                     )
                 layer.module.set_submodule(name, packed)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Scales, the only float16 tensors of such a folder, keep their dtype whatever the model's is."""

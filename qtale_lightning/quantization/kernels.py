@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qtale_lightning import cpu
+from qtale_lightning import compat, cpu
 from qtale_lightning.quantization.rtn import Quantized
 
 # Inputs of a group that PyTorch's int4 kernels take.
@@ -185,10 +185,10 @@ class Int4CUDA:
 
     @staticmethod
     def supports(weight: Quantized) -> bool:
-        """Whether the weight is on a GPU, with codes below 16 and a shape that the kernel takes."""
+        """Whether the weight is on a GPU that has the kernel, with codes below 16 and a shape that it takes."""
         outputs, groups, group_size = weight.codes.shape
         return (
-            weight.codes.device.type == "cuda"
+            compat.has_bfloat16_kernels(weight.codes.device)
             and group_size in INT4_GROUP_SIZES
             and outputs % 8 == 0
             and _inner_tiles(groups * group_size) > 0

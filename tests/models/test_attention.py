@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qtale_lightning import compat
 from qtale_lightning.models import attention
 
 COUNTS = (7, 0, 4, 1)
@@ -33,19 +35,33 @@ def test_one_sequence_after_the_other(heads: tuple[Tensor, Tensor, Tensor]) -> N
     torch.testing.assert_close(found, reference(*heads, 0.3), rtol=0, atol=1e-5)  # float32, another order
 
 
-def test_the_kernels_arguments(heads: tuple[Tensor, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel needs a GPU: what it is asked for is checked against its documentation."""
-    asked: dict[str, Any] = {}
+Asked = dict[str, Any]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """What the kernel, which needs a GPU, is asked for: checked against its documentation."""
+    asked: Asked = {}
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, *longest: int, **more: Any
     ) -> Tensor:
-        asked.update(more, cu=(cu_q.tolist(), cu_k.tolist()), longest=longest, dtype=cu_q.dtype)
+        asked.update(
+            more, heads=(key, value), cu=(cu_q.tolist(), cu_k.tolist()), longest=longest, dtype=cu_q.dtype
+        )
         return query
 
-    monkeypatch.setattr(attention.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(compat.varlen, "varlen_attn", kernel)
+    return asked
+
+
+def test_the_kernels_arguments(
+    heads: tuple[Tensor, Tensor, Tensor], asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "_GROUPED_HEADS", True)
     attention._variable_length(*heads, COUNTS, 0.3)
     ends = [0, 7, 7, 11, 12]
+    assert asked.pop("heads") == heads[1:]
     assert asked == {
         "cu": (ends, ends),
         "dtype": torch.int32,
@@ -54,6 +70,38 @@ def test_the_kernels_arguments(heads: tuple[Tensor, Tensor, Tensor], monkeypatch
         "window_size": (-1, 0),  # causal
         "enable_gqa": heads[0].shape[1] != heads[1].shape[1],
     }
+
+
+def test_a_kernel_without_grouped_heads_is_given_as_many_keys_as_queries(
+    heads: tuple[Tensor, Tensor, Tensor], asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of PyTorch 2.11, which doesn't know the argument."""
+    monkeypatch.setattr(compat, "_GROUPED_HEADS", False)
+    attention._variable_length(*heads, COUNTS, 0.3)
+    assert "enable_gqa" not in asked
+    repeats = heads[0].shape[1] // heads[1].shape[1]
+    for given, expected in zip(asked["heads"], heads[1:], strict=True):
+        assert torch.equal(given, expected.repeat_interleave(repeats, dim=1))
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "taken"),
+    [
+        ((9, 0), torch.bfloat16, 64, True),
+        ((8, 0), torch.float16, 256, True),
+        ((7, 5), torch.float16, 64, False),  # the kernel is made for Ampere and later
+        ((9, 0), torch.float32, 64, False),
+        ((9, 0), torch.bfloat16, 20, False),
+        ((9, 0), torch.bfloat16, 264, False),
+    ],
+)
+def test_which_heads_the_kernel_is_given(
+    capability: tuple[int, int], dtype: torch.dtype, width: int, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        assert compat.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype, device="cuda")) == taken
+    assert not compat.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")

@@ -289,6 +289,23 @@ def test_damaged_tensors_are_refused(folder: Path, tensor: str, damage: str) -> 
         load(folder)
 
 
+def test_shapes_are_compared_where_transformers_does_not(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in its older versions, whose report of the loading knows no wrong shape where there is a quantizer."""
+    load_pretrained = LlamaForCausalLM.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def without_comparing(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        model, info = load_pretrained(cls, *args, **kwargs)
+        layer = model.model.layers[2].mlp.down_proj
+        layer.qzeros = layer.qzeros[:-1]
+        return model, info
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(without_comparing))
+    with pytest.raises(ValueError, match=r"misshaped \['model.layers.2.mlp.down_proj.qzeros'\]"):
+        load(folder)
+
+
 def test_a_config_that_is_given_is_read_alike(folder: Path, rows: Tensor) -> None:
     """As `AutoModelForCausalLM` gives it, and with the loading info that `from_pretrained` may be asked for."""
     config = RoutedLlamaConfig.from_pretrained(folder)
