@@ -39,7 +39,7 @@ def main() -> None:
     run = RunDirectory(args.run)
     limit = str(8 if args.quick else args.questions)
     cli = QTALECLI(["--config", str(run.require_config()), "--data.limit_validation", limit], "calibration")
-    data, quantization = cli.prepare_data(), cli.quantization.options
+    data, quantization = cli.prepare_data(), cli.quantization
     questions = data.questions("validation")
     batches = padded_batches(data.calibration_sequences(quantization.sequences))
 

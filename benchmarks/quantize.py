@@ -44,9 +44,10 @@ from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCau
 from qtale_lightning.models.sources import load_base, load_tokenizer, planned_config
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
-from qtale_lightning.quantization.options import ENGINES, Engine, QuantizationOptions
+from qtale_lightning.quantization.options import Engine, QuantizationOptions
 from qtale_lightning.quantization.precision import allocate, neighbours, uniform
 from qtale_lightning.quantization.recipe import Recipe
 

@@ -4,9 +4,34 @@ Importing the package registers the routed LLaMA and its packed weights with tra
 ``AutoModelForCausalLM.from_pretrained("<run>/model")`` loads an exported run.
 """
 
-import qtale_lightning.quantization.checkpoint  # registers packed weights with transformers  # noqa: F401
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing
+import sys
+from typing import TYPE_CHECKING
+
+from qtale_lightning.lazy import lazily
+
+if TYPE_CHECKING:
+    from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing
 
 __version__ = "0.1.0"
 
 __all__ = ["RoutedLlamaConfig", "RoutedLlamaForCausalLM", "Routing", "__version__"]
+
+__getattr__ = lazily(
+    __name__, {f"{__name__}.models": ["RoutedLlamaConfig", "RoutedLlamaForCausalLM", "Routing"]}
+)
+
+
+def _runs_as_command() -> bool:
+    """Whether this import is Python's own on the way to ``python -m qtale_lightning…``.
+
+    While it looks for the module, ``sys.argv[0]`` is "-m" (documented with the option). The command line imports what
+    its command needs, which for most is neither transformers nor PyTorch: registering takes seconds.
+    """
+    started = sys.orig_argv
+    named = started[started.index("-m") + 1] if "-m" in started[:-1] else ""
+    return sys.argv[:1] == ["-m"] and named.split(".")[0] == __name__
+
+
+if not _runs_as_command():
+    import qtale_lightning.models.modeling
+    import qtale_lightning.quantization.checkpoint  # noqa: F401

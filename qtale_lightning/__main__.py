@@ -1,5 +1,7 @@
 """The command line: ``python -m qtale_lightning fit|plan|quantize|sweep|evaluate|…``; :data:`USAGE` lists all."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import os
@@ -9,21 +11,12 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from rich.console import Console
-from rich.logging import RichHandler
-from transformers.utils.logging import disable_progress_bar
-
-from qtale_lightning import harness, stages, tables
-from qtale_lightning.allocator import keep_freed_memory
-from qtale_lightning.cli import QTALECLI
-from qtale_lightning.plan import print_plan
-from qtale_lightning.report import run_metadata, update_results, write_report
-from qtale_lightning.report.compare import compare as compare_runs
-from qtale_lightning.run import RunDirectory
-
-console = Console(stderr=True)
+# Importing PyTorch, Lightning and transformers takes seconds: every command imports what it needs when it runs.
+if TYPE_CHECKING:
+    from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.run import RunDirectory
 
 USAGE = """usage: python -m qtale_lightning <command> …
 
@@ -50,6 +43,11 @@ Every option of a run is shown by `fit --help`; RUN is a run's directory, and op
 
 def fit(args: list[str]) -> None:
     """Train and everything after it."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.report import run_metadata, update_results
+
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
     cli.check_base()
@@ -68,72 +66,65 @@ def fit(args: list[str]) -> None:
     seed = cli.model.seed
     update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
     if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}")
+        _say(f"resuming from {checkpoint}")
     try:
         cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # Lightning's own exit status for it is 0, and a scheduler requeues what failed
-        console.print(f"stopped by SIGTERM; the same command resumes from {run.last}")
+        _say(f"stopped by SIGTERM; the same command resumes from {run.last}")
         raise SystemExit(128 + signal.SIGTERM) from None
 
 
 def plan(args: list[str]) -> None:
     """Print what a run would cost."""
-    cli = QTALECLI(args, "python -m qtale_lightning plan")
-    cli.check()
-    print_plan(cli)
+    from qtale_lightning.configuration import PlannedRun
+    from qtale_lightning.plan import print_plan
 
-
-def _open(args: list[str]) -> tuple[RunDirectory, list[str]]:
-    """The run directory that a stage command names, and the arguments behind it."""
-    if not args or args[0].startswith("-"):
-        print(USAGE)
-        raise SystemExit(0 if args and args[0] in ("-h", "--help") else 2)
-    return RunDirectory(args[0]), args[1:]
-
-
-def _configured(run: RunDirectory, options: list[str], command: str) -> QTALECLI:
-    """The run's configuration with overriding options."""
-    return QTALECLI(
-        ["--config", str(run.require_config()), *options], f"python -m qtale_lightning {command} {run.root}"
-    )
+    run = PlannedRun(args, "python -m qtale_lightning plan")
+    run.check()
+    print_plan(run)
 
 
 def quantize(args: list[str]) -> None:
     """AWQ of a finished run."""
-    run, options = _open(args)
+    run, _, options = _parsed(_of_a_run("quantize"), args)
+
+    from qtale_lightning import stages
+
     cli = _configured(run, options, "quantize")
     cli.check()
-    stages.quantize(run, cli.prepare_data(), cli.quantization.options)
+    stages.quantize(run, cli.prepare_data(), cli.quantization)
 
 
 def sweep(args: list[str]) -> None:
     """Sweep the precisions that are there over θ."""
-    run, options = _open(args)
+    run, _, options = _parsed(_of_a_run("sweep"), args)
+
+    from qtale_lightning import stages
+    from qtale_lightning.report import write_report
+
     cli = _configured(run, options, "sweep")
-    quantization = cli.quantization.options
-    stages.sweep(run, cli.prepare_data(), quantization.bits, quantization.engine, cli.threshold_sweep.options)
+    quantization = cli.quantization
+    stages.sweep(run, cli.prepare_data(), quantization.bits, quantization.engine, cli.sweep)
     write_report(run.root)
 
 
 def evaluate(args: list[str]) -> None:
     """One precision and θ on the validation questions."""
-    run, options = _open(args)
-    parser = argparse.ArgumentParser(f"python -m qtale_lightning evaluate {run.root}", allow_abbrev=False)
-    parser.add_argument("--bits", type=float, default=16, help="precision, of those that the run has")
+    parser = _of_a_run("evaluate")
+    parser.add_argument("--bits", type=_bits, default=16, help="precision, of those that the run has")
     parser.add_argument(
         "--theta",
-        type=float,
+        type=_probability,
         nargs="+",
         help="threshold, or one for each routed layer; by default the model's own",
     )
-    own, options = parser.parse_known_args(options)
-    for value in own.theta or []:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--theta {value} is not a probability: give a value in [0, 1]")
+    run, own, options = _parsed(parser, args)
+
+    from qtale_lightning import stages
+
     cli = _configured(run, options, "evaluate")
-    bits = int(own.bits) if own.bits == int(own.bits) else own.bits
-    engine = cli.quantization.options.engine
-    model = stages.load_exported(run, bits, engine)
+    engine = cli.quantization.engine
+    model = stages.load_exported(run, own.bits, engine)
     if model.config.routed_layers:
         theta = model.config.threshold if own.theta is None else own.theta
         if isinstance(theta, list) and len(theta) == 1:
@@ -144,30 +135,30 @@ def evaluate(args: list[str]) -> None:
     else:
         theta = None
     data = cli.prepare_data()
-    stages.evaluate(run, data, model, bits, engine, theta, "validation")
+    stages.evaluate(run, data, model, own.bits, engine, theta, "validation")
 
 
 def lm_eval(args: list[str]) -> None:
     """One precision and θ by lm-evaluation-harness."""
-    run, options = _open(args)
-    parser = argparse.ArgumentParser(f"python -m qtale_lightning lm-eval {run.root}", allow_abbrev=False)
+    parser = _of_a_run("lm-eval")
     parser.add_argument("--tasks", help="tasks joined by commas, ours or the harness's; by default the run's")
-    parser.add_argument("--bits", type=float, default=16, help="precision, of those that the run has")
-    parser.add_argument("--theta", type=float, help="threshold; by default the model's own")
+    parser.add_argument("--bits", type=_bits, default=16, help="precision, of those that the run has")
+    parser.add_argument("--theta", type=_probability, help="threshold; by default the model's own")
     parser.add_argument("--limit", type=int, help="questions of each task, the first ones; by default all")
     parser.add_argument("--batch-size", help="requests in a batch, or auto; by default 8 on a CPU, else auto")
-    own, options = parser.parse_known_args(options)
-    if own.theta is not None and not 0 <= own.theta <= 1:
-        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
+    run, own, options = _parsed(parser, args)
     if own.limit is not None and own.limit < 1:
         raise ValueError(f"--limit {own.limit} must be positive")
+
+    from qtale_lightning import harness
+
     cli = _configured(run, options, "lm-eval")
     harness.lm_eval(
         run,
         cli.datamodule,
         own.tasks.split(",") if own.tasks else cli.datamodule.tasks,
-        int(own.bits) if own.bits == int(own.bits) else own.bits,
-        cli.quantization.options.engine,
+        own.bits,
+        cli.quantization.engine,
         own.theta,
         own.limit,
         own.batch_size,
@@ -176,35 +167,39 @@ def lm_eval(args: list[str]) -> None:
 
 def inspect(args: list[str]) -> None:
     """A page of the layers that each token executes, and what quantization changes of them."""
-    run, options = _open(args)
-    parser = argparse.ArgumentParser(f"python -m qtale_lightning inspect {run.root}", allow_abbrev=False)
+    parser = _of_a_run("inspect")
     parser.add_argument(
-        "--bits", type=float, nargs="+", help="precisions beside 16; by default all there are"
+        "--bits", type=_bits, nargs="+", help="precisions beside 16; by default all there are"
     )
-    parser.add_argument("--theta", type=float, help="threshold of all precisions; by default the model's own")
+    parser.add_argument(
+        "--theta", type=_probability, help="threshold of all precisions; by default the model's own"
+    )
     parser.add_argument(
         "--questions", type=int, default=200, help="validation questions to measure changes on"
     )
     parser.add_argument("--text", action="append", help="a text of your own, instead of validation questions")
-    own, options = parser.parse_known_args(options)
-    if own.theta is not None and not 0 <= own.theta <= 1:
-        raise ValueError(f"--theta {own.theta} is not a probability: give a value in [0, 1]")
-    bits = own.bits and [int(width) if width == int(width) else width for width in own.bits]
+    run, own, options = _parsed(parser, args)
+
+    from qtale_lightning import stages
+
     cli = _configured(run, options, "inspect")
     texts = (
         stages.own_texts(run, own.text)
         if own.text
         else stages.question_texts(cli.prepare_data(), own.questions)
     )
-    engine = cli.quantization.options.engine
-    print(stages.inspect(run, bits, engine, own.theta, texts, measured=not own.text))
+    engine = cli.quantization.engine
+    print(stages.inspect(run, own.bits, engine, own.theta, texts, measured=not own.text))
 
 
 def report(args: list[str]) -> None:
     """Everything that is shown, from results.json."""
-    run, options = _open(args)
+    run, _, options = _parsed(_of_a_run("report", overridable=False), args)
     if options:
         raise ValueError(f"report takes a run and no options, not {' '.join(options)}")
+
+    from qtale_lightning.report import write_report
+
     run.require_config()
     run.merge_logs()
     write_report(run.root)
@@ -212,21 +207,39 @@ def report(args: list[str]) -> None:
 
 def compare(args: list[str]) -> None:
     """Several runs in one table and figure."""
-    if "--to" not in args[:-1]:
-        raise ValueError("name the folder that the comparison goes to: compare RUN RUN … --to FOLDER")
-    at = args.index("--to")
-    page = compare_runs([*args[:at], *args[at + 2 :]], args[at + 1])
+    parser = _parser("compare")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs' directories")
+    parser.add_argument(
+        "--to", metavar="FOLDER", required=True, help="the folder that the comparison goes to"
+    )
+    own = parser.parse_args(args)
+
+    from qtale_lightning.report.compare import compare as compare_runs
+
+    page = compare_runs(own.runs, own.to)
     print(page.read_text(encoding="utf-8"))
 
 
 def table(args: list[str]) -> None:
     """A declared table, and the runs that it is missing."""
-    tables.table(args)
+    from qtale_lightning.tables.request import parse
+
+    parse("table", args)  # help and mistakes come before seconds of imports
+
+    from qtale_lightning.tables.command import table
+
+    table(args)
 
 
 def figures(args: list[str]) -> None:
     """Figures of a declared table's runs."""
-    tables.figures(args)
+    from qtale_lightning.tables.request import parse
+
+    parse("figures", args)  # help and mistakes come before seconds of imports
+
+    from qtale_lightning.tables.command import figures
+
+    figures(args)
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -235,22 +248,88 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def main(argv: list[str]) -> None:
-    """Run a command; a mistake in its input ends in one message, not in a traceback."""
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+def _parser(command: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command's own options."""
+    return argparse.ArgumentParser(
+        f"python -m qtale_lightning {command}",
+        description=COMMANDS[command].__doc__,
+        epilog=epilog,
+        allow_abbrev=False,
     )
+
+
+def _of_a_run(command: str, overridable: bool = True) -> argparse.ArgumentParser:
+    """The parser of a command on a run's directory."""
+    others = "Other options override the run's configuration: `fit --help` lists them."
+    parser = _parser(command, others if overridable else None)
+    parser.add_argument("run", metavar="RUN", help="a run's directory")
+    return parser
+
+
+def _parsed(
+    parser: argparse.ArgumentParser, args: list[str]
+) -> tuple[RunDirectory, argparse.Namespace, list[str]]:
+    """The run that a command names, the command's own options, and those that override the configuration."""
+    if args and args[0].startswith("-") and not {"-h", "--help"} & {*args}:
+        parser.error("name the RUN first, and options behind it")
+    own, options = parser.parse_known_args(args)
+
+    from qtale_lightning.run import RunDirectory
+
+    return RunDirectory(own.run), own, options
+
+
+def _configured(run: RunDirectory, options: list[str], command: str) -> QTALECLI:
+    """The run's configuration with overriding options."""
+    from qtale_lightning.cli import QTALECLI
+
+    return QTALECLI(
+        ["--config", str(run.require_config()), *options], f"python -m qtale_lightning {command} {run.root}"
+    )
+
+
+def _bits(text: str) -> float:
+    """A precision: whole where it is."""
+    bits = float(text)
+    return int(bits) if bits == int(bits) else bits
+
+
+def _probability(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a probability: give a value in [0, 1]")
+    return value
+
+
+def _say(text: str) -> None:
+    """A line for the user, beside what is asked for on standard output."""
+    print(text, file=sys.stderr)
+
+
+def _configure() -> None:
+    """Logs, warnings and memory of a command's process."""
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    from qtale_lightning.allocator import keep_freed_memory
+
+    handler = RichHandler(console=Console(stderr=True), show_path=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
     logging.getLogger("qtale_lightning").setLevel(logging.INFO)
     # Not for the user: batches of a few kilobytes need no workers, a resumed run's folder isn't empty, and Lightning's
     # own use of torch is Lightning's concern.
     for message in (".*does not have many workers", ".*exists and is not empty", ".*treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
-    disable_progress_bar()  # transformers', one for every load and save
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is given what argv holds
+    keep_freed_memory()
+
+
+def main(argv: list[str]) -> None:
+    """Run a command; a mistake in its input ends in one message, not in a traceback."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
-    keep_freed_memory()
+    _configure()
     try:
         if argv[0] not in COMMANDS:
             print(USAGE)
@@ -259,8 +338,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("QTALE_TRACEBACK"):
             raise
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        console.print("[dim](QTALE_TRACEBACK=1 shows where it was raised)[/]")
+        _say(f"error: {error}")
+        _say("(QTALE_TRACEBACK=1 shows where it was raised)")
         raise SystemExit(2) from None
 
 

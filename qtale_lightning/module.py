@@ -12,7 +12,6 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase, get_cosine_schedu
 from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
 from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs, router_statistics
 from qtale_lightning.models.adapters import (
-    PROJECTIONS,
     add_lora,
     load_trainable_state,
     mark_trainable,
@@ -22,122 +21,18 @@ from qtale_lightning.models.adapters import (
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sharding import shard
-from qtale_lightning.models.sources import load_base, load_tokenizer, preset
+from qtale_lightning.models.sources import load_base, load_tokenizer
+from qtale_lightning.settings import ModelSettings
 
-METHODS = ("full", "dllm", "qtale")
 
-
-class QTALEModule(L.LightningModule):
+class QTALEModule(ModelSettings, L.LightningModule):
     """Fine-tunes a routed LLaMA: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
 
-    Defaults are the paper's or D-LLM's where they are known; the others are ours and say so.
-
-    Args:
-        name: The model: tiny, smollm2-135m, llama2-7b, llama3.1-8b, llama3.2-1b or llama3.2-3b.
-        path: A local folder or hub id to load its weights from, instead of the preset's own source.
-        method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
-        router_width: Width of every router (D-LLM: 512).
-        start_layer: First layer with a router (D-LLM: 2).
-        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2).
-        target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
-        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5).
-        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Must be 0 for dllm and full.
-        temperature: Of the Gumbel-softmax (paper: 1).
-        ratio_schedule: Share of training over which the target ratio falls from 1 to target_ratio; 0 is the paper.
-        train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
-        lora_rank: Rank of LoRA (paper: 8).
-        lora_alpha: LoRA's scale is alpha / rank (unpublished; ours).
-        lora_dropout: Dropout in front of LoRA (D-LLM: 0.05).
-        lora_targets: Projections that get LoRA (paper: q, k, v).
-        lr: Peak learning rate of LoRA (or of all weights). D-LLM's script: 9e-3 · effective batch / 256.
-        router_lr: Peak learning rate of routers; None is the same as lr.
-        weight_decay: AdamW's (D-LLM: 0.02).
-        warmup: Share of training that warms the learning rate up; cosine to 0 follows (D-LLM: 2 of 10 epochs).
-        seed: Of initial weights, Gumbel noise and dropout; the command line sets it from --seed_everything.
+    The options are those of :class:`~qtale_lightning.settings.ModelSettings`.
     """
 
-    def __init__(
-        self,
-        name: str = "smollm2-135m",
-        path: str | None = None,
-        method: str = "qtale",
-        router_width: int = 512,
-        start_layer: int = 2,
-        reserved_tokens: int = 2,
-        target_ratio: float = 0.5,
-        lambda_ratio: float = 5.0,
-        lambda_entropy: float = 0.5,
-        temperature: float = 1.0,
-        ratio_schedule: float = 0.0,
-        train_all: bool = False,
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
-        lora_dropout: float = 0.05,
-        lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
-        lr: float = 2.8e-4,
-        router_lr: float | None = None,
-        weight_decay: float = 0.02,
-        warmup: float = 0.2,
-        seed: int = 0,
-    ) -> None:
-        arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
-        super().__init__()
-        self._arguments = arguments
-        preset(name)
-        if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r} (--model.method): choose one of {', '.join(METHODS)}"
-            )
-        if method != "qtale" and lambda_entropy != 0:
-            raise ValueError(
-                f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
-                "(METHOD=… of make sets it)"
-            )
-        for option, share in (
-            ("target_ratio", target_ratio),
-            ("ratio_schedule", ratio_schedule),
-            ("warmup", warmup),
-        ):
-            if not 0 <= share <= 1:
-                raise ValueError(f"--model.{option} {share} is not a share: give a value in [0, 1]")
-        positive = {
-            "lr": lr,
-            "router_lr": lr if router_lr is None else router_lr,
-            "temperature": temperature,
-            "lora_rank": lora_rank,
-            "router_width": router_width,
-            "reserved_tokens": reserved_tokens,  # a query needs a key to attend to in every layer
-        }
-        for option, size in positive.items():
-            if size <= 0:
-                raise ValueError(f"--model.{option} {size} must be positive")
-        for option, weight in {"lambda_ratio": lambda_ratio, "lambda_entropy": lambda_entropy}.items():
-            if weight < 0:
-                raise ValueError(f"--model.{option} {weight} must not be negative")
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
-        if unknown := set(lora_targets) - set(PROJECTIONS):
-            known = ", ".join(PROJECTIONS)
-            raise ValueError(
-                f"--model.lora_targets {sorted(unknown)}: no such projections; choose from {known}"
-            )
-        self.name, self.path, self.method, self.seed = name, path, method, seed
-        self.routing_options = {
-            "router_width": router_width,
-            "start_layer": start_layer,
-            "reserved_tokens": reserved_tokens,
-        }
-        self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
-        self.lambda_ratio, self.lambda_entropy = lambda_ratio, lambda_entropy
-        self.train_all = train_all
-        self.lora_options: dict[str, Any] = {
-            "rank": lora_rank,
-            "alpha": lora_alpha,
-            "dropout": lora_dropout,
-            "targets": lora_targets,
-        }
-        self.lr, self.router_lr = lr, positive["router_lr"]
-        self.weight_decay, self.warmup = weight_decay, warmup
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Non-strict, since a checkpoint has no frozen weights; load_state_dict checks what it has.
         self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -172,10 +67,8 @@ class QTALEModule(L.LightningModule):
         return type(self)(**self._arguments)
 
     def routed_config(self, base: LlamaConfig) -> RoutedLlamaConfig:
-        """A base architecture with this method's routers; ``full`` has none."""
-        options = dict(self.routing_options)
-        if self.method == "full":
-            options["start_layer"] = base.num_hidden_layers
+        """A base architecture with this method's routers."""
+        options = self.routing(base.num_hidden_layers)
         return RoutedLlamaConfig(**{**base.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options})
 
     def attach(self, base: Any) -> None:

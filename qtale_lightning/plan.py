@@ -1,17 +1,13 @@
 """What a run would cost, from its configuration alone: parameters, FLOPs, memory, steps."""
 
 import math
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
 
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
-from qtale_lightning.models.modeling import RoutedLlamaConfig
-from qtale_lightning.models.sources import planned_config
-
-if TYPE_CHECKING:
-    from qtale_lightning.cli import QTALECLI
 
 # Public sizes of the training splits, to plan with when the data isn't on this disk.
 TRAINING_ROWS = {
@@ -20,31 +16,26 @@ TRAINING_ROWS = {
 }  # fmt: skip
 
 
-def routed_config(cli: "QTALECLI") -> RoutedLlamaConfig:
-    """The architecture that the run trains."""
-    return cli.model.routed_config(planned_config(cli.model.name, cli.model.path))
-
-
-def lora_parameters(cli: "QTALECLI", config: RoutedLlamaConfig) -> int:
+def lora_parameters(run: RunConfiguration, config: SimpleNamespace) -> int:
     """Trainable LoRA weights: rank · (in + out) of every targeted projection."""
-    shapes, rank = cost.linear_shapes(config), cli.model.lora_options["rank"]
+    shapes, rank = cost.linear_shapes(config), run.model.lora_options["rank"]
     return config.num_hidden_layers * sum(
-        rank * sum(shapes[name]) for name in cli.model.lora_options["targets"]
+        rank * sum(shapes[name]) for name in run.model.lora_options["targets"]
     )
 
 
-def print_plan(cli: "QTALECLI") -> None:
+def print_plan(run: RunConfiguration) -> None:
     """Print the plan of a run as tables."""
-    config, model, data, trainer = routed_config(cli), cli.model, cli.datamodule, cli.config["trainer"]
+    config, model, data, trainer = run.model.shape, run.model, run.datamodule, run.config["trainer"]
     counts = cost.parameter_counts(config)
-    trainable = counts.total if model.train_all else counts.routers + lora_parameters(cli, config)
+    trainable = counts.total if model.train_all else counts.routers + lora_parameters(run, config)
     length = min(data.max_length, 128)
     context = (length + 1) / 2
-    routed = len(config.routed_layers)
+    routed = len(cost.routed_layers(config))
     ratio = model.target_ratio if routed else 1.0
     # R_target is over all layers, of which those without a router always execute.
     each = max(0.0, (ratio * config.num_hidden_layers - config.start_layer) / routed) if routed else 1.0
-    execution = [each if i in config.routed_layers else 1.0 for i in range(config.num_hidden_layers)]
+    execution = [each if i in cost.routed_layers(config) else 1.0 for i in range(config.num_hidden_layers)]
 
     table = Table(title=f"{model.name}, {model.method}, {data.label}", show_header=False)
     table.add_row("parameters", f"{counts.total:,}")
@@ -54,47 +45,47 @@ def print_plan(cli: "QTALECLI") -> None:
     table.add_row(f"FLOPs a token at R_target {ratio:g} (counted, {length} tokens)", f"{flops:.3g}")
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
-    table.add_row("memory to train, about", _size(_training_bytes(cli, config, trainable, micro * length)))
-    for bits in (16, *cli.quantization.options.bits):
-        served = cost.weight_bytes(config, bits, cli.quantization.options.group_size)
+    table.add_row("memory to train, about", _size(_training_bytes(run, config, trainable, micro * length)))
+    for bits in (16, *run.quantization.bits):
+        served = cost.weight_bytes(config, bits, run.quantization.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
         table.add_row(f"memory to serve at {bits:g} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
-    table.add_row("effective batch", f"{micro * accumulate * cli.devices} on {cli.devices} device(s)")
-    steps = optimizer_steps(cli)
+    table.add_row("effective batch", f"{micro * accumulate * run.devices} on {run.devices} device(s)")
+    steps = optimizer_steps(run)
     if (trainer["max_steps"] or -1) < 0:
         table.add_row(
             "optimizer steps, about",
-            f"{steps:,} ({trainer['max_epochs']} epochs of {_training_rows(cli):,} rows)",
+            f"{steps:,} ({trainer['max_epochs']} epochs of {_training_rows(run):,} rows)",
         )
     else:
         table.add_row("optimizer steps", f"{steps:,}")
-    table.add_row("training FLOPs, about (every layer computed)", f"{training_flops(cli):.2g}")
+    table.add_row("training FLOPs, about (every layer computed)", f"{training_flops(run):.2g}")
     Console().print(table)
 
 
-def optimizer_steps(cli: "QTALECLI") -> int:
+def optimizer_steps(run: RunConfiguration) -> int:
     """Steps of the training: as given, or about, by the public sizes of the training splits."""
-    trainer, data = cli.config["trainer"], cli.datamodule
+    trainer, data = run.config["trainer"], run.datamodule
     if (trainer["max_steps"] or -1) > 0:
         return trainer["max_steps"]
-    batches = _training_rows(cli) // (data.batch_size * cli.devices) // trainer["accumulate_grad_batches"]
+    batches = _training_rows(run) // (data.batch_size * run.devices) // trainer["accumulate_grad_batches"]
     return batches * (trainer["max_epochs"] or 1)
 
 
-def training_flops(cli: "QTALECLI") -> float:
+def training_flops(run: RunConfiguration) -> float:
     """FLOPs of the whole training, about: every layer of sequences of up to 128 tokens computed."""
-    data, length = cli.datamodule, min(cli.datamodule.max_length, 128)
-    batch = data.batch_size * cli.config["trainer"]["accumulate_grad_batches"] * cli.devices
-    tokens = optimizer_steps(cli) * batch * length
-    return _training_flops(routed_config(cli), (length + 1) / 2) * tokens
+    data, length = run.datamodule, min(run.datamodule.max_length, 128)
+    batch = data.batch_size * run.config["trainer"]["accumulate_grad_batches"] * run.devices
+    tokens = optimizer_steps(run) * batch * length
+    return _training_flops(run.model.shape, (length + 1) / 2) * tokens
 
 
-def _training_rows(cli: "QTALECLI") -> int:
-    data = cli.datamodule
+def _training_rows(run: RunConfiguration) -> int:
+    data = run.datamodule
     return int(sum(min(TRAINING_ROWS[task], data.limit_train or math.inf) for task in data.tasks))
 
 
-def _training_flops(config: RoutedLlamaConfig, context: float) -> float:
+def _training_flops(config: SimpleNamespace, context: float) -> float:
     """A token's FLOPs forward and backward with a frozen base: 2 + 2 for every 2 of the forward pass.
 
     Masked execution computes every layer; the weights' own gradient, the third part, is needed for LoRA alone.
@@ -102,14 +93,14 @@ def _training_flops(config: RoutedLlamaConfig, context: float) -> float:
     return 2 * cost.token_flops(config, [1.0] * config.num_hidden_layers, context, head=False)
 
 
-def _training_bytes(cli: "QTALECLI", config: RoutedLlamaConfig, trainable: int, tokens: int) -> float:
+def _training_bytes(run: RunConfiguration, config: SimpleNamespace, trainable: int, tokens: int) -> float:
     """Weights, optimizer and activations of a micro-batch, without activation checkpointing.
 
     Frozen weights take 2 bytes in bf16 (4 in float32); a trainable one 16 (value, gradient and AdamW's two moments
     in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
     attention's probabilities; an estimate, to see whether a device is near its limit.
     """
-    width = 2 if str(cli.config["trainer"]["precision"]).startswith("bf16") else 4
+    width = 2 if str(run.config["trainer"]["precision"]).startswith("bf16") else 4
     frozen = max(0, cost.parameter_counts(config).total - trainable) * width
     activations = (
         tokens * config.num_hidden_layers * (17 * config.hidden_size + 3 * config.intermediate_size) * width

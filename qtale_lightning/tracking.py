@@ -4,14 +4,13 @@ import logging
 import os
 import secrets
 from pathlib import Path
-from typing import Literal
 
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 
-log = logging.getLogger(__name__)
+from qtale_lightning.settings import WandbMode
 
-WandbMode = Literal["auto", "online", "offline", "disabled"]
+log = logging.getLogger(__name__)
 
 
 def wandb_logger(root: Path, mode: WandbMode, project: str) -> WandbLogger | None:

@@ -336,7 +336,9 @@ def test_a_stage_without_a_run_shows_the_usage(command: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as end:
         main([command])
     assert end.value.code == 2
-    assert f"{command} RUN" in capsys.readouterr().out
+    shown = capsys.readouterr().err
+    assert f"usage: python -m qtale_lightning {command}" in shown
+    assert "required: RUN" in shown
 
 
 def test_an_unknown_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,7 +368,7 @@ def test_a_stage_before_its_model(refused: Refusal, claimed: str) -> None:
 
 
 def test_a_threshold_that_is_none(refused: Refusal, claimed: str) -> None:
-    assert "2.0 is not a probability" in refused("evaluate", claimed, "--theta", "2")
+    assert "--theta: 2 is not a probability" in refused("evaluate", claimed, "--theta", "2")
 
 
 def test_a_precision_that_isnt_there(refused: Refusal, claimed: str) -> None:
@@ -391,5 +393,5 @@ def test_evaluates_own_options_are_parsed_as_all_others(
 def test_report_refuses_options_that_it_hasnt(
     refused: Refusal, claimed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qtale_lightning.__main__.write_report", lambda run: pytest.fail("reported"))
+    monkeypatch.setattr("qtale_lightning.report.write_report", lambda run: pytest.fail("reported"))
     assert "--theta" in refused("report", claimed, "--theta", "0.5")

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
-from qtale_lightning.module import METHODS, QTALEModule
+from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.report.results import load_results
 from qtale_lightning.run import RunDirectory
+from qtale_lightning.settings import METHODS
 
 # dllm trains every weight, as the tiny model does by default; the others train LoRA, which is merged afterwards.
 TRAIN_ALL = {"full": False, "dllm": True, "qtale": False}

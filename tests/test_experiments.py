@@ -8,7 +8,8 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.module import METHODS, QTALEModule
+from qtale_lightning.module import QTALEModule
+from qtale_lightning.settings import METHODS
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # Results keep the resolved configuration of a run that was, which nobody starts from.

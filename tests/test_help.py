@@ -7,15 +7,16 @@ from collections.abc import Callable
 import pytest
 
 from qtale_lightning.__main__ import COMMANDS, main
-from qtale_lightning.callbacks import AWQQuantization, ThresholdSweep
-from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.module import QTALEModule
+from qtale_lightning.data.settings import DataSettings
+from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.quantization.options import QuantizationOptions
+from qtale_lightning.settings import ModelSettings
 
 SECTIONS: dict[str, Callable[..., object]] = {
-    "model": QTALEModule,
-    "data": CommonsenseDataModule,
-    "quantize": AWQQuantization,
-    "sweep": ThresholdSweep,
+    "model": ModelSettings,
+    "data": DataSettings,
+    "quantize": QuantizationOptions,
+    "sweep": SweepOptions,
 }
 OWN = ("out", "ckpt_path", "validations", "wandb", "wandb_project")
 OPTIONS = [

@@ -11,24 +11,27 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 # beside them, and may import everything below.
 MAY_IMPORT = {
     "allocator": set(),
+    "configuration": {"data", "evaluation", "quantization", "run", "settings"},
     "compat": set(),
     "cpu": set(),
     "files": set(),
-    "data": set(),
-    "models": {"compat", "cpu"},
+    "data": {"lazy"},
+    "lazy": set(),
+    "models": {"compat", "cpu", "lazy"},
     "losses": {"models"},
     "manifest": {"files"},
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
     "quantization": {"compat", "cpu", "files"},
-    "report": {"cpu", "evaluation", "files"},
+    "report": {"cpu", "evaluation", "files", "lazy"},
     "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},
-    "module": {"losses", "metrics", "models"},
+    "module": {"losses", "metrics", "models", "settings"},
     "run": {"files"},
+    "settings": {"models"},
     "strategy": {"models"},
     "sweeps": {"files", "report"},
-    "tracking": set(),
+    "tracking": {"settings"},
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"data/datamodule.py", "module.py", "strategy.py", "tracking.py"}

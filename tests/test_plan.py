@@ -12,9 +12,9 @@ from transformers import LlamaForCausalLM
 from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.models import RoutedLlamaForCausalLM
-from qtale_lightning.models.sources import PRESETS
-from qtale_lightning.module import METHODS, QTALEModule
-from qtale_lightning.plan import routed_config
+from qtale_lightning.models.sources import PRESETS, planned_config
+from qtale_lightning.module import QTALEModule
+from qtale_lightning.settings import METHODS
 
 Options = Callable[..., list[str]]
 Plan = Callable[..., dict[str, str]]
@@ -60,8 +60,9 @@ def count(model: torch.nn.Module, only: str = "") -> int:
 def test_planned_parameters_are_those_of_the_model(
     model: str, method: str, plan: Plan, options: Options
 ) -> None:
+    module = QTALECLI(options(model, method), "fit").model
     with torch.device("meta"):
-        made = RoutedLlamaForCausalLM(routed_config(QTALECLI(options(model, method), "plan")))
+        made = RoutedLlamaForCausalLM(module.routed_config(planned_config(model)))
     rows = plan(model, method)
     assert number(rows["parameters"]) == count(made)
     assert number(rows["of these routers"]) == count(made, ".router.")

@@ -12,8 +12,8 @@ import yaml
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.module import METHODS
 from qtale_lightning.report.results import load_results
+from qtale_lightning.settings import METHODS
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 PRESETS = sorted(file.stem for file in (EXPERIMENTS / "paper").glob("*.yaml"))
@@ -67,8 +67,8 @@ def test_the_papers_setting_whatever_the_devices(preset: str, devices: str | Non
     assert (cli.config["trainer"]["max_epochs"], cli.model.warmup) == (10, 0.2)
     assert (cli.model.lambda_ratio, cli.model.target_ratio, cli.model.temperature) == (5.0, 0.5, 1.0)
     assert cli.model.lora_options["rank"] == 8
-    assert cli.quantization.options.bits == (4, 3)
-    assert cli.quantization.options.group_size == 128
+    assert cli.quantization.bits == (4, 3)
+    assert cli.quantization.group_size == 128
     assert cli.datamodule.label == "csqa"
     assert cli.datamodule.max_length == 1024
 

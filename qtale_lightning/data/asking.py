@@ -1,15 +1,18 @@
 """How questions are asked, and how their answers are measured."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import CHOICE_LABELS, PROMPT_STYLES, build_prompt
 from qtale_lightning.data.tasks import TASKS
 from qtale_lightning.data.tokenization import EncodedPrompt, encode_prompt
+
+if TYPE_CHECKING:  # what is planned and checked doesn't wait for it
+    from transformers import PreTrainedTokenizerBase
 
 ANSWERS = ("scored", "generated")
 GENERATED_METRICS = ("acc_generated", "rougeL")  # those of a written answer

@@ -4,18 +4,17 @@ import logging
 import warnings
 from collections.abc import Sequence
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from qtale_lightning.data.asking import Asking
 from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
+from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.data.splits import Examples, task_rows
-from qtale_lightning.data.tasks import SUITES, TASKS, resolve_tasks
+from qtale_lightning.data.tasks import TASKS
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
@@ -23,103 +22,23 @@ from qtale_lightning.data.tokenization import (
     training_example,
 )
 
-MIXES = ("proportional", "uniform")
-
 log = logging.getLogger(__name__)
 
 
-class CommonsenseDataModule(LightningDataModule):
+class CommonsenseDataModule(DataSettings, LightningDataModule):
     """Questions: trained on as the right answer's text, scored choice by choice, and answered in writing.
 
     Set `tokenizer` to the model's tokenizer before `setup`.
 
-    Args:
-        tasks: A task, a suite (csqa, generality), or a list of them; "facts" is built in and needs no files.
-        root: Folder with <task>/train.jsonl and <task>/validation.jsonl. None reads the Hugging Face hub.
-        prompt_style: cloze (score each choice's text) or choice (score each choice's letter); mmlu is always choice.
-        choice_labels: What choices are called in the choice style: letters or numbers.
-        shots: Examples before each scored question: of mmlu its first dev rows (<root>/mmlu/dev.jsonl), of other tasks
-            with choices their first training rows.
-        answers: How validation questions with choices are answered: scored (by log-likelihood) or generated (the model
-            writes; what can't be read is wrong).
-        max_new_tokens: Tokens of the longest generated answer. None: 16 where choices are given, samsum 96, alpaca 128.
-        generations: Validation rows of each task measured by perplexity whose generated answer is kept with the run.
-        batch_size: Sequences in a batch of one device.
-        max_length: Tokens of the longest sequence, its EOS included; longer ones are cut at their left, and long texts
-            that are answers at their end.
-        limit_train: Training rows of each task, chosen by the seed. None takes all.
-        limit_validation: Validation rows of each task, chosen by the seed. None takes all.
-        calibration_rows: Rows of each task held out of the training split; the threshold is selected on them.
-        mix: proportional (every row once an epoch) or uniform (equally many rows of each task).
-        seed: Seed of the rows chosen and of their order.
-        num_workers: Processes that collate batches; 0 does it in the main process.
-
-    Raises:
-        ValueError: An argument is out of its range or names something unknown.
-        FileNotFoundError: `root` isn't a folder.
+    The options are those of :class:`~qtale_lightning.data.settings.DataSettings`.
     """
 
-    def __init__(
-        self,
-        tasks: str | list[str] = "csqa",
-        root: str | None = None,
-        prompt_style: str = "cloze",
-        choice_labels: str = "letters",
-        shots: int = 0,
-        answers: str = "scored",
-        max_new_tokens: int | None = None,
-        generations: int = 8,
-        batch_size: int = 16,
-        max_length: int = 512,
-        limit_train: int | None = None,
-        limit_validation: int | None = None,
-        calibration_rows: int = 64,
-        mix: str = "proportional",
-        seed: int = 0,
-        num_workers: int = 0,
-    ) -> None:
-        super().__init__()
-        self.tasks = resolve_tasks(tasks)
-        self.asking = Asking(
-            self.tasks, prompt_style, choice_labels, shots, answers, max_new_tokens, generations
-        )
-        if mix not in MIXES:
-            raise ValueError(f"unknown mix {mix!r} (--data.mix); known: {', '.join(MIXES)}")
-        sizes = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "limit_train": limit_train,
-            "limit_validation": limit_validation,
-            "calibration_rows": calibration_rows,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"--data.{name} must be positive, got {size}")
-        if num_workers < 0:
-            raise ValueError(f"--data.num_workers must not be negative, got {num_workers}")
-        if root is not None and not Path(root).is_dir():
-            raise FileNotFoundError(
-                f"--data.root {root}: not a folder; it must hold <task>/train.jsonl files"
-            )
-        self.root = root
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.limit_train = limit_train
-        self.limit_validation = limit_validation
-        self.calibration_rows = calibration_rows
-        self.mix = mix
-        self.seed = seed
-        self.num_workers = num_workers
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._train: dict[str, list[TrainingExample]] = {}
         self._scored: dict[str, list[EncodedPrompt]] = {}
         self._resumed_order: dict[str, Any] | None = None
-
-    @property
-    def label(self) -> str:
-        """Short name of the data in run names and tables: a suite's name, or the tasks joined with "+"."""
-        suites = {tasks: name for name, tasks in SUITES.items()}
-        return suites.get(self.tasks, "+".join(self.tasks))
 
     @property
     def steps_per_epoch(self) -> int:

@@ -1,14 +1,17 @@
 """From prompts to token ids: where the answer begins, what is trained on, and how sequences are batched."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from qtale_lightning.data.prompts import Prompt
 from qtale_lightning.data.tasks import TASKS
+
+if TYPE_CHECKING:  # what is planned and checked doesn't wait for them
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # the label that PyTorch's cross-entropy leaves out
 
@@ -129,6 +132,8 @@ def training_example(encoded: EncodedPrompt, eos_id: int) -> TrainingExample:
 def collate(examples: Sequence[TrainingExample], pad_id: int) -> dict[str, Tensor]:
     """Right-padded int64 `input_ids`, `attention_mask` (1 = real token) and `labels`, each `(B, T)`."""
     length = max(len(example.input_ids) for example in examples)
+
+    import torch  # here, so that checking the options of prompts doesn't wait for it
 
     def padded(rows: list[tuple[int, ...]], value: int) -> Tensor:
         return torch.tensor([(*row, *(value,) * (length - len(row))) for row in rows], dtype=torch.int64)

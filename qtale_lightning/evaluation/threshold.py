@@ -1,78 +1,18 @@
-"""Choosing θ: the options of a sweep, and the rules that choose from what calibration questions say of a grid."""
+"""Choosing θ: the rules that choose from what calibration questions say of a grid."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from qtale_lightning.evaluation.budget import TOLERANCE
 from qtale_lightning.evaluation.statistics import RESAMPLES, Estimate
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
-Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
 
 ONE_STANDARD_ERROR = (
     "the lowest execution ratio whose average accuracy on the calibration questions is within one standard error "
     "of the best of the grid (ties: the higher accuracy); by nll, where tasks report other things than accuracies"
 )
 NO_ROUTERS = "no routers"
-
-
-@dataclass(frozen=True)
-class SweepOptions:
-    """What a sweep measures and how it chooses; see :class:`~qtale_lightning.callbacks.ThresholdSweep`.
-
-    Raises:
-        ValueError: An option has a value that can't be; the message names it.
-    """
-
-    thresholds: tuple[float, ...]
-    rule: Rule = "one-standard-error"
-    budgets: tuple[float, ...] = ()
-    margin: float | None = None
-
-    def __post_init__(self) -> None:
-        check_thresholds(self.thresholds)
-        for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise ValueError(f"--sweep.budgets {budget} is no share of layers: give values in (0, 1]")
-        if self.searches and not self.budgets:
-            raise ValueError(
-                f"--sweep.rule {self.rule} needs --sweep.budgets, execution ratios such as '[0.7,0.8]'"
-            )
-        if self.margin is not None and not 0 < self.margin < 1:
-            raise ValueError(
-                f"--sweep.margin {self.margin} must lie between 0 and 1: 0.01 is one point of accuracy"
-            )
-
-    @property
-    def searches(self) -> bool:
-        """Whether θ is searched for budgets, and not chosen from the grid."""
-        return self.rule in ("budget", "layer-budget")
-
-    def check_budgets(self, unrouted: float) -> None:
-        """Refuse budgets below the share of layers without a router, which execute always (ValueError)."""
-        for budget in self.budgets if self.searches else ():
-            if budget < unrouted:
-                raise ValueError(
-                    f"--sweep.budgets {budget} can't be reached: layers without a router are {unrouted:.3f} of all "
-                    "(--model.start_layer)"
-                )
-
-    def grid(self) -> list[float]:
-        """θ to measure, descending; the rule `tolerance` needs full execution, 0, among them."""
-        reference = {0.0} if self.rule == "tolerance" else set()
-        return sorted({*self.thresholds, *reference}, reverse=True)
-
-
-def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Refuse a grid that isn't one (ValueError)."""
-    if not thresholds:
-        raise ValueError("the threshold grid is empty: give at least one value (--sweep.thresholds)")
-    for value in thresholds:
-        if not 0 <= value <= 1:
-            raise ValueError(
-                f"threshold {value} is not a probability: give values in [0, 1] (--sweep.thresholds)"
-            )
 
 
 def within_one_standard_error(rows: Sequence[Row]) -> Row:

@@ -6,9 +6,6 @@ import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-# What LoRA can be attached to in a LLaMA-family decoder layer.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> LoraModel:
     """Inject LoRA into the named projections in place (paper: rank 8 on q, k, v); the tuner can merge it again."""

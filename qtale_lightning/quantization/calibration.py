@@ -20,7 +20,6 @@ from qtale_lightning.quantization.mappings import (
 )
 from qtale_lightning.quantization.rtn import check_quantizable
 
-MIN_TOKENS = 32  # fewest calibration tokens that a layer's search may rest on
 BATCH_TOKENS = 1024  # padded tokens of a batch: a layer's activations are held for one batch at a time
 MOMENT_ROWS = 4096  # tokens converted to float32 at a time while moments are summed
 

@@ -1,9 +1,12 @@
 """What AWQ scales together in a LLaMA-family decoder layer, and where those linears are in a model."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:  # what is planned and checked doesn't wait for it
+    from torch import Tensor, nn
 
 
 class ScaleMapping(NamedTuple):
@@ -72,6 +75,8 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     Raises:
         ValueError: the model isn't of the LLaMA family, its LoRA weights are not merged, or it is quantized.
     """
+    from torch import nn  # here, so that the names of linears can be had without it
+
     modules = dict(model.named_modules())
     if "model.layers" not in modules:
         raise ValueError(f"{type(model).__name__} has no model.layers: AWQ needs a LLaMA-family model")

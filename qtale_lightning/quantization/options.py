@@ -1,53 +1,39 @@
-"""What is asked of a quantization, and the engines that can do it."""
+"""What is asked of a quantization (``--quantize.…``), checked; nothing is computed for it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from torch import nn
-
-from qtale_lightning.quantization import autoawq, awq
-from qtale_lightning.quantization.calibration import MIN_TOKENS, Batch
-from qtale_lightning.quantization.precision import CANDIDATES, Bits, neighbours, uniform
-from qtale_lightning.quantization.recipe import Recipe, round_to_nearest
+from qtale_lightning.quantization.precision import CANDIDATES, neighbours, uniform
 from qtale_lightning.quantization.rtn import check_quantizable
 
 Engine = Literal["native", "autoawq", "rtn"]
 
-
-def _round_to_nearest(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    precisions: Sequence[Bits],
-    group_size: int,
-    symmetric: bool = False,
-    **_: Any,
-) -> list[Recipe]:
-    """The baseline: no scales, no clips, nothing to calibrate."""
-    return [round_to_nearest(dict(bits), group_size, symmetric) for bits in precisions]
-
-
-ENGINES: dict[Engine, Callable[..., list[Recipe]]] = {
-    "native": awq.search,
-    "autoawq": autoawq.search,
-    "rtn": _round_to_nearest,
-}
+MIN_TOKENS = 32  # fewest calibration tokens that a layer's search may rest on
 
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """What to make of an exported model; see the `quantize` callback for the meaning of each.
+    """What to make of an exported model, calibrated on training sequences with routing on.
 
-    Attributes:
-        bits: a whole number is one width for all linears, a fraction an average to be spent where errors are largest.
+    Args:
+        bits: Weight precisions from 2 to 8: a whole number for all linears, or a fraction such as 3.5, an average that
+            is spent where measured errors are largest (engine native).
+        group_size: Weights that share a scale; it must divide every linear's input width (paper: AWQ's 128).
+        engine: native: AWQ's search from second moments. autoawq: the AutoAWQ package's search. rtn: round to nearest.
+        symmetric: Levels symmetric around zero; AWQ's are not.
+        patterns: Other widths by pattern of linears' names, e.g. '{"*.down_proj": 8, "model.layers.0.*": 8}'.
+        sequences: Training sequences (prompt and answer) to calibrate on.
+        refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it (engine
+            native). AWQ alone has no such step.
     """
 
-    bits: tuple[float, ...] = (4, 3)
+    bits: tuple[int | float, ...] = (4, 3)
     group_size: int = 128
     engine: Engine = "native"
     symmetric: bool = False
-    patterns: Mapping[str, int] = field(default_factory=dict)
+    patterns: dict[str, int] | None = None
     sequences: int = 128
     refit_norm: bool = True
 
@@ -75,8 +61,10 @@ class QuantizationOptions:
         Raises:
             ValueError: with the option to change.
         """
-        if self.engine not in ENGINES:
-            raise ValueError(f"--quantize.engine {self.engine!r}: choose one of {', '.join(ENGINES)}")
+        if self.engine not in get_args(Engine):
+            raise ValueError(
+                f"--quantize.engine {self.engine!r}: choose one of {', '.join(get_args(Engine))}"
+            )
         if self.sequences < 1:
             raise ValueError(f"--quantize.sequences {self.sequences} must be positive")
         if reserved_tokens < 1:
@@ -103,7 +91,7 @@ class QuantizationOptions:
                 raise ValueError(
                     f"--quantize.bits {bits:g}, --quantize.group_size {self.group_size}: {error}"
                 ) from None
-        for pattern, width in self.patterns.items():
+        for pattern, width in (self.patterns or {}).items():
             try:
                 check_quantizable({}, width, self.group_size)
                 uniform(shapes, width, {pattern: width})

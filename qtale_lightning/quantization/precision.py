@@ -1,11 +1,16 @@
 """How many bits each linear gets: one width for all, exceptions by pattern, or an average-bits budget."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
 
 from qtale_lightning.quantization.mappings import split_name
-from qtale_lightning.quantization.recipe import Recipe
+
+if TYPE_CHECKING:  # what is planned and checked doesn't wait for PyTorch
+    from qtale_lightning.quantization.recipe import Recipe
 
 Bits = dict[str, int]
 """Bits of a weight by the linear's full name."""
@@ -74,6 +79,8 @@ def allocate(
     # A step that doesn't fit may leave so much unspent that one width for all is better: begin at each that fits.
     climbs = [_climb(errors, weights, start, budget) for start in widths if start <= budget]
     chosen = min(climbs, key=lambda climb: sum(errors[unit][width] for unit, width in climb.items()))
+    from qtale_lightning.quantization.recipe import Recipe
+
     return Recipe.compose({name: candidates[chosen[unit]] for unit in units for name in unit})
 
 

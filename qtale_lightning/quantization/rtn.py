@@ -12,12 +12,15 @@ Symmetric: scale = max(max|w|, 1e-5) / (2^(bits-1) - 1), and zero = 2^(bits-1).
 Levels always reach zero: a group whose weights all have one sign is clipped, as in AutoAWQ.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from torch import Tensor
+if TYPE_CHECKING:  # what is planned and checked doesn't wait for it
+    from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 # Sizes that an error message may suggest, the field's usual ones first.

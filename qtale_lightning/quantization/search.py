@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from qtale_lightning.quantization.calibration import (
-    MIN_TOKENS,
     Batch,
     Moments,
     check_model,
@@ -15,6 +14,7 @@ from qtale_lightning.quantization.calibration import (
     layer_by_layer,
 )
 from qtale_lightning.quantization.mappings import LINEARS, DecoderLayer
+from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import Recipe
 from qtale_lightning.quantization.replay import Call, recorded_calls

@@ -1,10 +1,9 @@
 """A run's results: `results.json`, and the tables, plots and page made from it."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-
-from qtale_lightning.report.figures import write_figures
+from qtale_lightning.lazy import lazily
 from qtale_lightning.report.metadata import run_metadata
 from qtale_lightning.report.results import (
     Results,
@@ -14,7 +13,12 @@ from qtale_lightning.report.results import (
     upsert_evaluation,
     validate,
 )
-from qtale_lightning.report.tables import print_summary, write_markdown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from qtale_lightning.report.figures import write_figures
+    from qtale_lightning.report.tables import print_summary, write_markdown
 
 __all__ = [
     "Results",
@@ -30,13 +34,25 @@ __all__ = [
     "write_report",
 ]
 
+# Reading results doesn't wait for pandas and matplotlib.
+__getattr__ = lazily(
+    __name__,
+    {
+        f"{__name__}.figures": ["write_figures"],
+        f"{__name__}.tables": ["print_summary", "write_markdown"],
+    },
+)
 
-def write_report(run_dir: str | Path, console: Console | None = None) -> Results:
+
+def write_report(run_dir: str | Path, console: "Console | None" = None) -> Results:
     """Makes a run's plots and `results.md` from its `results.json`, prints the summary, returns the results.
 
     Raises:
         FileNotFoundError, ValueError: as `load_results`.
     """
+    from qtale_lightning.report.figures import write_figures
+    from qtale_lightning.report.tables import print_summary, write_markdown
+
     write_figures(run_dir)
     write_markdown(run_dir)
     results = load_results(run_dir)

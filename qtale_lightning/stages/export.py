@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+import qtale_lightning.quantization.checkpoint  # noqa: F401  # registers packed weights with transformers
 from qtale_lightning.files import replacing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing

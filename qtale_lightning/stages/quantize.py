@@ -10,9 +10,10 @@ from qtale_lightning.files import replacing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import PackedConfig, quantize_model
+from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import LINEARS, linear_shapes
-from qtale_lightning.quantization.options import ENGINES, QuantizationOptions
+from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
 from qtale_lightning.quantization.recipe import Recipe
 from qtale_lightning.run import RunDirectory
@@ -45,7 +46,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     started = time.perf_counter()
     model = load_exported(run)
     shapes = linear_shapes(model)
-    wanted = {bits: uniform(shapes, int(bits), options.patterns) for bits in missing if bits == int(bits)}
+    wanted = {
+        bits: uniform(shapes, int(bits), options.patterns or {}) for bits in missing if bits == int(bits)
+    }
     searched = wanted | {width: uniform(shapes, width, {}) for width in options.candidates(missing)}
     sequences = data.calibration_sequences(options.sequences) if options.calibrates else []
     batches = padded_batches(sequences, model.device)
@@ -84,7 +87,7 @@ def _check_alike(run: RunDirectory, bits: float, options: QuantizationOptions) -
         ("symmetric", not there.zero_point, options.symmetric),
         ("refit_norm", there.refit_norm, options.refits),
         ("patterns", whole and {name: there.bits_of(name) for name in names},
-         whole and uniform(names, int(bits), options.patterns)),
+         whole and uniform(names, int(bits), options.patterns or {})),
     ):  # fmt: skip
         if value != asked:
             was = f" ({value})" if option != "patterns" else ""

@@ -8,12 +8,12 @@ from typing import Any, Literal, cast
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_over_tasks
 from qtale_lightning.evaluation.budget import Calibration, Theta, find_layer_thresholds, find_threshold
+from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.scoring import Scores
 from qtale_lightning.evaluation.threshold import (
     NO_ROUTERS,
     ONE_STANDARD_ERROR,
-    SweepOptions,
     budget_in_words,
     tolerance_in_words,
     within_one_standard_error,

@@ -1,6 +1,5 @@
 """The commands ``table`` and ``figures``: a declaration, what is missing of it, and what is made from it."""
 
-import argparse
 import logging
 import shlex
 import signal
@@ -9,14 +8,15 @@ from pathlib import Path
 from types import FrameType
 
 from qtale_lightning.tables.content import content
-from qtale_lightning.tables.declaration import FOLDER, load_declaration, names
+from qtale_lightning.tables.declaration import load_declaration
 from qtale_lightning.tables.execution import Executor, Start, console, start_process
 from qtale_lightning.tables.figures import write_figures
 from qtale_lightning.tables.progress import Estimate, about, estimate
 from qtale_lightning.tables.publish import publish
 from qtale_lightning.tables.render import failures, write_table
+from qtale_lightning.tables.request import Asked, parse
 from qtale_lightning.tables.rows import Command
-from qtale_lightning.tables.runs import Request, known_runs
+from qtale_lightning.tables.runs import known_runs
 from qtale_lightning.tables.table import Table
 
 
@@ -26,10 +26,11 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
     Raises:
         SystemExit: 1 where a cell failed; the table is there nevertheless.
     """
-    asked, plan_only = _table("table", arguments)
+    given = parse("table", arguments)
+    asked = _table(given)
     missing = asked.missing()
     _say_plan(asked, missing)
-    if plan_only:
+    if given.plan_only:
         return
     executor = Executor(_folder(asked) / "logs", _estimate(asked), start)
     previous = signal.signal(signal.SIGTERM, stop)
@@ -59,7 +60,7 @@ def figures(arguments: Sequence[str]) -> None:
     Raises:
         FileNotFoundError: None is.
     """
-    asked, _ = _table("figures", arguments)
+    asked = _table(parse("figures", arguments))
     there = [run for run in asked.runs if run.finished]
     if not there:
         raise FileNotFoundError(
@@ -74,29 +75,10 @@ def figures(arguments: Sequence[str]) -> None:
         console.print(str(path), markup=False)
 
 
-def _table(command: str, arguments: Sequence[str]) -> tuple[Table, bool]:
-    parser = argparse.ArgumentParser(
-        f"python -m qtale_lightning {command}",
-        allow_abbrev=False,
-        description="Other options are those of `fit`, for every run of the table.",
-    )
-    parser.add_argument("name", help=f"a table of {FOLDER} ({', '.join(names())}), or a file like them")
-    parser.add_argument("--model", required=True, help="a model of experiments/models")
-    parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
-    parser.add_argument("--seeds", default="0", help="seeds joined by commas")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="the runs' folder")
-    parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
-    own, options = parser.parse_known_args(list(arguments))
-    try:
-        seeds = tuple(dict.fromkeys(int(seed) for seed in own.seeds.split(",")))
-    except ValueError:
-        raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
-    file = Path(own.name) if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml"
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(
-        logging.WARNING
-    )  # once for every run's options
-    request = Request(own.model, own.data, seeds, own.out, tuple(options))
-    return Table(file.stem, load_declaration(file), request), own.plan
+def _table(asked: Asked) -> Table:
+    # Lightning's line of a seed: once for every run's options.
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    return Table(asked.file.stem, load_declaration(asked.file), asked.request)
 
 
 def _folder(asked: Table) -> Path:

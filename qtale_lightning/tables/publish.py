@@ -7,8 +7,9 @@ from typing import Any, cast
 
 import wandb
 
+from qtale_lightning.settings import WandbMode
 from qtale_lightning.tables.render import frame
-from qtale_lightning.tracking import WandbMode, wandb_logger
+from qtale_lightning.tracking import wandb_logger
 
 log = logging.getLogger(__name__)
 

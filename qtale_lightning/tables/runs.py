@@ -6,30 +6,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.evaluation.threshold import SweepOptions
+from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.plan import optimizer_steps, training_flops
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
 from qtale_lightning.run import RunDirectory, identity
 from qtale_lightning.tables.declaration import Line, Option
+from qtale_lightning.tables.request import Request
 
 EXPERIMENTS = Path("experiments")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the command line asks of a table.
-
-    Attributes:
-        data: Tasks of the lines that name none.
-        options: For every run, as on `fit`'s command line.
-    """
-
-    model: str
-    data: str
-    seeds: tuple[int, ...]
-    out: Path
-    options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -117,8 +102,8 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
         seed=seed,
         arguments=(*arguments, "--out", str(root.parent)),
         identity=key,
-        quantization=cli.quantization.options,
-        sweep=cli.threshold_sweep.options,
+        quantization=cli.quantization,
+        sweep=cli.sweep,
         steps=optimizer_steps(cli),
         flops=training_flops(cli),
     )

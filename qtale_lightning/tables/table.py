@@ -6,8 +6,9 @@ from pathlib import Path
 
 from qtale_lightning.report.results import Evaluation, Results
 from qtale_lightning.tables.declaration import BudgetRule, Declaration, Line
+from qtale_lightning.tables.request import Request
 from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands
-from qtale_lightning.tables.runs import Request, TableRun, known_runs, resolve
+from qtale_lightning.tables.runs import TableRun, known_runs, resolve
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,10 @@ from typing import Any
 
 import pytest
 
+from qtale_lightning.evaluation.options import Rule, SweepOptions, check_thresholds
 from qtale_lightning.evaluation.statistics import Estimate
 from qtale_lightning.evaluation.threshold import (
-    Rule,
-    SweepOptions,
     budget_in_words,
-    check_thresholds,
     tolerance_in_words,
     within_one_standard_error,
     within_tolerance,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.quantization.calibration import MIN_TOKENS
-from qtale_lightning.quantization.options import ENGINES, QuantizationOptions
+from qtale_lightning.quantization.engines import ENGINES
+from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (128, 128), "model.layers.0.mlp.down_proj": (128, 384)}
 RESERVED = 2

@@ -31,7 +31,7 @@ def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
                 nn.init.zeros_(layer.router.out.bias)
         stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
         if method == "qtale":
-            stages.quantize(run, cli.prepare_data(), cli.quantization.options)
+            stages.quantize(run, cli.prepare_data(), cli.quantization)
         return run
 
     return make

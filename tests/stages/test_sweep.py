@@ -38,7 +38,7 @@ def grid(made: RunDirectory, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run after a sweep of its grid, which no test changes."""
     run = shutil.copytree(made.root, tmp_path_factory.mktemp("grid") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qtale_lightning.__main__.write_report", lambda run: None)
+        patch.setattr("qtale_lightning.report.write_report", lambda run: None)
         sweep(run)
     return run
 
@@ -56,7 +56,7 @@ def reported() -> None:
 @pytest.fixture(autouse=True)
 def unreported(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "reported" not in request.fixturenames:
-        monkeypatch.setattr("qtale_lightning.__main__.write_report", lambda run: None)
+        monkeypatch.setattr("qtale_lightning.report.write_report", lambda run: None)
 
 
 @pytest.fixture

@@ -87,9 +87,9 @@ class FakeCommands:
         (run.model() / "config.json").write_text(json.dumps(config))
         (run.root / "metrics.csv").write_text("step,train/flip_ratio\n1,0.3\n2,\n3,0.2\n")
         (run.root / "results.md").write_text("done")
-        quantization = cli.quantization.options
+        quantization = cli.quantization
         self._make(run, quantization.bits, quantization.engine)
-        self._grid(run, quantization.bits, quantization.engine, cli.threshold_sweep.options.grid())
+        self._grid(run, quantization.bits, quantization.engine, cli.sweep.grid())
 
     def _quantize(self, options: list[str]) -> None:
         self._make(RunDirectory(options[0]), _value(options, "bits"), _value(options, "engine"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.tables import table
+from qtale_lightning.tables.command import table
 from tests.tables.files import folder, row_of, rows
 
 Arguments = Callable[..., list[str]]

@@ -17,8 +17,7 @@ import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.tables import table
-from qtale_lightning.tables.command import stop
+from qtale_lightning.tables.command import stop, table
 from qtale_lightning.tables.execution import run_lock, start_process
 from qtale_lightning.tables.publish import publish
 from qtale_lightning.tables.runs import TableRun

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.tables import figures, table
+from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.tables import figures, table
+from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER, load_declaration
 
 Arguments = Callable[..., list[str]]

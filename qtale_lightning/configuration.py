@@ -1,0 +1,162 @@
+"""The configuration of a run, and what can be said of it before anything heavy is loaded.
+
+Importing PyTorch, Lightning and transformers takes seconds; this module needs none of them.
+"""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from qtale_lightning.data.settings import DataSettings
+from qtale_lightning.evaluation.cost import linear_shapes
+from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.quantization.mappings import LINEARS
+from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
+from qtale_lightning.run import RunDirectory
+from qtale_lightning.settings import ModelSettings, WandbMode
+
+DESCRIPTION = "Configuration of a QTALE run."
+
+
+def add_run_options(parser: ArgumentParser) -> None:
+    """The suite's own options, beside --model, --data and --trainer."""
+    parser.add_argument("--out", type=str, default="outputs", help="Folder that run directories are made in.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="Checkpoint to resume from; 'last' is the run's own. A run that was interrupted resumes by itself.",
+    )
+    parser.add_argument(
+        "--validations",
+        type=int,
+        default=4,
+        help="Validations (and checkpoints) during training, evenly spread.",
+    )
+    parser.add_argument(
+        "--wandb",
+        type=WandbMode,
+        default="auto",
+        help="W&B: online, offline (records in <run>/wandb), disabled; auto is online if you are logged in.",
+    )
+    parser.add_argument("--wandb_project", type=str, default="qtale", help="W&B project.")
+    parser.add_class_arguments(QuantizationOptions, "quantize")
+    parser.add_class_arguments(SweepOptions, "sweep")
+    for target in ("model.seed", "data.seed"):
+        parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+
+class RunConfiguration:
+    """A parsed configuration, checked. :class:`~qtale_lightning.cli.QTALECLI` makes what trains from it."""
+
+    model: ModelSettings
+    datamodule: DataSettings
+    config: Any
+    config_init: Any
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run's directory, named by what it runs."""
+        name = f"{self.model.name}-{self.model.method}-{self.datamodule.label}-s{self.model.seed}"
+        return RunDirectory(Path(self.config["out"]) / name)
+
+    @property
+    def quantization(self) -> QuantizationOptions:
+        """What to make of the exported model."""
+        return self.config_init["quantize"]
+
+    @property
+    def sweep(self) -> SweepOptions:
+        """What to measure of it."""
+        return self.config_init["sweep"]
+
+    @property
+    def devices(self) -> int:
+        """Of all nodes, as far as the configuration says."""
+        devices = str(self.config["trainer"]["devices"])  # the parser leaves numbers as text, too
+        return (int(devices) if devices.isdecimal() else 1) * self.config["trainer"]["num_nodes"]
+
+    def check(self) -> None:
+        """Refuse what can't work before anything expensive starts (ValueError)."""
+        config = self.model.shape
+        routed = self.model.method != "full"
+        reserved = self.model.routing_options["reserved_tokens"] if routed else MIN_TOKENS
+        shapes = linear_shapes(config)
+        layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
+        named = {f"{layer}.{name}": shapes[name.split(".")[1]] for layer in layers for name in LINEARS}
+        self.quantization.check(named, reserved)
+        start = self.model.routing_options["start_layer"]
+        if not 0 <= start < config.num_hidden_layers:
+            raise ValueError(
+                f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
+            )
+        if routed:
+            self.sweep.check_budgets(start / config.num_hidden_layers)
+        metrics = self.datamodule.asking.metrics("calibration")
+        texts = [task for task, metric in metrics.items() if metric == "perplexity"]
+        if texts and self.sweep.rule == "tolerance":
+            raise ValueError(
+                f"--sweep.rule tolerance compares accuracies question by question, and {', '.join(texts)} has none: "
+                "take one-standard-error (by nll, then) or one of the budget rules"
+            )
+        if self.config["trainer"]["max_steps"] == 0:
+            raise ValueError(
+                "--trainer.max_steps 0 trains nothing: give a number of steps, or -1 and --trainer.max_epochs"
+            )
+        if self.config["validations"] < 1:
+            raise ValueError(f"--validations {self.config['validations']} must be at least 1")
+
+
+class PlannedRun(RunConfiguration):
+    """A configuration that is only looked at: parsed as ``fit`` parses it, in a fraction of the time."""
+
+    def __init__(self, args: list[str], prog: str) -> None:
+        parser = ArgumentParser(prog=prog, description=DESCRIPTION)
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ActionConfigFile,
+            help="Path to a configuration file in json or yaml format.",
+        )
+        parser.add_argument("--seed_everything", type=bool | int, default=0, help="Seed of the run.")
+        for name, (kind, default) in trainer_options().items():
+            parser.add_argument(f"--trainer.{name}", type=kind, default=default, help="Lightning's.")
+        parser.add_class_arguments(ModelSettings, "model")
+        parser.add_class_arguments(DataSettings, "data")
+        add_run_options(parser)
+        self.config = parser.parse_args(args)
+        self.config_init = parser.instantiate(self.config)
+        self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
+
+
+_TYPES = {"int": int, "bool": bool, "Optional[int]": int | None, "Optional[bool]": bool | None}
+
+
+def trainer_options() -> dict[str, tuple[Any, Any]]:
+    """Type and default of every option of Lightning's Trainer, read from its source.
+
+    Types that need Lightning to be understood are Any: ``fit`` checks those.
+    """
+    lightning = find_spec("lightning")  # finds it, and imports nothing
+    assert lightning is not None
+    folder = Path(str(lightning.origin)).parent
+    source = (folder / "pytorch" / "trainer" / "trainer.py").read_text(encoding="utf-8")
+    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    trainer = next(node for node in classes if node.name == "Trainer")
+    methods = (node for node in trainer.body if isinstance(node, ast.FunctionDef))
+    options = next(node for node in methods if node.name == "__init__").args
+    return {
+        argument.arg: (
+            _TYPES.get(ast.unparse(argument.annotation) if argument.annotation else "", Any),
+            ast.literal_eval(default) if default is not None else None,
+        )
+        for argument, default in zip(options.kwonlyargs, options.kw_defaults, strict=True)
+    }
+
+
+def _seed(seed: bool | int) -> int:
+    """``--seed_everything`` as the number that module and data use."""
+    return int(seed)

@@ -1,0 +1,75 @@
+"""What is asked of a sweep over θ (``--sweep.…``), checked; nothing is measured for it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep measures at each precision, and how it selects θ on held-out training questions.
+
+    Args:
+        thresholds: The grid of θ; 0.5 is D-LLM's, 0 executes everything. The budget rules don't use it.
+        rule: one-standard-error: the fewest layers within one standard error of the grid's best accuracy. tolerance:
+            the fewest layers whose accuracy isn't significantly below that of full execution (θ = 0) on the same
+            questions. budget: the θ that executes this share of all layers. layer-budget: the same with a θ for each
+            layer; it takes two passes more for every layer.
+        budgets: Execution ratios for the budget rules, each of which gets its own θ, e.g. '[0.7,0.8]'.
+        margin: Accuracy that the rule tolerance lets go, shown by the 95 % interval: 0.01 is one point. None: any loss
+            that isn't significant, so the more of it, the fewer the questions.
+
+    Raises:
+        ValueError: An option has a value that can't be; the message names it.
+    """
+
+    thresholds: tuple[float, ...] = (0.5, 0.3, 0.2, 0.1, 0.03, 0.005)
+    rule: Rule = "one-standard-error"
+    budgets: tuple[float, ...] = ()
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.thresholds)
+        for budget in self.budgets:
+            if not 0 < budget <= 1:
+                raise ValueError(f"--sweep.budgets {budget} is no share of layers: give values in (0, 1]")
+        if self.searches and not self.budgets:
+            raise ValueError(
+                f"--sweep.rule {self.rule} needs --sweep.budgets, execution ratios such as '[0.7,0.8]'"
+            )
+        if self.margin is not None and not 0 < self.margin < 1:
+            raise ValueError(
+                f"--sweep.margin {self.margin} must lie between 0 and 1: 0.01 is one point of accuracy"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether θ is searched for budgets, and not chosen from the grid."""
+        return self.rule in ("budget", "layer-budget")
+
+    def check_budgets(self, unrouted: float) -> None:
+        """Refuse budgets below the share of layers without a router, which execute always (ValueError)."""
+        for budget in self.budgets if self.searches else ():
+            if budget < unrouted:
+                raise ValueError(
+                    f"--sweep.budgets {budget} can't be reached: layers without a router are {unrouted:.3f} of all "
+                    "(--model.start_layer)"
+                )
+
+    def grid(self) -> list[float]:
+        """θ to measure, descending; the rule `tolerance` needs full execution, 0, among them."""
+        reference = {0.0} if self.rule == "tolerance" else set()
+        return sorted({*self.thresholds, *reference}, reverse=True)
+
+
+def check_thresholds(thresholds: Sequence[float]) -> None:
+    """Refuse a grid that isn't one (ValueError)."""
+    if not thresholds:
+        raise ValueError("the threshold grid is empty: give at least one value (--sweep.thresholds)")
+    for value in thresholds:
+        if not 0 <= value <= 1:
+            raise ValueError(
+                f"threshold {value} is not a probability: give values in [0, 1] (--sweep.thresholds)"
+            )

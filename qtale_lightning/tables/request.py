@@ -1,0 +1,60 @@
+"""What the command line asks of a table; read before anything heavy is imported."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qtale_lightning.tables.declaration import FOLDER, names
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of a table.
+
+    Attributes:
+        data: Tasks of the lines that name none.
+        options: For every run, as on `fit`'s command line.
+    """
+
+    model: str
+    data: str
+    seeds: tuple[int, ...]
+    out: Path
+    options: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A table's declaration, what is asked of it, and whether only to say what that would run."""
+
+    file: Path
+    request: Request
+    plan_only: bool
+
+
+def parse(command: str, arguments: Sequence[str]) -> Asked:
+    """The arguments of ``table`` or ``figures``.
+
+    Raises:
+        SystemExit: They can't be understood, or ask for help.
+        ValueError: A value that can't be.
+    """
+    parser = argparse.ArgumentParser(
+        f"python -m qtale_lightning {command}",
+        allow_abbrev=False,
+        description="Other options are those of `fit`, for every run of the table.",
+    )
+    parser.add_argument("name", help=f"a table of {FOLDER} ({', '.join(names())}), or a file like them")
+    parser.add_argument("--model", required=True, help="a model of experiments/models")
+    parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
+    parser.add_argument("--seeds", default="0", help="seeds joined by commas")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="the runs' folder")
+    parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
+    own, options = parser.parse_known_args(list(arguments))
+    try:
+        seeds = tuple(dict.fromkeys(int(seed) for seed in own.seeds.split(",")))
+    except ValueError:
+        raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
+    file = Path(own.name) if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml"
+    return Asked(file, Request(own.model, own.data, seeds, own.out, tuple(options)), own.plan)
