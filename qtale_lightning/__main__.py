@@ -46,10 +46,12 @@ def fit(args: list[str]) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.models.sources import source_name
     from qtale_lightning.report import run_metadata, update_results
 
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
+    cli.pin_base()
     cli.check_base()
     run, data = cli.run, cli.prepare_data()
     if data.steps_per_epoch < 1:
@@ -64,7 +66,9 @@ def fit(args: list[str]) -> None:
     run.claim(cli.config_text())
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
-    update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
+    source = source_name(cli.model.name, cli.model.path, cli.model.revision)
+    metadata = run_metadata(cli.model.name, cli.model.method, data.label, seed, command, source)
+    update_results(run.root, "run", metadata)
     if checkpoint is not None:
         _say(f"resuming from {checkpoint}")
     try:

@@ -12,6 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning.configuration import DESCRIPTION, RunConfiguration, add_run_options
 from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.hub.repository import COMMIT
 from qtale_lightning.models.sources import check_source, check_tokens, source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.run import RunDirectory
@@ -67,11 +68,27 @@ class QTALECLI(RunConfiguration, LightningCLI):
         self.datamodule.setup("fit")
         return self.datamodule
 
+    def pin_base(self) -> None:
+        """Settle the base model's commit for the whole run, and record it in the configuration.
+
+        A run that was begun keeps its own: a branch or tag may have moved meanwhile.
+
+        Raises:
+            HubError: It can't be looked up; the message says what to do.
+        """
+        model, begun = self.model, self.run.config
+        if model.path is not None and not COMMIT.fullmatch(model.revision or "") and begun.is_file():
+            there = yaml.safe_load(begun.read_text(encoding="utf-8"))["model"]
+            if there.get("path") == model.path and there.get("revision"):
+                model.revision = there["revision"]
+                log.info("the base model is %s at %s, with which the run began", model.path, model.revision)
+        self.config["model"]["revision"] = model.commit()
+
     def check_base(self) -> None:
         """Refuse a base model that can't be trained, by its configuration and tokenizer (ValueError, OSError)."""
-        name, path = self.model.name, self.model.path
-        config = check_source(name, path)
-        check_tokens(self.model.tokenizer, config, source_name(name, path))
+        name, path, revision = self.model.name, self.model.path, self.model.revision
+        config = check_source(name, path, revision)
+        check_tokens(self.model.tokenizer, config, source_name(name, path, revision))
 
     def make_trainer(self) -> L.Trainer:
         """The trainer of ``fit``, with the run's loggers and callbacks.

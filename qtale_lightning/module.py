@@ -21,7 +21,7 @@ from qtale_lightning.models.adapters import (
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sharding import shard
-from qtale_lightning.models.sources import load_base, load_tokenizer
+from qtale_lightning.models.sources import find_commit, load_base, load_tokenizer
 from qtale_lightning.settings import ModelSettings
 
 
@@ -44,7 +44,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.name, self.path)
+            self._tokenizer = load_tokenizer(self.name, self.path, self.commit())
         return self._tokenizer
 
     def configure_model(self) -> None:
@@ -53,7 +53,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
             return
         mixed = self._trainer is not None and str(self.trainer.precision).startswith("bf16")
         dtype = torch.bfloat16 if mixed and not self.train_all else torch.float32
-        base = load_base(self.name, self.path, dtype, self.seed)
+        base = load_base(self.name, self.path, dtype, self.seed, self.commit())
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             self.attach(base)
@@ -62,9 +62,18 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.validation_ratio = ExecutionRatio(len(self.model.model.layers))
         self.validation_routing = RoutingDiagnostics()
 
+    def commit(self) -> str | None:
+        """The one commit of the hub's repository that everything is loaded from; None for a model from elsewhere.
+
+        Raises:
+            HubError: A branch or tag can't be looked up; the message says what to do.
+        """
+        self.revision = find_commit(self.name, self.path, self.revision)
+        return self.revision
+
     def fresh(self) -> "QTALEModule":
-        """A module of the same configuration, its model not loaded yet."""
-        return type(self)(**self._arguments)
+        """A module of the same configuration, and the same commit, its model not loaded yet."""
+        return type(self)(**self._arguments | {"revision": self.revision})
 
     def routed_config(self, base: LlamaConfig) -> RoutedLlamaConfig:
         """A base architecture with this method's routers."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from qtale_lightning.models.locations import known_commit
 from qtale_lightning.models.presets import preset
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
@@ -23,6 +24,8 @@ class ModelSettings:
     Args:
         name: The model: tiny, smollm2-135m, llama2-7b, llama3.1-8b, llama3.2-1b or llama3.2-3b.
         path: A local folder or hub id to load its weights from, instead of the preset's own source.
+        revision: Commit, branch or tag of the hub's repository. By default the preset's own commit, or main with a
+            path; a branch is looked up once, and its commit recorded.
         method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer with a router (D-LLM: 2).
@@ -51,6 +54,7 @@ class ModelSettings:
         self,
         name: str = "smollm2-135m",
         path: str | None = None,
+        revision: str | None = None,
         method: str = "qtale",
         router_width: int = 512,
         start_layer: int = 2,
@@ -113,6 +117,7 @@ class ModelSettings:
                 f"--model.lora_targets {sorted(unknown)}: no such projections; choose from {known}"
             )
         self.name, self.path, self.method, self.seed = name, path, method, seed
+        self.revision = known_commit(name, path, revision)
         self.routing_options = {
             "router_width": router_width,
             "start_layer": start_layer,

@@ -166,7 +166,7 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
             "calibration_rows": self.calibration_rows,
             "mix": self.mix,
         }
-        if self.root is None:
+        if self.root is None:  # these commits are what is read, or nothing is
             hubs = {task: TASKS[task].hub for task in self.tasks}
             protocol["revisions"] = {task: hub.revision for task, hub in hubs.items() if hub is not None}
         return protocol

@@ -6,10 +6,14 @@ file, so that one function serves both. Each raises `ValueError` that names the 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import Repr
 from string import ascii_uppercase
 from typing import Any
 
 Row = Mapping[str, Any]
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,15 @@ class Question:
     subject: str = ""
 
 
+def _shown(value: Any) -> str:
+    """A value as a message shows it: however long or deep it is, a line's worth."""
+    return _SHORT.repr(value)
+
+
 def _text(row: Row, field: str) -> str:
     value = row.get(field)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"field '{field}': expected text, got {value!r}")
+        raise ValueError(f"field '{field}': expected text, got {_shown(value)}")
     return value
 
 
@@ -45,7 +54,9 @@ def _index(row: Row, field: str, values: Sequence[str]) -> int:
     """Position of a field's value among the values that it may have."""
     value = str(row.get(field)).strip()
     if value not in values:
-        raise ValueError(f"field '{field}': expected one of {', '.join(values)}, got {row.get(field)!r}")
+        raise ValueError(
+            f"field '{field}': expected one of {', '.join(values)}, got {_shown(row.get(field))}"
+        )
     return values.index(value)
 
 
@@ -58,7 +69,7 @@ def parse_boolq(row: Row) -> Question:
     """`answer` is a bool in google/boolq; SuperGLUE's copy has `label`, 0 or 1. The passage is optional."""
     if "answer" in row:
         if not isinstance(row["answer"], bool):
-            raise ValueError(f"field 'answer': expected true or false, got {row['answer']!r}")
+            raise ValueError(f"field 'answer': expected true or false, got {_shown(row['answer'])}")
         label = int(row["answer"])
     elif "label" in row:
         label = _index(row, "label", ("0", "1"))
@@ -77,7 +88,9 @@ def parse_social_iqa(row: Row) -> Question:
 def parse_winogrande(row: Row) -> Question:
     sentence = _text(row, "sentence")
     if sentence.count("_") != 1 or not sentence.partition("_")[2].strip():
-        raise ValueError(f"field 'sentence': expected one blank '_' and text after it, got {sentence!r}")
+        raise ValueError(
+            f"field 'sentence': expected one blank '_' and text after it, got {_shown(sentence)}"
+        )
     choices = (_text(row, "option1"), _text(row, "option2"))
     return Question("winogrande", sentence, choices, _index(row, "answer", ("1", "2")))
 
@@ -88,14 +101,16 @@ def parse_lettered(task: str, text_field: str) -> Callable[[Row], Question]:
     def parse(row: Row) -> Question:
         choices = row.get("choices")
         if not isinstance(choices, Mapping):
-            raise ValueError(f"field 'choices': expected lists 'text' and 'label', got {choices!r}")
+            raise ValueError(f"field 'choices': expected lists 'text' and 'label', got {_shown(choices)}")
         texts, labels = choices.get("text"), choices.get("label")
         if not isinstance(texts, list) or len(texts) < 2:
-            raise ValueError(f"field 'choices.text': expected a list of two texts or more, got {texts!r}")
+            raise ValueError(
+                f"field 'choices.text': expected a list of two texts or more, got {_shown(texts)}"
+            )
         if any(not isinstance(text, str) or not text.strip() for text in texts):
-            raise ValueError(f"field 'choices.text': expected texts, got {texts!r}")
+            raise ValueError(f"field 'choices.text': expected texts, got {_shown(texts)}")
         if not isinstance(labels, list) or [type(label) for label in labels] != [str] * len(texts):
-            raise ValueError(f"field 'choices.label': expected {len(texts)} labels, got {labels!r}")
+            raise ValueError(f"field 'choices.label': expected {len(texts)} labels, got {_shown(labels)}")
         return Question(task, _text(row, text_field), tuple(texts), _index(row, "answerKey", labels))
 
     return parse
@@ -105,10 +120,10 @@ def parse_mmlu(row: Row) -> Question:
     """`answer` is an index or a letter. `subject` is empty in the hub's auxiliary training rows."""
     choices = row.get("choices")
     if not isinstance(choices, list) or [type(choice) for choice in choices] != [str] * 4:
-        raise ValueError(f"field 'choices': expected four texts, got {choices!r}")
+        raise ValueError(f"field 'choices': expected four texts, got {_shown(choices)}")
     subject = row.get("subject")
     if not isinstance(subject, str):
-        raise ValueError(f"field 'subject': expected text, got {subject!r}")
+        raise ValueError(f"field 'subject': expected text, got {_shown(subject)}")
     answer = str(row.get("answer")).strip()
     values = ascii_uppercase[:4] if answer.isalpha() else "0123"
     return Question(
@@ -123,7 +138,7 @@ def parse_mmlu(row: Row) -> Question:
 def parse_alpaca(row: Row) -> Question:
     """`input` is what the instruction is about, and may be empty."""
     if not isinstance(row.get("input"), str):
-        raise ValueError(f"field 'input': expected text, which may be empty, got {row.get('input')!r}")
+        raise ValueError(f"field 'input': expected text, which may be empty, got {_shown(row.get('input'))}")
     return Question("alpaca", _text(row, "instruction"), (_text(row, "output"),), 0, row["input"].strip())
 
 

@@ -1,12 +1,13 @@
 """Rows of a task as questions: from local JSON Lines files, the Hugging Face hub, or the built-in generator."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qtale_lightning.data.facts import generate_facts
+from qtale_lightning.data.lines import read_rows
 from qtale_lightning.data.parsing import Question, Row
 from qtale_lightning.data.tasks import TASKS, Split
+from qtale_lightning.hub.repository import Repository
 
 
 def read(task: str, root: str | None, split: Split, seed: int) -> list[Question]:
@@ -35,9 +36,7 @@ def read_local(task: str, root: str | Path, split: Split) -> list[Question]:
             f"<task>/validation.jsonl for each task; without --data.root, rows come from the Hugging Face "
             f"hub{few_shot}"
         )
-    with path.open(encoding="utf-8") as lines:
-        numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    return _parse_rows(task, ((place, _decode(place, line)) for place, line in numbered))
+    return _parse_rows(task, read_rows(path))
 
 
 def local_file(task: str, root: str | Path, split: Split) -> Path:
@@ -46,48 +45,49 @@ def local_file(task: str, root: str | Path, split: Split) -> Path:
 
 
 def read_hub(task: str, split: Split) -> list[Question]:
-    """Questions of a task's hub dataset, downloaded or from the local Hugging Face cache.
+    """Questions of a task's hub dataset at its commit, downloaded or from the local Hugging Face cache.
 
     Raises:
-        ConnectionError: The hub can't be reached and the dataset isn't cached; says what to do.
+        HubError: They can't be had, or a dataset isn't what its declaration says; says what to do.
         ValueError: A row is malformed; names dataset, row number and field. Or the task has no such split.
     """
-    from datasets import load_dataset
-
     source = TASKS[task].hub
     if source is None:
         raise ValueError(f"task {task!r} is built in and has no hub dataset")
     name = source.split(split)
     if name is None:
         raise ValueError(f"task {task!r} has no {split} split on the hub")
-    try:
-        rows = load_dataset(source.path, source.config, split=name, revision=source.revision)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"the rows of task {task!r} ({source.path} on the Hugging Face hub) can't be downloaded and "
-            f"aren't in the local cache: {error}. Connect to the hub, or pass --data.root FOLDER with files "
-            f"FOLDER/{task}/train.jsonl and FOLDER/{task}/validation.jsonl (one row a line, in the dataset's "
-            f"own field names), or choose the built-in --data.tasks facts, which needs neither."
-        ) from error
+    from qtale_lightning.hub.errors import HubError, paragraph  # here, since local rows need no hub
+    from qtale_lightning.hub.rows import read_dataset
+
+    repository = Repository(
+        source.path,
+        "dataset",
+        source.revision,
+        f"the rows of task {task!r}",
+        f"Or pass --data.root FOLDER with files FOLDER/{task}/train.jsonl and FOLDER/{task}/validation.jsonl (one row "
+        "a line, in the dataset's own field names), or choose the built-in --data.tasks facts, which needs neither.",
+    )
+    rows = read_dataset(repository, source.config, name)
+    if missing := [column for column in source.required if column not in rows.column_names]:
+        columns = f"it has no column {missing[0]!r} (only {', '.join(rows.column_names)})"
+        raise HubError(paragraph(repository, columns, ""))
     numbered = ((f"{source.path}[{name}]:{number}", row) for number, row in enumerate(rows, 1))
     field = source.skip_empty
-    return _parse_rows(task, (pair for pair in numbered if field is None or (pair[1][field] or "").strip()))
+    return _parse_rows(
+        task,
+        (pair for pair in numbered if field is None or (pair[1][field] or "").strip()),
+        source.required,
+    )
 
 
-def _decode(place: str, line: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not a JSON object: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: not a JSON object: {line.strip()[:80]}")
-    return row
-
-
-def _parse_rows(task: str, rows: Iterable[tuple[str, Row]]) -> list[Question]:
+def _parse_rows(task: str, rows: Iterable[tuple[str, Row]], required: Sequence[str] = ()) -> list[Question]:
     questions = []
     for place, row in rows:
         try:
+            for field in required:
+                if row[field] is None:
+                    raise ValueError(f"field '{field}': missing")
             questions.append(TASKS[task].parse(row))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error

@@ -28,9 +28,10 @@ class HubSource:
     A split may be a slice, as `datasets` writes it: "train[:-2000]".
 
     Attributes:
-        path, config: Names of the dataset and of its configuration.
-        revision: Pins a commit or a tag. None reads the hub's current version, and is recorded as such in the
-            protocol of every result.
+        path: Name of the dataset.
+        revision: The commit that is read, and recorded in the protocol of every result.
+        config: Name of its configuration, which is the folder of its files; None where it has one only.
+        required: Columns that it must have although a local file may go without.
         train, validation: What is trained on, and what results are reported on.
         calibration: What θ is selected on, where that isn't held out of the training rows.
         dev: Examples for few-shot prompts.
@@ -38,8 +39,9 @@ class HubSource:
     """
 
     path: str
+    revision: str
     config: str | None = None
-    revision: str | None = None
+    required: tuple[str, ...] = ()
     train: str = "train"
     validation: str = "validation"
     calibration: str | None = None
@@ -99,27 +101,56 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("piqa", "acc_norm", parse_piqa, HubSource("baber/piqa")),
-        Task("boolq", "acc", parse_boolq, HubSource("google/boolq")),
-        Task("social_iqa", "acc", parse_social_iqa, HubSource("lighteval/siqa")),
+        Task(
+            "piqa",
+            "acc_norm",
+            parse_piqa,
+            HubSource("baber/piqa", "142f6d7367fd9877f0fb3b5734ea6a545f54cdd1"),
+        ),
+        Task(
+            "boolq",
+            "acc",
+            parse_boolq,
+            # Without its passage a question is another task.
+            HubSource("google/boolq", "35b264d03638db9f4ce671b711558bf7ff0f80d5", required=("passage",)),
+        ),
+        Task(
+            "social_iqa",
+            "acc",
+            parse_social_iqa,
+            HubSource("lighteval/siqa", "54c6a1f8cb6daf4f5abf24a601852612fb35eb25"),
+        ),
         Task(
             "arc_easy",
             "acc_norm",
             parse_lettered("arc_easy", "question"),
-            HubSource("allenai/ai2_arc", "ARC-Easy"),
+            HubSource("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453", "ARC-Easy"),
         ),
         Task(
             "arc_challenge",
             "acc_norm",
             parse_lettered("arc_challenge", "question"),
-            HubSource("allenai/ai2_arc", "ARC-Challenge"),
+            HubSource(
+                "allenai/ai2_arc",
+                "210d026faf9955653af8916fad021475a3f00453",
+                "ARC-Challenge",
+            ),
         ),
-        Task("winogrande", "acc", parse_winogrande, HubSource("allenai/winogrande", "winogrande_xl")),
+        Task(
+            "winogrande",
+            "acc",
+            parse_winogrande,
+            HubSource(
+                "allenai/winogrande",
+                "01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+                "winogrande_xl",
+            ),
+        ),
         Task(
             "openbookqa",
             "acc_norm",
             parse_lettered("openbookqa", "question_stem"),
-            HubSource("allenai/openbookqa", "main"),
+            HubSource("allenai/openbookqa", "388097ea7776314e93a529163e0fea805b8a6454", "main"),
         ),
         Task("facts", "acc", parse_lettered("facts", "question"), hub=None),
         Task(
@@ -128,8 +159,8 @@ TASKS: dict[str, Task] = {
             parse_mmlu,
             HubSource(
                 "cais/mmlu",
+                "c30699e8356da336a370243923dbaf21066bb9fe",
                 "all",
-                revision="c30699e8356da336a370243923dbaf21066bb9fe",
                 train="auxiliary_train",
                 validation="test",
                 calibration="validation",  # auxiliary_train has no subjects
@@ -144,7 +175,7 @@ TASKS: dict[str, Task] = {
             # It has a training split only: its last 2,000 of 51,760 rows are held out.
             HubSource(
                 "yahma/alpaca-cleaned",
-                revision="12567cabf869d7c92e573c7c783905fc160e9639",
+                "12567cabf869d7c92e573c7c783905fc160e9639",
                 train="train[:-2000]",
                 validation="train[-2000:]",
                 skip_empty="output",
@@ -158,7 +189,7 @@ TASKS: dict[str, Task] = {
             parse_samsum,
             HubSource(
                 "knkarthick/samsum",
-                revision="f8040674894a743112febaddde2b32264c07bb20",
+                "f8040674894a743112febaddde2b32264c07bb20",
                 validation="test",
                 skip_empty="dialogue",
             ),

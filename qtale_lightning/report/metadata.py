@@ -12,10 +12,16 @@ from qtale_lightning.report.results import Git, Run
 PACKAGES = ("torch", "transformers", "lightning", "peft", "autoawq", "wandb", "datasets", "torchmetrics")
 
 
-def run_metadata(model: str, method: str, data: str, seed: int, command: str) -> Run:
-    """The `run` section: what ran, from which commit, with which versions, on which hardware."""
+def run_metadata(model: str, method: str, data: str, seed: int, command: str, source: str) -> Run:
+    """The `run` section: what ran, from which commit, with which versions, on which hardware.
+
+    Args:
+        model, method, data, seed, command: As they were given.
+        source: Where the base model was taken from, with its commit.
+    """
     return {
         "model": model,
+        "source": source,
         "method": method,
         "data": data,
         "seed": seed,

@@ -30,9 +30,10 @@ class Git(TypedDict):
 
 
 class Run(TypedDict):
-    """What ran, and on what. `git` is None outside a repository."""
+    """What ran, and on what: `source` is where the base model was taken from; `git` is None outside a repository."""
 
     model: str
+    source: NotRequired[str]
     method: str
     data: str
     seed: int

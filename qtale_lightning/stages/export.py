@@ -60,9 +60,10 @@ def export(
 
 def _model_card(run: RunDirectory, module: QTALEModule) -> str:
     config = module.model.config
+    source = source_name(module.name, module.path, module.revision)
     return (
         f"---\nlibrary_name: transformers\ntags: [qtale, routed-llama]\n---\n# {run.root.name}\n\n"
-        f"{module.name} ({source_name(module.name, module.path)}), fine-tuned with method `{module.method}`; LoRA is "
+        f"{module.name} ({source}), fine-tuned with method `{module.method}`; LoRA is "
         f"merged. Layers {config.start_layer} to {config.num_hidden_layers - 1} have routers of width "
         f"{config.router_width}: a token executes such a layer iff p(execute) ≥ θ = {config.threshold} "
         "(`config.threshold`; 0 is the dense model).\n\n"

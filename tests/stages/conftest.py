@@ -22,7 +22,7 @@ def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
         cli = QTALECLI(options("tiny", method, *more, "--out", str(root)), "test")
         run, module = cli.run, cli.model.fresh()
         run.claim(cli.config_text())
-        update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit"))
+        update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit", "here"))
         module.configure_model()
         torch.manual_seed(0)
         for layer in module.model.model.layers:
