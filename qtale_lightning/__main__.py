@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,22 +44,31 @@ Every option of a run is shown by `fit --help`; RUN is a run's directory, and op
 
 def fit(args: list[str]) -> None:
     """Train and everything after it."""
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
     from qtale_lightning.cli import QTALECLI
-    from qtale_lightning.models.sources import source_name
-    from qtale_lightning.report import run_metadata, update_results
 
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
     cli.pin_base()
     cli.check_base()
+    with cli.run.locked("fit"):
+        _fit(cli, args)
+
+
+def _fit(cli: QTALECLI, args: list[str]) -> None:
+    """What `fit` does in the run's directory."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from qtale_lightning.checkpoints import resume_point
+    from qtale_lightning.models.sources import source_name
+    from qtale_lightning.report import run_metadata, update_results
+
     run, data = cli.run, cli.prepare_data()
     if data.steps_per_epoch < 1:
         raise ValueError(f"fewer training rows than one batch: lower --data.batch_size ({data.batch_size})")
     checkpoint = cli.config["ckpt_path"]
-    if checkpoint == "last" or (checkpoint is None and run.last.is_file()):
-        checkpoint = str(run.last)
+    if checkpoint in (None, "last"):
+        found = resume_point(run) or (run.last if checkpoint else None)
+        checkpoint = found and str(found)
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(
             f"nothing to resume from: {checkpoint} isn't there. Leave --ckpt_path out to start."
@@ -88,6 +98,23 @@ def plan(args: list[str]) -> None:
     print_plan(run)
 
 
+def _alone(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+    """A command that writes into a run's directory, which it has for itself meanwhile."""
+
+    @wraps(command)
+    def run_alone(args: list[str]) -> None:
+        if {"-h", "--help"} & {*args} or not args or not Path(args[0], "config.yaml").is_file():
+            return command(args)  # which says what is wrong, or how it is called
+
+        from qtale_lightning.run import RunDirectory
+
+        with RunDirectory(args[0]).locked(command.__name__.replace("_", "-")):
+            return command(args)
+
+    return run_alone
+
+
+@_alone
 def quantize(args: list[str]) -> None:
     """AWQ of a finished run."""
     run, _, options = _parsed(_of_a_run("quantize"), args)
@@ -99,6 +126,7 @@ def quantize(args: list[str]) -> None:
     stages.quantize(run, cli.prepare_data(), cli.quantization)
 
 
+@_alone
 def sweep(args: list[str]) -> None:
     """Sweep the precisions that are there over θ."""
     run, _, options = _parsed(_of_a_run("sweep"), args)
@@ -112,6 +140,7 @@ def sweep(args: list[str]) -> None:
     write_report(run.root)
 
 
+@_alone
 def evaluate(args: list[str]) -> None:
     """One precision and θ on the validation questions."""
     parser = _of_a_run("evaluate")
@@ -142,6 +171,7 @@ def evaluate(args: list[str]) -> None:
     stages.evaluate(run, data, model, own.bits, engine, theta, "validation")
 
 
+@_alone
 def lm_eval(args: list[str]) -> None:
     """One precision and θ by lm-evaluation-harness."""
     parser = _of_a_run("lm-eval")
@@ -169,6 +199,7 @@ def lm_eval(args: list[str]) -> None:
     )
 
 
+@_alone
 def inspect(args: list[str]) -> None:
     """A page of the layers that each token executes, and what quantization changes of them."""
     parser = _of_a_run("inspect")
@@ -196,6 +227,7 @@ def inspect(args: list[str]) -> None:
     print(stages.inspect(run, own.bits, engine, own.theta, texts, measured=not own.text))
 
 
+@_alone
 def report(args: list[str]) -> None:
     """Everything that is shown, from results.json."""
     run, _, options = _parsed(_of_a_run("report", overridable=False), args)

@@ -5,11 +5,12 @@ from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers.utils.logging import disable_progress_bar
 
+from qtale_lightning.checkpoints import RunCheckpointIO
 from qtale_lightning.configuration import DESCRIPTION, RunConfiguration, add_run_options
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
@@ -108,6 +109,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
             "logger": self._loggers(run),
             "callbacks": [*(options["callbacks"] or []), *self._callbacks(run, batches // accumulate)],
             "strategy": resolve_strategy(options["strategy"]),
+            "plugins": [RunCheckpointIO(run.root), *(options["plugins"] or [])],
         }
         return L.Trainer(**options)
 
@@ -115,23 +117,17 @@ class QTALECLI(RunConfiguration, LightningCLI):
         # Here, so that `fit --help` doesn't wait for what runs after training.
         from qtale_lightning.callbacks import (
             AWQQuantization,
+            Checkpoints,
             Export,
-            LastCheckpoint,
+            FiniteNumbers,
             Report,
             RoutingMonitor,
             ThresholdSweep,
             TrainingTotals,
         )
 
-        best = ModelCheckpoint(
-            dirpath=run.best.parent,
-            filename=run.best.stem,
-            monitor=BEST,
-            mode="min",
-            enable_version_counter=False,
-        )
-        last = LastCheckpoint(run.last, every_n_train_steps=max(1, steps // SAVES))
         monitors = [
+            FiniteNumbers(),
             TrainingTotals(run),
             RoutingMonitor(run),
             LearningRateMonitor("step"),
@@ -144,7 +140,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
             ThresholdSweep(run, self.sweep, self.quantization),
             Report(run),
         ]
-        return [*monitors, best, last, *after]
+        return [*monitors, Checkpoints(run, max(1, steps // SAVES), BEST), *after]
 
     def _loggers(self, run: RunDirectory) -> list[Logger]:
         from qtale_lightning.tracking import wandb_logger

@@ -85,11 +85,18 @@ def _sync_entry(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _disk_error(error: Exception) -> int | None:
-    """The errno of an error of the disk. Libraries in other languages say it in words, PyTorch says nothing of it."""
+def _disk_error(error: BaseException | None) -> int | None:
+    """The errno of an error of the disk, or of one that it came up after: PyTorch fails again where writing failed.
+
+    Libraries in other languages say it in words; PyTorch, where it opens the file itself, not even that.
+    """
+    if error is None:
+        return None
     if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
         return error.errno if full and error.filename is None else None
     if (named := re.search(r"\(os error (\d+)\)", str(error))) is not None:
         return int(named[1])
-    return errno.ENOSPC if "PytorchStreamWriter failed" in str(error) else None
+    return _disk_error(error.__context__) or (
+        errno.ENOSPC if "PytorchStreamWriter failed" in str(error) or "iostream error" in str(error) else None
+    )

@@ -6,6 +6,8 @@ taken off the list by hand) are read as they are.
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -42,6 +44,25 @@ def writing(root: Path, target: Path) -> Iterator[Path]:
         kept = {name: known for name, known in listed.items() if not Path(name).is_relative_to(within)}
         current = {name: [value, *listed.get(name, [])[:1]] for name, value in new.items()}
         _save(root, kept | current)
+
+
+def keep(root: Path, source: Path, target: Path) -> None:
+    """Have the file at ``source`` at ``target``, too, and listed there: what is written to ``source`` leaves it alone.
+
+    Raises:
+        OSError: It couldn't be done; what was there stays.
+    """
+    within, name = (path.relative_to(root).as_posix() for path in (source, target))
+    with replacing(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            shutil.copyfile(source, temporary)
+        listed = _load(root)
+        before, known = listed.pop(name, []), listed.get(within, [])
+        _save(root, listed | ({name: [*known, *before]} if known else {}))
+    if before:
+        _save(root, listed | ({name: known} if known else {}))
 
 
 def verify(root: Path, path: Path, remedy: str) -> Path:

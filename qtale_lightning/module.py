@@ -169,7 +169,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.log_dict({name: torch.as_tensor(value).detach() for name, value in logs.items()})
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
         self.log("ratio", per_layer.mean(), prog_bar=True, logger=False)
-        return losses.total
+        # Where it isn't finite, all gradients are NaN, on every device that they are summed over: all of them see it.
+        return losses.total * torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the speed of the micro-batch, forward and backward."""

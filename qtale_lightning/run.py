@@ -4,12 +4,14 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from qtale_lightning.files import replacing
+from qtale_lightning.files import remove_leftovers, replacing
+from qtale_lightning.locks import locked
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
@@ -52,6 +54,23 @@ class RunDirectory:
     def last(self) -> Path:
         """The newest checkpoint, to resume from."""
         return self.root / "checkpoints" / "last.ckpt"
+
+    @property
+    def previous(self) -> Path:
+        """The newest checkpoint but one, for when the newest is damaged."""
+        return self.root / "checkpoints" / "last.previous.ckpt"
+
+    @contextmanager
+    def locked(self, command: str) -> Iterator[None]:
+        """Have the directory, which is made, for one command while the block runs; what killed ones left is removed.
+
+        Raises:
+            InUseError: Another process is at work on it; the message says which.
+        """
+        with locked(self.root, f"python -m qtale_lightning {command}") as lock:
+            if lock is not None:
+                remove_leftovers(self.root)
+            yield
 
     def model(self, bits: float = 16, engine: str = "native") -> Path:
         """The exported model at a precision, quantized by an engine below 16 bits."""

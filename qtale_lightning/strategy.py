@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from qtale_lightning.checkpoints import read_checkpoint
 from qtale_lightning.models.adapters import check_trainable_state
 
 
@@ -29,12 +29,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         """As Lightning's, which leaves out what is missing; refused here, as by the module's own loading.
 
         Raises:
-            ValueError: The checkpoint is that of another model or configuration.
+            ValueError: The checkpoint is that of another model or configuration, or damaged.
         """
-        saved = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+        saved = read_checkpoint(checkpoint_path, mmap=True)
         assert self.lightning_module is not None
         check_trainable_state(self.lightning_module, saved["state_dict"])
-        return super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        return super().load_checkpoint(checkpoint_path, weights_only=True)  # whatever was asked
 
 
 def resolve_strategy(asked: Any) -> Any:

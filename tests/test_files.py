@@ -42,6 +42,18 @@ def test_a_full_disk_names_the_file_whatever_library_wrote(error: Exception, tmp
     assert raised.value.filename == str(target)
 
 
+def test_a_full_disk_is_seen_where_what_followed_it_says_nothing(tmp_path: Path) -> None:
+    """As PyTorch ends: the file's own error, then that the archive is short."""
+    with (
+        pytest.raises(OSError, match=r"No space left on device: .*last\.ckpt"),
+        replacing(tmp_path / "last.ckpt"),
+    ):  # noqa: PT012
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        finally:
+            raise RuntimeError("unexpected pos 768 vs 662")
+
+
 def test_an_error_of_the_content_stays_itself(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="elsewhere"):
         write_and_fail(tmp_path / "a", FileNotFoundError(errno.ENOENT, "no such file", "elsewhere"))

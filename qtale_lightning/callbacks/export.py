@@ -3,8 +3,10 @@
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from qtale_lightning import stages
+from qtale_lightning.checkpoints import exported_weights
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.run import RunDirectory
 
@@ -20,10 +22,16 @@ class Export(Callback):
         self.run = run
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Checkpoints are closed by now; in on_train_end they would still be written afterwards."""
-        if not trainer.is_global_zero:
+        """Checkpoints are closed by now; in on_train_end they would still be written afterwards.
+
+        Raises:
+            SIGTERMException: The run was told to end when its last step was done, where Lightning doesn't look.
+            DamagedFileError: What is to be exported isn't what the run wrote.
+        """
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        if not trainer.is_global_zero or self.run.model().is_dir():
             return
         assert isinstance(pl_module, QTALEModule)
-        checkpoint = torch.load(self.run.best, map_location="cpu", weights_only=True)
         dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
-        stages.export(self.run, pl_module.fresh(), checkpoint["state_dict"], dtype)
+        stages.export(self.run, pl_module.fresh(), exported_weights(self.run), dtype)

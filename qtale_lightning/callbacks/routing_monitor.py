@@ -58,8 +58,8 @@ class RoutingMonitor(Callback):
                 except Exception as error:  # W&B's failures have many types, and none may stop training
                     log.warning("W&B did not take the routers' histograms (%s)", error)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Average the window; a model without routers has no such section."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Average the window, also one of an earlier start; a model without routers has no such section."""
         if not trainer.is_global_zero or not self.window or not self.window[-1]:
             return
         mean = {k: sum(entry[k] for entry in self.window) / len(self.window) for k in self.window[-1]}

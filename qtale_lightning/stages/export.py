@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import qtale_lightning.quantization.checkpoint  # noqa: F401  # registers packed weights with transformers
 from qtale_lightning.files import replacing
+from qtale_lightning.finite import check_finite
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
@@ -29,13 +30,20 @@ def export(
         dtype: Of the saved weights; routers stay in float32.
 
     Raises:
-        ValueError: The checkpoint doesn't fit, or merging changes the logits by more than rounding.
+        ValueError: The checkpoint doesn't fit, a weight isn't finite, or merging changes the logits by more than
+            rounding.
+        OSError: The folder couldn't be written; nothing is left of it.
     """
     if run.model().is_dir():
         return
     module.configure_model()
     if checkpoint is not None:
         module.load_state_dict(checkpoint)
+    check_finite(
+        module.model.named_parameters(),
+        f"nothing is exported to {run.model()}, since the base model or the checkpoint is damaged. Fetch the base "
+        f"again; if that is sound, remove {run.best.parent}, and the same command trains again",
+    )
     module.eval()
     probe = torch.arange(2, 34).unsqueeze(0) % module.model.config.vocab_size
     with torch.no_grad():
@@ -43,7 +51,7 @@ def export(
         model = module.merge()
         after = model(probe, routing=Routing(threshold=0.0)).logits
     # float32 merging moves logits of size ~10 by ~1e-5; anything near 1e-2 is not rounding.
-    if (drift := float((before - after).abs().max())) > 1e-2:
+    if not (drift := float((before - after).abs().max())) <= 1e-2:
         raise ValueError(
             f"merging LoRA changed logits by {drift:.3g}, more than rounding: the checkpoint is not sound"
         )

@@ -108,7 +108,7 @@ def trial(arguments: list[str]) -> int:
     one, processes = Trial.parse(arguments), Processes()
     print(f"this run alone: {one}", flush=True)
     with processes.stopping_on_signals():
-        record = one.run(processes.run)
+        record = one.run(lambda command, lock: processes.run(command, lock=lock))
     if record["status"] != "finished":
         return 1
     if one.stages != ("fit",) and os.environ.get("WANDB_SWEEP_ID"):

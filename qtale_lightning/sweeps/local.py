@@ -38,7 +38,7 @@ def run_locally(trials: Sequence[Trial], slots: Sequence[dict[str, str]]) -> lis
             console.print(f"[bold]{trial.label}[/], log in {trial.folder / 'log.txt'}:", highlight=False)
             console.print(f"  {trial}", highlight=False, markup=False, soft_wrap=True)
             log = trial.folder / "log.txt"
-            record = trial.run(lambda command: processes.run(command, slot, log))
+            record = trial.run(lambda command, lock: processes.run(command, slot, log, lock))
             console.print(f"{trial.label}: {record['status']} in {record['seconds']:.0f} s", highlight=False)
             return str(record["status"])
         finally:

@@ -11,6 +11,8 @@ from threading import Lock
 from types import FrameType
 from typing import Any
 
+from qtale_lightning.locks import passing
+
 GRACE = 60
 """Seconds that a stopped run has to save what it would resume from."""
 
@@ -24,17 +26,24 @@ class Processes:
         self._lock = Lock()
 
     def run(
-        self, arguments: Sequence[str], environment: Mapping[str, str] | None = None, log: Path | None = None
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        lock: int | None = None,
     ) -> int:
-        """Exit status of ``python -m qtale_lightning ARGUMENTS``; its output goes to a file, or here."""
+        """Exit status of ``python -m qtale_lightning ARGUMENTS``, under a held lock; its output goes to a file, or
+        here."""
         command = [sys.executable, "-m", "qtale_lightning", *arguments]
         with open(log, "ab") if log else _here() as output, self._lock:
             if self.stopped:
                 return -signal.SIGTERM
             # A session of its own: Ctrl-C is for the sweep, which then stops its runs in their own time.
+            inherited = passing(lock)
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **(environment or {})},
+                pass_fds=inherited.get("pass_fds", ()),
+                env={**os.environ, **inherited.get("env", {}), **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT if log else None,
                 start_new_session=True,

@@ -1,21 +1,22 @@
 """One run of a sweep: its folder and commands, from the arguments that an agent gives."""
 
-import fcntl
 import json
-import os
+import logging
 import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from qtale_lightning.files import replacing
+from qtale_lightning.locks import locked
 from qtale_lightning.sweeps.outcome import outcome
+
+log = logging.getLogger(__name__)
 
 RECORD = "trial.json"
 STRAY = "_wandb"
@@ -27,8 +28,8 @@ LONGEST = 100
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit statuses of a command that was told to end."""
 
-Launch = Callable[[Sequence[str]], int]
-"""Runs `python -m qtale_lightning` with these arguments; returns its exit status."""
+Launch = Callable[[Sequence[str], int | None], int]
+"""Runs `python -m qtale_lightning` with these arguments, under a held lock; returns its exit status."""
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,14 @@ class Trial:
         """
         self.check()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _alone(self.folder if self.stages == ("fit",) else Path(self.fixed[0])):
+        folder = self.folder if self.stages == ("fit",) else Path(self.fixed[0])
+        with locked(folder, "a trial of a sweep", log.info) as lock:
             if (kept := self.record()) and kept["status"] == "finished":
                 return kept
             started, status = time.time(), 0
             self._keep("running", 0.0)
             for command in self.commands():
-                status = launch(command)
+                status = launch(command, lock)
                 if status:
                     break
             said = "finished" if status == 0 else "stopped" if status in STOPPED else f"failed ({status})"
@@ -164,14 +166,3 @@ class Trial:
 def _split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:
     at = list(arguments).index("--") if "--" in arguments else len(arguments)
     return list(arguments[:at]), "--", list(arguments[at + 1 :])
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other trial works in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)

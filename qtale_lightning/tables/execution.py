@@ -1,29 +1,28 @@
 """Running a table's commands, one after the other, as processes of their own."""
 
-import fcntl
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
+from qtale_lightning.locks import locked, passing
 from qtale_lightning.tables.progress import Estimate, clock
 from qtale_lightning.tables.rows import Command, Demand, missing_commands
 from qtale_lightning.tables.runs import TableRun
 
 console = Console(highlight=False, soft_wrap=True)
 
-Start = Callable[[Sequence[str], Path, int], int]
+Start = Callable[[Sequence[str], Path, int | None], int]
 """Runs a command line with a log file and a held lock, and returns its exit status."""
 Demands = Callable[[TableRun], list[Demand]]
 
 
-def start_process(arguments: Sequence[str], log: Path, lock: int) -> int:
+def start_process(arguments: Sequence[str], log: Path, lock: int | None) -> int:
     """`python -m qtale_lightning <arguments>`, its output appended to `log`; ended with this process.
 
     The process inherits the lock of its run: where this process is killed, the other still holds the lock until it is
@@ -36,7 +35,7 @@ def start_process(arguments: Sequence[str], log: Path, lock: int) -> int:
             [sys.executable, "-m", "qtale_lightning", *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
+            **passing(lock),
         )
         try:
             return process.wait()
@@ -44,20 +43,6 @@ def start_process(arguments: Sequence[str], log: Path, lock: int) -> int:
             process.terminate()
             process.wait()
             raise
-
-
-@contextmanager
-def run_lock(run: TableRun) -> Iterator[int]:
-    """A run's lock: held by one process (and those that it starts) at a time; yields its file descriptor."""
-    root = run.directory.root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with (root.parent / f".{root.name}.lock").open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            console.print(f"{root} is in use by another process: waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
 
 
 @dataclass
@@ -90,10 +75,10 @@ class Executor:
         for run in runs:
             if later.pop(run.directory.root, None) is None and not missing_commands(run, demands(run)):
                 continue
-            with run_lock(run) as lock:
+            with locked(run.directory.root, "python -m qtale_lightning table", _say) as lock:
                 self._finish(run, demands, [c for commands in later.values() for c in commands], lock)
 
-    def _finish(self, run: TableRun, demands: Demands, later: Sequence[Command], lock: int) -> None:
+    def _finish(self, run: TableRun, demands: Demands, later: Sequence[Command], lock: int | None) -> None:
         """All that a run is missing; it is asked anew after each command, since it depends on what was measured."""
         tried: set[tuple[str, ...]] = set()
         broken: set[str] = set()  # engines that couldn't quantize: nothing of theirs can be evaluated
@@ -117,7 +102,7 @@ class Executor:
             if status != 0 and command.kind == "quantize":
                 broken.add(command.engine)
 
-    def _run(self, command: Command, lock: int) -> int:
+    def _run(self, command: Command, lock: int | None) -> int:
         root = command.run.directory.root
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.logs / f"{root.parent.name}-{root.name}-{command.kind}.log"
@@ -130,6 +115,10 @@ class Executor:
             console.print(f"  failed: {reason}", markup=False)
             self.failures.setdefault(root, reason)
         return status
+
+
+def _say(what: str) -> None:
+    console.print(what, markup=False)
 
 
 def _last_error(log: Path) -> str:

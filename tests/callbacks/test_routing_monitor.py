@@ -85,7 +85,7 @@ def test_a_resumed_run_ends_with_what_was_recorded(tmp_path: Path) -> None:
     second = RoutingMonitor(RunDirectory(tmp_path))
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     trainer: Any = SimpleNamespace(is_global_zero=True)
-    second.on_train_end(trainer, QTALEModule(name="tiny"))
+    second.on_fit_end(trainer, QTALEModule(name="tiny"))
     assert load_results(tmp_path)["routing"] == {
         "flip_ratio": 0.25,
         "logit_gap": 1.5,

@@ -30,7 +30,7 @@ class Suite:
         self.lock = threading.Lock()
         monkeypatch.setattr(Processes, "run", lambda _, *args: self.run(*args))
 
-    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path) -> int:
+    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path, lock: int | None) -> int:
         with self.lock:
             self.ran.append(command[-1])
             self.devices.append(dict(environment))

@@ -64,7 +64,7 @@ class Launcher:
         self.statuses = list(statuses)
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: Sequence[str]) -> int:
+    def __call__(self, command: Sequence[str], lock: int | None) -> int:
         self.commands.append(list(command))
         return self.statuses.pop(0) if self.statuses else 0
 

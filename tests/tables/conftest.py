@@ -38,7 +38,7 @@ class FakeCommands:
         self.advantage = {"full": 0.3, "qtale": 0.1, "dllm": 0.0}
         self.group_size = 32
 
-    def __call__(self, arguments: Sequence[str], log: Path, lock: int) -> int:
+    def __call__(self, arguments: Sequence[str], log: Path, lock: int | None) -> int:
         if self.stops is not None and len(self.started) >= self.stops:
             raise KeyboardInterrupt
         self.started.append(list(arguments))

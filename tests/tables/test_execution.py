@@ -1,32 +1,23 @@
 """Commands as processes: what they leave is kept, a killed table's process is waited for, W&B gets the table."""
 
-import fcntl
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.run import RunDirectory
+from qtale_lightning.locks import INHERITED
 from qtale_lightning.tables.command import stop, table
-from qtale_lightning.tables.execution import run_lock, start_process
+from qtale_lightning.tables.execution import start_process
 from qtale_lightning.tables.publish import publish
-from qtale_lightning.tables.runs import TableRun
 
 Arguments = Callable[..., list[str]]
-
-
-def a_run(root: Path) -> TableRun:
-    return cast(TableRun, SimpleNamespace(directory=RunDirectory(root)))
 
 
 @pytest.fixture
@@ -55,22 +46,6 @@ def test_a_process_writes_its_log_and_returns_its_status(
     ]
 
 
-def test_a_lock_is_held_until_the_process_that_inherited_it_ends(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with run_lock(a_run(tmp_path / "run")) as lock:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=(lock,))
-    # The table's own hold is gone, as if it had been killed; its child's isn't.
-    with (tmp_path / ".run.lock").open("a") as file, pytest.raises(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    threading.Timer(0.3, child.kill).start()
-    started = time.perf_counter()
-    with run_lock(a_run(tmp_path / "run")):
-        assert time.perf_counter() - started > 0.2
-    child.wait()
-    assert "is in use by another process: waiting for it" in capsys.readouterr().out
-
-
 def test_a_stopped_table_stops_its_process(tmp_path: Path, stand_in: Callable[[str], None]) -> None:
     """SIGTERM, as a scheduler sends it."""
     stand_in("echo $$; exec sleep 60")
@@ -90,7 +65,9 @@ def test_a_stopped_table_stops_its_process(tmp_path: Path, stand_in: Callable[[s
         os.kill(child, 0)
 
 
-def test_real_commands_make_a_table(arguments: Arguments, tmp_path: Path) -> None:
+def test_real_commands_make_a_table(
+    arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One real run, at its very smallest, by the commands themselves (in this process: starting one takes 10 s)."""
     file = tmp_path / "small.yaml"
     file.write_text(
@@ -104,8 +81,9 @@ def test_real_commands_make_a_table(arguments: Arguments, tmp_path: Path) -> Non
     given = arguments(str(file), *more, "--data.batch_size", "8", "--quantize.sequences", "32")
     kinds = []
 
-    def start(command: Sequence[str], log: Path, lock: int) -> int:
+    def start(command: Sequence[str], log: Path, lock: int | None) -> int:
         kinds.append(command[0])
+        monkeypatch.setenv(INHERITED, str(lock))
         main(list(command))
         return 0
 

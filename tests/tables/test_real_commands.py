@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.__main__ import main
+from qtale_lightning.locks import INHERITED
 from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER
 
@@ -21,17 +22,19 @@ TEXTS = ("--data.max_length", "1024", "--data.max_new_tokens", "3", "--data.gene
 Arguments = Callable[[str], list[str]]
 
 
-def in_process(arguments: Sequence[str], log: Path, lock: int) -> int:
+def in_process(arguments: Sequence[str], log: Path, lock: int | None) -> int:
     """A table's command without a process of its own, which would spend its time on imports."""
     try:
-        main([*arguments])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(INHERITED, str(lock))
+            main([*arguments])
     except SystemExit as ended:
         log.write_text(f"error: {arguments[0]} ended with {ended.code}", encoding="utf-8")
         return int(ended.code or 0)
     return 0
 
 
-def nothing(arguments: Sequence[str], log: Path, lock: int) -> int:
+def nothing(arguments: Sequence[str], log: Path, lock: int | None) -> int:
     raise AssertionError(f"it was there: {arguments}")
 
 
