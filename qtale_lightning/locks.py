@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def locked(folder: Path, command: str, waiting: Callable[[str], None] | None = N
     if _is_helper() or _is_inherited(path):
         yield None
         return
-    made = not folder.is_dir()
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     descriptor = _take(path, waiting)
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time(), "command": command}
@@ -58,7 +58,9 @@ def locked(folder: Path, command: str, waiting: Callable[[str], None] | None = N
     finally:
         if made and [*folder.iterdir()] == [path]:  # what was to be done in it was refused
             path.unlink()
-            folder.rmdir()
+            with suppress(OSError):  # another process has put something into a parent
+                for empty in made:
+                    empty.rmdir()
         os.close(descriptor)
 
 

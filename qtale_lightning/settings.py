@@ -1,6 +1,7 @@
 """What a configuration says of the model, its training and its log, checked; nothing is loaded for it."""
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -100,15 +101,21 @@ class ModelSettings:
             "router_lr": lr if router_lr is None else router_lr,
             "temperature": temperature,
             "lora_rank": lora_rank,
+            "lora_alpha": lora_alpha,
             "router_width": router_width,
             "reserved_tokens": reserved_tokens,  # a query needs a key to attend to in every layer
         }
         for option, size in positive.items():
-            if size <= 0:
-                raise ValueError(f"--model.{option} {size} must be positive")
-        for option, weight in {"lambda_ratio": lambda_ratio, "lambda_entropy": lambda_entropy}.items():
-            if weight < 0:
-                raise ValueError(f"--model.{option} {weight} must not be negative")
+            if not 0 < size < math.inf:
+                raise ValueError(f"--model.{option} {size} must be positive and finite")
+        weights = {
+            "lambda_ratio": lambda_ratio,
+            "lambda_entropy": lambda_entropy,
+            "weight_decay": weight_decay,
+        }
+        for option, weight in weights.items():
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"--model.{option} {weight} must not be negative, and finite")
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
         if unknown := set(lora_targets) - set(PROJECTIONS):

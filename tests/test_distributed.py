@@ -7,8 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.data.sampler import LengthBatchSampler
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.report.results import load_results
+
+
+def trained_tokens(replicas: int, batches: int) -> int:
+    """Unpadded tokens of the first batches of four on every device."""
+    data = CommonsenseDataModule("facts", batch_size=4, limit_validation=12, calibration_rows=8)
+    data.tokenizer = load_tokenizer("tiny", None)
+    data.setup()
+    lengths = [len(example.input_ids) for example in data.train_dataloader().dataset]
+    ranks = [
+        LengthBatchSampler(lengths, 4, 0, replicas, rank).batches(0)[:batches] for rank in range(replicas)
+    ]
+    return sum(lengths[row] for own in ranks for batch in own for row in batch)
 
 
 def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], tmp_path: Path) -> None:
@@ -35,6 +48,7 @@ def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], 
     results = load_results(tmp_path / "tiny-qtale-facts-s0")
     assert results["train"]["steps"] == 8
     assert results["train"]["examples"] == 64
+    assert results["train"]["tokens"] == trained_tokens(replicas=2, batches=8)
     assert [row["split"] for row in results["evaluation"]] == ["calibration", "validation"]
     assert results["selected"][0]["bits"] == 16
     # The paths of both devices' held-out rows, all tokens of each but the two reserved ones.

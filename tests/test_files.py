@@ -44,14 +44,10 @@ def test_a_full_disk_names_the_file_whatever_library_wrote(error: Exception, tmp
 
 def test_a_full_disk_is_seen_where_what_followed_it_says_nothing(tmp_path: Path) -> None:
     """As PyTorch ends: the file's own error, then that the archive is short."""
-    with (
-        pytest.raises(OSError, match=r"No space left on device: .*last\.ckpt"),
-        replacing(tmp_path / "last.ckpt"),
-    ):  # noqa: PT012
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        finally:
-            raise RuntimeError("unexpected pos 768 vs 662")
+    short = RuntimeError("unexpected pos 768 vs 662")
+    short.__context__ = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match=r"No space left on device: .*last\.ckpt"):
+        write_and_fail(tmp_path / "last.ckpt", short)
 
 
 def test_an_error_of_the_content_stays_itself(tmp_path: Path) -> None:

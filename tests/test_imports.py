@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "paths": set(),
     "quantization": {"compat", "cpu", "files"},
     "report": {"cpu", "evaluation", "files", "lazy"},
-    "evaluation": {"data", "files", "losses", "metrics", "models", "paths", "quantization"},
+    "evaluation": {"data", "files", "finite", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},
     "module": {"losses", "metrics", "models", "settings"},
     "run": {"files", "locks"},

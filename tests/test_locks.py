@@ -98,7 +98,7 @@ def test_a_killed_process_leaves_no_lock_and_its_leftovers_go(tmp_path: Path) ->
 
 def test_a_refused_command_leaves_no_folder(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
-    for name in ("new", "old"):
+    for name in ("new", "old", "a/b/c"):
         with pytest.raises(ValueError, match="refused"), locked(tmp_path / name, "fit"):
             raise ValueError("refused")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]

@@ -52,7 +52,7 @@ class SweepOptions:
     def check_budgets(self, unrouted: float) -> None:
         """Refuse budgets below the share of layers without a router, which execute always (ValueError)."""
         for budget in self.budgets if self.searches else ():
-            if budget < unrouted:
+            if not budget >= unrouted:
                 raise ValueError(
                     f"--sweep.budgets {budget} can't be reached: layers without a router are {unrouted:.3f} of all "
                     "(--model.start_layer)"

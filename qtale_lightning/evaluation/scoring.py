@@ -10,6 +10,7 @@ import torch
 
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.branches import Branches, batches, trees
+from qtale_lightning.finite import NonFiniteError
 from qtale_lightning.metrics import ExecutionRatio
 from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
@@ -72,6 +73,9 @@ def score_thresholds(
             1024 on a CPU, where small batches stay in its caches, else 8192.
         on_progress: Called with the number of questions finished since the last call.
         observe: Called after each forward pass with its routing.
+
+    Raises:
+        NonFiniteError: An answer's log-likelihood isn't finite: nothing can be chosen by it.
     """
     count = len(thresholds)
     # Scoring runs on one process, also where training ran on many.
@@ -93,6 +97,11 @@ def score_thresholds(
             values = branches.loglikelihoods(model, routing)
             ratios[i].update(routing)
             observe(routing)
+            if not np.isfinite(values).all():
+                raise NonFiniteError(
+                    f"the model's log-likelihoods aren't finite (θ = {thresholds[i]}, a question of "
+                    f"{questions[branches.pairs[0][0]].task}): its weights are damaged, or too large for {model.dtype}"
+                )
             for (q, c), value in zip(branches.pairs, values, strict=True):
                 results[i][q][c] = value
             seconds[i] += time.perf_counter() - started

@@ -44,7 +44,7 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
         Shape `(D,)`, float32.
 
     Raises:
-        ValueError: the recipe is of another model, or hidden states have NaN or infinity.
+        ValueError: the recipe is of another model, hidden states have NaN or infinity, or the fit has.
     """
     check_recipe(model, recipe)
     some = batches[:: every_nth(batches, TOKENS)]
@@ -61,7 +61,12 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
     quadratic, linear = (one + other for one, other in zip(uniform, sampled, strict=True))
     ridge = RIDGE * quadratic.diagonal().clamp(min=1e-6 * quadratic.diagonal().mean().item())
     system = (quadratic + ridge.diag()).double()
-    return torch.linalg.solve(system, (linear + ridge * norm).double()).float()
+    fitted = torch.linalg.solve(system, (linear + ridge * norm).double()).float()
+    if not fitted.isfinite().all():
+        raise ValueError(
+            "the final norm can't be fitted to what rounding did: give --quantize.refit_norm false"
+        )
+    return fitted
 
 
 def _normalised(

@@ -107,7 +107,7 @@ def _climb(
         low = start
         while higher := [width for width in error if width > low]:  # along the lower convex hull
             gain, high = max(((error[low] - error[width]) / (width - low), width) for width in higher)
-            if gain < 0:
+            if not gain >= 0:
                 break
             steps.append((gain / weights[unit], unit, low, high))
             low = high

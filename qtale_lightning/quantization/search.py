@@ -1,5 +1,6 @@
 """The search that the engines share: one pass over the calibration tokens, layer by layer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,8 +92,20 @@ class Search:
             tokens = seen.moments[LINEARS[0]].tokens
             for recipe in recipes:
                 self.search_layer(layer, seen, recipe)
+                _check_errors(layer, recipe)
                 recipe.tokens[layer.name] = tokens
             if progress:
                 progress(layer.name, tokens)
             del seen, calls  # before the next layer's are summed
         return recipes
+
+
+def _check_errors(layer: DecoderLayer, recipe: Recipe) -> None:
+    """Refuse a layer's scales and clips where no finite number says what they leave (ValueError)."""
+    for kind, errors in (("output error", recipe.errors), ("damage", recipe.damage)):
+        for name, error in errors.items():
+            if name.startswith(f"{layer.name}.") and not math.isfinite(error):
+                raise ValueError(
+                    f"{name} at {recipe.bits.get(name, min(recipe.bits.values()))} bits has no finite {kind}: its "
+                    "weights or activations are too large"
+                )

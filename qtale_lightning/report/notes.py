@@ -125,7 +125,7 @@ def _difference(row: Evaluation, other: Evaluation) -> str:
 
 
 def _verdict(difference: float, error: float) -> str:
-    return "within noise" if abs(difference) <= 2 * error else "beyond noise"
+    return "beyond noise" if abs(difference) > 2 * error else "within noise"
 
 
 def cost_notes(results: Results) -> list[str]:

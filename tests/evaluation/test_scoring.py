@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.scoring import score, score_thresholds
+from qtale_lightning.finite import NonFiniteError
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
 from tests.evaluation.architecture import ARCHITECTURE
 
@@ -303,3 +304,16 @@ def test_each_pass_can_be_observed(routed: RoutedLlamaForCausalLM, questions: li
     )
     assert {threshold for threshold, _ in seen} == {0.5, 0.3}
     assert all(layers == 4 for _, layers in seen), "logits of all routed layers"
+
+
+def test_scores_that_arent_finite_are_refused(
+    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+) -> None:
+    """The largest of NaN is the first: a damaged model would have an accuracy like another."""
+    damaged = copy.deepcopy(routed)
+    with torch.no_grad():
+        damaged.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(
+        NonFiniteError, match=r"log-likelihoods aren't finite \(θ = 0.0, a question of facts\)"
+    ):
+        score(damaged, questions, 0.0)

@@ -1,5 +1,6 @@
 """The rules on a grid, and what options are refused."""
 
+import math
 from typing import Any
 
 import pytest
@@ -170,8 +171,9 @@ def test_options_that_cant_be(options: dict[str, Any], words: str) -> None:
 def test_a_budget_that_layers_without_a_router_exceed(rule: Rule) -> None:
     options = SweepOptions((0.5,), rule, (0.7, 0.2))
     options.check_budgets(0.2)
-    with pytest.raises(ValueError, match=r"--sweep.budgets 0.2 can't be reached.*0.250 of all"):
-        options.check_budgets(0.25)
+    for unrouted, said in ((0.25, "0.250"), (math.nan, "nan")):
+        with pytest.raises(ValueError, match=rf"--sweep.budgets 0\.\d can't be reached.*{said} of all"):
+            options.check_budgets(unrouted)
 
 
 def test_budgets_of_another_rule_are_left_alone() -> None:

@@ -10,10 +10,11 @@ from transformers import LlamaForCausalLM
 from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import Moments, collect_moments, layer_by_layer
-from qtale_lightning.quantization.mappings import MAPPINGS, decoder_layers, linear_shapes
+from qtale_lightning.quantization.mappings import MAPPINGS, DecoderLayer, decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, clip_weight, quantized_weight, round_to_nearest
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
+from qtale_lightning.quantization.search import Observed
 
 MakeModel = Callable[..., LlamaForCausalLM]
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
@@ -292,3 +293,18 @@ def test_the_callers_mode_does_not_reach_the_search(
     with mode():
         torch.testing.assert_close(gram(), plain, rtol=1e-5, atol=1e-5)
     apply(model, recipe)
+
+
+@pytest.mark.parametrize("kind", ["errors", "damage"])
+def test_what_leaves_an_error_that_isnt_finite_is_refused(
+    kind: str, make_model: MakeModel, rows: Tensor
+) -> None:
+    """Whatever the engine: bits are given, and errors reported, by these numbers."""
+
+    def search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
+        getattr(recipe, kind)[layer.path("mlp.down_proj")] = float("nan") if "1" in layer.name else 1.0
+
+    model = make_model()
+    bits = uniform(linear_shapes(model), 4, {})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj at 4 bits has no finite"):
+        awq.Search("some", search_layer, ())(model, [{"input_ids": rows}], [bits], GROUP)
