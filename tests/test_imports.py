@@ -31,8 +31,9 @@ MAY_IMPORT = {
     "run": {"files"},
     "settings": {"models"},
     "strategy": {"models"},
-    "sweeps": {"files", "report"},
-    "tracking": {"settings"},
+    "sweeps": {"files", "report", "wandb_session"},
+    "tracking": {"settings", "wandb_session"},
+    "wandb_session": {"files", "settings"},
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"data/datamodule.py", "module.py", "strategy.py", "tracking.py"}
