@@ -34,8 +34,9 @@ MAY_IMPORT = {
     "run": {"files", "locks"},
     "settings": {"models"},
     "strategy": {"checkpoints", "models"},
-    "sweeps": {"files", "locks", "report"},
-    "tracking": {"settings"},
+    "sweeps": {"files", "locks", "report", "wandb_session"},
+    "tracking": {"settings", "wandb_session"},
+    "wandb_session": {"files", "settings"},
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"checkpoints.py", "data/datamodule.py", "module.py", "strategy.py", "tracking.py"}

@@ -1,110 +1,53 @@
-"""W&B is best effort: a server that fails costs nothing but its page. What it records can be read back."""
+"""W&B is best effort: what it records can be read back, and where it can't be used nothing else suffers."""
 
 import csv
-import json
-import struct
+import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import wandb
-from lightning.pytorch.loggers import WandbLogger
-from wandb.proto.wandb_internal_pb2 import Record
 from wandb.sdk.lib.config_util import save_config_file_from_dict
 
+from qtale_lightning import wandb_session
 from qtale_lightning.__main__ import main
+from qtale_lightning.callbacks import Report
 from qtale_lightning.report.results import load_results
+from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import wandb_logger
+from tests.offline_record import read_offline
 
-# W&B has no reader of its own for Python: frames are read by their format, what is in them by its messages.
-HEADER = b":W&B\xe1\xbe\x00"
-BLOCK = 2**15
-"""A LevelDB log: frames of (checksum, length, kind) and data, none across the end of a block."""
-FULL, LAST = 1, 4
-
-
-@dataclass
-class Offline:
-    """A run's record: configuration and summary as they ended, a dictionary for every step, files that were added."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    summary: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
-    run_id: str = ""
-
-    def table(self, name: str, folder: Path) -> dict[str, Any]:
-        """The content of a logged table, whose file lies in the run's folder."""
-        (step,) = (step for step in self.history if f"{name}/path" in step)
-        assert step[f"{name}/_type"] == "table-file"
-        assert step[f"{name}/path"] in self.files
-        return json.loads((folder / "files" / step[f"{name}/path"]).read_text(encoding="utf-8"))
-
-
-def read_offline(folder: Path) -> Offline:
-    """The record in an ``offline-run-…`` folder."""
-    (file,) = folder.glob("*.wandb")
-    found = Offline()
-    for record in _records(file.read_bytes()):
-        kind = record.WhichOneof("record_type")
-        if kind == "run":
-            found.run_id = record.run.run_id
-            found.config |= _values(record.run.config.update)
-        elif kind == "config":
-            found.config |= _values(record.config.update)
-        elif kind == "summary":
-            found.summary |= _values(record.summary.update)
-        elif kind == "history":
-            found.history.append(_values(record.history.item))
-        elif kind == "files":
-            found.files += [file.path for file in record.files.files]
-    return found
-
-
-def _records(data: bytes) -> Iterator[Record]:
-    assert data[: len(HEADER)] == HEADER
-    at, part = len(HEADER), b""
-    while at + 7 <= len(data):
-        if (left := BLOCK - at % BLOCK) < 7:
-            at += left
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        part += data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (FULL, LAST):
-            yield Record.FromString(part)
-            part = b""
-
-
-def _values(items: Any) -> dict[str, Any]:
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
 def _finished() -> Iterator[None]:
-    """No W&B run of one test goes on in the next."""
+    """No W&B run of one test goes on in the next, and each reads its own environment."""
+    wandb.teardown()
     yield
-    wandb.finish()
-
-
-def written() -> None:
-    """Ends the run and W&B's own process: only then all of a record is in its file."""
-    wandb.finish()
     wandb.teardown()
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, *modes: bool) -> None:
-    """Let starting a run fail where its ``offline`` is one of these."""
-    start = WandbLogger.experiment.fget  # type: ignore[attr-defined]
+def failing(monkeypatch: pytest.MonkeyPatch, *modes: str) -> None:
+    """Let starting a run fail in these modes."""
+    start = wandb.init
 
-    def experiment(logger: Any) -> Any:
-        if logger._offline in modes:
+    def init(settings: wandb.Settings, **options: Any) -> Any:
+        if settings.mode in modes:
             raise wandb.errors.CommError("no such host")
-        return start(logger)
+        return start(settings=settings, **options)
 
-    monkeypatch.setattr(WandbLogger, "experiment", property(experiment))
+    monkeypatch.setattr(wandb, "init", init)
+
+
+def recorded(root: Path) -> list[str]:
+    """Names of the records in a run's folder, without time and id."""
+    return [folder.name.split("-run-")[0] for folder in root.glob("wandb/*run-*") if folder.is_dir()]
 
 
 def test_disabled_is_no_logger(tmp_path: Path) -> None:
@@ -112,35 +55,122 @@ def test_disabled_is_no_logger(tmp_path: Path) -> None:
     assert not (tmp_path / "wandb").exists()
 
 
-def test_auto_is_offline_where_nobody_is_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wandb, "login", lambda **_: False)
-    logger = wandb_logger(tmp_path, "auto", "qtale")
-    assert logger is not None
-    assert logger._offline
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+def test_auto_is_disabled_where_wandb_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb_logger(tmp_path, "auto", "qtale") is None
+
+
+DEFAULT = """
+import sys
+from pathlib import Path
+from qtale_lightning.tracking import wandb_logger
+tracker = wandb_logger(Path(sys.argv[1]), "auto", "qtale")
+tracker.log_hyperparams({"model": {"lr": 0.1}})
+tracker.log_metrics({"train/loss": 1.5}, 3)
+"""
+
+
+def test_a_home_without_anything_gives_an_offline_record(tmp_path: Path) -> None:
+    """The default of a newcomer, whose process ends W&B's run by ending itself."""
+    home, run = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+    environment = {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DEFAULT, str(run)]
+    subprocess.run(command, env=environment, cwd=home, check=True, timeout=240)
+    (folder,) = run.glob("wandb/offline-run-*")
+    record = read_offline(folder)
+    assert record.config["model"] == {"lr": 0.1}
+    assert [(row["train/loss"], row["trainer/global_step"]) for row in record.history] == [(1.5, 3)]
+    assert not (home / "wandb").exists()
+
+
+@pytest.mark.parametrize("mode", ["auto", "online"])
+def test_a_malformed_key_leaves_an_offline_record(
+    mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    tracker = wandb_logger(tmp_path, mode, "qtale")
+    assert tracker is not None
+    tracker.finalize("success")
+    assert "API key must have 40+ characters" in caplog.text
+    assert recorded(tmp_path) == ["offline"]
 
 
 def test_a_server_that_fails_leaves_an_offline_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failing(monkeypatch, False)
-    logger = wandb_logger(tmp_path, "online", "qtale")
-    assert logger is not None
-    assert logger._offline
+    failing(monkeypatch, "online")
+    tracker = wandb_logger(tmp_path, "online", "qtale")
+    assert tracker is not None
+    tracker.finalize("success")
+    assert recorded(tmp_path) == ["offline"]
 
 
 def test_training_goes_on_where_nothing_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, False, True)
+    failing(monkeypatch, "online", "offline")
     assert wandb_logger(tmp_path, "online", "qtale") is None
 
 
 def test_a_run_keeps_its_identity(tmp_path: Path) -> None:
-    first = wandb_logger(tmp_path, "offline", "qtale")
-    wandb.finish()
-    again = wandb_logger(tmp_path, "offline", "qtale")
-    assert first is not None
-    assert again is not None
-    assert first._id == again._id
+    versions = []
+    for _ in range(2):
+        tracker = wandb_logger(tmp_path, "offline", "qtale")
+        assert tracker is not None
+        tracker.finalize("success")
+        versions.append(tracker.version)
+    assert versions[0] == versions[1]
+
+
+def test_only_the_first_rank_has_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero.rank_zero_only.rank", 1)
+    assert wandb_logger(tmp_path, "offline", "qtale") is None
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_what_a_sweep_optimises_is_there_where_a_table_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(**kwargs: Any) -> None:
+        raise wandb.errors.CommError("no tables today")
+
+    monkeypatch.setattr(wandb, "Table", fails)
+    monkeypatch.setattr("qtale_lightning.callbacks.report.evaluation_frame", lambda _: pd.DataFrame())
+    tracker = wandb_logger(tmp_path, "offline", "qtale")
+    assert tracker is not None
+    chosen = {"bits": 3, "average": 0.5, "average_nll": 0.25, "execution_ratio": 0.7, "theta": 0.5}
+    results: Any = {"selected": [chosen]}
+    Report(RunDirectory(tmp_path))._publish(tracker, results)
+    tracker.finalize("success")
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    summary = read_offline(folder).summary
+    assert {name: summary[f"selected/3bit/{name}"] for name in chosen if name != "bits"} == {
+        name: value for name, value in chosen.items() if name != "bits"
+    }
+    assert caplog.text.count("no tables today") == 1
+
+
+def test_a_backlog_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(wandb_session, "BACKLOG", 0)
+    tracker = wandb_logger(tmp_path, "offline", "qtale")
+    assert tracker is not None
+    for step in range(3):
+        tracker.log_metrics({"train/loss": 1.0}, step)
+    tracker.finalize("success")
+    assert caplog.text.count("later ones are dropped") == 1
+
+
+def test_the_way_to_upload_an_offline_record_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    tracker = wandb_logger(tmp_path / "a run", "offline", "qtale")
+    assert tracker is not None
+    tracker.finalize("success")
+    (folder,) = tmp_path.glob("a run/wandb/offline-run-*")
+    assert f"wandb sync '{folder}'" in caplog.text
 
 
 def test_an_offline_record_holds_configuration_metrics_and_tables(
@@ -162,7 +192,6 @@ def test_an_offline_record_holds_configuration_metrics_and_tables(
         *("--quantize.sequences", "16", "--sweep.thresholds", "[0.5,0.3]", "--wandb", "offline"),
     )
     main(["fit", *options("tiny", "qtale", *more, "--model.lambda_entropy=0.25", "--out", str(tmp_path))])
-    written()
     run = tmp_path / "tiny-qtale-facts-s0"
     (folder,) = (run / "wandb").glob("offline-run-*")
     record, results = read_offline(folder), load_results(run)
@@ -200,12 +229,11 @@ def test_under_an_agent_the_sweeps_run_is_the_one_that_is_logged(
     save_config_file_from_dict(str(parameters), {"model.lambda_entropy": {"value": 0.1}})
     for name, value in {"SWEEP_ID": "sweep1", "RUN_ID": "run1", "SWEEP_PARAM_PATH": str(parameters)}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    wandb.teardown()  # it has read the environment already
-    logger = wandb_logger(tmp_path, "offline", "qtale")
-    assert logger is not None
-    logger.log_hyperparams({"model": {"lambda_entropy": 0.1}})
-    logger.log_metrics({"train/loss": 1.0})
-    written()
+    tracker = wandb_logger(tmp_path, "offline", "qtale")
+    assert tracker is not None
+    tracker.log_hyperparams({"model": {"lambda_entropy": 0.1}})
+    tracker.log_metrics({"train/loss": 1.0})
+    tracker.finalize("success")
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     record = read_offline(folder)
     assert record.run_id == "run1"

@@ -1,16 +1,12 @@
 """After everything: figures, results.md, the summary on the terminal, and the same on W&B."""
 
-import logging
-
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
-from qtale_lightning.report import write_report
+from qtale_lightning.report import Results, write_report
 from qtale_lightning.report.tables import evaluation_frame
 from qtale_lightning.run import RunDirectory
-
-log = logging.getLogger(__name__)
+from qtale_lightning.tracking import WandbTracker
 
 
 class Report(Callback):
@@ -30,18 +26,14 @@ class Report(Callback):
         self.run.merge_logs()
         results = write_report(self.run.root)
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                try:
-                    frame = evaluation_frame(results)
-                    logger.log_table("evaluation", dataframe=frame)
-                    for row in results["selected"]:
-                        summary = {k: row[k] for k in ("average", "average_nll", "execution_ratio", "theta")}
-                        logger.experiment.summary.update(
-                            {f"selected/{row['bits']}bit/{k}": v for k, v in summary.items()}
-                        )
-                    for plot in sorted((self.run.root / "plots").glob("*.png")):
-                        logger.log_image(f"plots/{plot.stem}", [str(plot)])
-                except Exception as error:  # W&B's failures have many types, and none may cost a finished run
-                    log.warning(
-                        "W&B did not take the report (%s); it is complete in %s", error, self.run.root
-                    )
+            if isinstance(logger, WandbTracker):
+                self._publish(logger, results)
+
+    def _publish(self, tracker: WandbTracker, results: Results) -> None:
+        """What sweeps optimise comes first: tables and pictures need more of the server."""
+        for row in results["selected"]:
+            chosen = {key: row[key] for key in ("average", "average_nll", "execution_ratio", "theta")}
+            tracker.log_summary({f"selected/{row['bits']}bit/{key}": value for key, value in chosen.items()})
+        tracker.log_table("evaluation", evaluation_frame(results))
+        for plot in sorted((self.run.root / "plots").glob("*.png")):
+            tracker.log_image(f"plots/{plot.stem}", plot)

@@ -1,21 +1,16 @@
 """During training: how the routers decide, for the report and W&B."""
 
-import logging
 from collections import deque
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
-import wandb
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import WandbLogger
 
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.report.results import update_results
 from qtale_lightning.run import RunDirectory
-
-log = logging.getLogger(__name__)
+from qtale_lightning.tracking import WandbTracker
 
 WINDOW = 50  # micro-batches: long enough to average Gumbel noise out, short enough to be the end of training
 EXECUTED, FLIPPED = "execution_ratio_layer_", "flip_ratio_layer_"
@@ -51,12 +46,9 @@ class RoutingMonitor(Callback):
             return
         self.record = pl_module.routing_record
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                try:
-                    histograms = {f"val/{name}": _wandb_histogram(self.record[name]) for name in HISTOGRAMS}
-                    logger.log_metrics(histograms, trainer.global_step)  # type: ignore[arg-type]
-                except Exception as error:  # W&B's failures have many types, and none may stop training
-                    log.warning("W&B did not take the routers' histograms (%s)", error)
+            if isinstance(logger, WandbTracker):
+                histograms = {f"val/{name}": self.record[name] for name in HISTOGRAMS}
+                logger.log_histograms(histograms, trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Average the window, also one of an earlier start; a model without routers has no such section."""
@@ -88,7 +80,3 @@ class RoutingMonitor(Callback):
             for values in state_dict["window"].tolist():
                 self.window.append(dict(zip(state_dict["names"], values, strict=True)))
             self.record = state_dict.get("record", {})
-
-
-def _wandb_histogram(histogram: dict[str, list[float]]) -> wandb.Histogram:
-    return wandb.Histogram(np_histogram=(np.array(histogram["counts"]), np.array(histogram["edges"])))

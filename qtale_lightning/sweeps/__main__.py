@@ -112,7 +112,7 @@ def trial(arguments: list[str]) -> int:
     if record["status"] != "finished":
         return 1
     if one.stages != ("fit",) and os.environ.get("WANDB_SWEEP_ID"):
-        remote.log_outcome(record)
+        remote.log_outcome(record, one.folder)
     return 0
 
 

@@ -1,33 +1,25 @@
 """A table on W&B, where W&B is on: best effort, the local files are the truth."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import wandb
-
 from qtale_lightning.settings import WandbMode
 from qtale_lightning.tables.render import frame
-from qtale_lightning.tracking import wandb_logger
-
-log = logging.getLogger(__name__)
+from qtale_lightning.wandb_session import Session
 
 
 def publish(content: dict[str, Any], folder: Path, options: Sequence[str]) -> None:
     """Logs the table to a run of its own, by the `--wandb` and `--wandb_project` options of the table's runs."""
-    logger = wandb_logger(
-        folder,
-        cast(WandbMode, _value(options, "--wandb", "auto")),
-        _value(options, "--wandb_project", "qtale"),
-    )
-    if logger is None:
+    mode = cast(WandbMode, _value(options, "--wandb", "auto"))
+    session = Session.start(folder, mode, _value(options, "--wandb_project", "qtale"))
+    if session is None:
         return
-    try:
-        logger.experiment.log({content["table"]: wandb.Table(dataframe=frame(content))})
-        logger.experiment.finish()
-    except Exception as error:  # W&B's failures have many types, and none may cost a finished table
-        log.warning("W&B did not take the table (%s); it is complete in %s", error, folder)
+    import wandb
+
+    shown = frame(content)
+    session.do("the table", lambda run: run.log({content["table"]: wandb.Table(dataframe=shown)}))
+    session.finish()
 
 
 def _value(options: Sequence[str], name: str, default: str) -> str:

@@ -8,7 +8,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger
 
 from qtale_lightning.callbacks import RoutingMonitor
 from qtale_lightning.data import CommonsenseDataModule
@@ -17,6 +17,7 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.paths import path_codes
 from qtale_lightning.report.results import load_results, update_results
 from qtale_lightning.run import RunDirectory
+from qtale_lightning.tracking import WandbTracker
 
 RECORD: dict[str, dict[str, Any]] = {
     "paths": {"tokens": 9, "distinct": 2, "entropy": 0.5, "entropy_share": 0.4},
@@ -98,38 +99,20 @@ def test_a_resumed_run_ends_with_what_was_recorded(tmp_path: Path) -> None:
     }
 
 
-class Recorder(WandbLogger):
-    """W&B's logger without W&B."""
+class Recorder(WandbTracker):
+    """The tracker without W&B."""
 
-    def __init__(self, failing: bool = False) -> None:
-        self.logged: list[tuple[dict[str, Any], int | None]] = []
-        self.failing = failing
+    def __init__(self) -> None:
+        self.logged: list[tuple[Any, int]] = []
 
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if self.failing:
-            raise RuntimeError("no server")
-        self.logged.append((metrics, step))
-
-
-def validated(logger: Recorder, root: Path) -> RoutingMonitor:
-    module, monitor = QTALEModule(name="tiny"), RoutingMonitor(RunDirectory(root))
-    module.routing_record = RECORD
-    trainer: Any = SimpleNamespace(loggers=[logger], global_step=7)
-    monitor.on_validation_end(trainer, module)
-    return monitor
+    def log_histograms(self, histograms: Any, step: int) -> None:
+        self.logged.append((histograms, step))
 
 
 def test_wandb_gets_the_histograms_of_a_validation(tmp_path: Path) -> None:
-    logger = Recorder()
-    validated(logger, tmp_path)
-    ((metrics, step),) = logger.logged
-    assert step == 7
-    assert sorted(metrics) == ["val/logit_gap", "val/probability"]
-    assert list(metrics["val/logit_gap"].histogram) == [3, 6]
-    assert list(metrics["val/logit_gap"].bins) == [-8, 0, 8]
-
-
-def test_a_failing_wandb_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    monitor = validated(Recorder(failing=True), tmp_path)
-    assert monitor.record == RECORD
-    assert "no server" in caplog.text
+    module, monitor, tracker = QTALEModule(name="tiny"), RoutingMonitor(RunDirectory(tmp_path)), Recorder()
+    module.routing_record = RECORD
+    trainer: Any = SimpleNamespace(loggers=[tracker], global_step=7)
+    monitor.on_validation_end(trainer, module)
+    histograms = {f"val/{name}": RECORD[name] for name in ("logit_gap", "probability")}
+    assert tracker.logged == [(histograms, 7)]

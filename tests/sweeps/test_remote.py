@@ -1,5 +1,6 @@
 """What is asked of W&B, whose server and agent are stubbed."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import wandb
 
 from qtale_lightning.sweeps import remote
 from qtale_lightning.sweeps.definition import SweepDefinition
+from tests.offline_record import read_offline
 
 
 @pytest.fixture
@@ -23,16 +25,17 @@ def server(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["config"] = config
         return "abc123"
 
-    def run(command: list[str], env: dict[str, str], check: bool) -> Any:
-        seen.update(command=command, env=env)
-        return SimpleNamespace(returncode=3)
+    def start(command: list[str], env: dict[str, str]) -> Any:
+        seen.update(command=command, env=env, scratch=Path(env["WANDB_DIR"]).is_dir())
+        return SimpleNamespace(wait=lambda timeout: 3)
 
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.delenv("WANDB_ENTITY", raising=False)
-    monkeypatch.setattr(wandb, "login", lambda **_: True)
+    monkeypatch.setattr(remote, "has_key", lambda: True)
     monkeypatch.setattr(wandb, "sweep", sweep)
     monkeypatch.setattr(wandb, "Api", lambda: SimpleNamespace(default_entity="team"))
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    monkeypatch.setattr(subprocess, "Popen", start)
     return seen
 
 
@@ -55,14 +58,73 @@ def test_an_agent_finds_this_interpreter_first(server: dict[str, Any]) -> None:
     assert server["env"]["PATH"].split(":")[0] == str(Path(sys.executable).parent)
 
 
+def test_an_agents_files_go_elsewhere_than_the_checkout(server: dict[str, Any]) -> None:
+    remote.join("team/qtale/abc123")
+    assert server["scratch"]
+    assert not Path(server["env"]["WANDB_DIR"]).exists(), "they are its own"
+
+
+class Agent:
+    """One that asks and asks, and has started nothing."""
+
+    pid, killed = os.getpid(), False
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.killed:
+            return -9
+        raise subprocess.TimeoutExpired("agent", timeout or 0)
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+def test_an_agent_without_a_server_ends(server: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    agent = Agent()
+    monkeypatch.setattr(subprocess, "Popen", lambda command, env: agent)
+    monkeypatch.setattr(remote, "IDLE", 0)
+    monkeypatch.setattr(remote, "_runs_something", lambda pid: False)
+    with pytest.raises(ValueError, match="join the sweep again"):
+        remote.join("team/qtale/abc123")
+    assert agent.killed
+
+
+def test_an_agent_is_busy_while_a_run_of_its_lives() -> None:
+    assert not remote._runs_something(os.getpid())
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert remote._runs_something(os.getpid())
+        process.kill()
+
+
 @pytest.mark.parametrize(("mode", "login"), [("offline", True), ("disabled", True), ("online", False)])
 def test_without_a_server_the_way_out_is_said(
     server: dict[str, Any], monkeypatch: pytest.MonkeyPatch, mode: str, login: bool
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr(wandb, "login", lambda **_: login)
+    monkeypatch.setattr(remote, "has_key", lambda: login)
     with pytest.raises(ValueError, match="LOCAL=1"):
         remote.join("team/qtale/abc123")
+
+
+def test_a_malformed_key_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    wandb.teardown()
+    with pytest.raises(ValueError, match=r"API key must have 40\+ characters.*LOCAL=1"):
+        remote.require_login()
+
+
+def test_what_a_stage_measured_goes_to_the_trials_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "sweeps/x"
+    record = {"command": "python -m …", "outcome": [{"bits": 3, "average_nll": 0.5, "theta": None}]}
+    remote.log_outcome(record, folder)
+    (kept,) = folder.glob("wandb/offline-run-*")
+    logged = read_offline(kept)
+    assert logged.config["command"] == "python -m …"
+    assert [(row["bits"], row["average_nll"], "theta" in row) for row in logged.history] == [(3, 0.5, False)]
+    assert [file.name for file in tmp_path.iterdir()] == ["sweeps"]
 
 
 def test_a_server_that_fails_is_no_traceback(
