@@ -46,6 +46,7 @@ def fit(args: list[str]) -> None:
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.precision import remark
     from qtale_lightning.report import run_metadata, update_results
 
     cli = QTALECLI(args, "python -m qtale_lightning fit")
@@ -64,7 +65,12 @@ def fit(args: list[str]) -> None:
     run.claim(cli.config_text())
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
-    update_results(run.root, "run", run_metadata(cli.model.name, cli.model.method, data.label, seed, command))
+    trainer = cli.config["trainer"]
+    precision = str(trainer["precision"])
+    metadata = run_metadata(cli.model.name, cli.model.method, data.label, seed, command)
+    update_results(run.root, "run", metadata | {"precision": precision})
+    if said := remark(precision, trainer["accelerator"], cli.precision_origin):
+        _say(said)
     if checkpoint is not None:
         _say(f"resuming from {checkpoint}")
     try:

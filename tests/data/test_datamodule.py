@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from qtale_lightning.data import SUITES, CommonsenseDataModule, EncodedPrompt, LengthBatchSampler
+from qtale_lightning.data import SUITES, TASKS, CommonsenseDataModule, EncodedPrompt, LengthBatchSampler
 
 Ids = tuple[int, ...]
 
@@ -281,7 +281,9 @@ def test_protocol_says_what_a_score_depends_on(
     }
     assert json.loads(json.dumps(protocol)) == protocol
     on_hub = facts_data(bos_tokenizer, tasks="piqa").protocol()
-    assert (on_hub["bos"], on_hub["root"], on_hub["revisions"]) == (True, "hub", {"piqa": None})
+    source = TASKS["piqa"].hub
+    assert source is not None
+    assert (on_hub["bos"], on_hub["root"], on_hub["revisions"]) == (True, "hub", {"piqa": source.revision})
 
 
 @pytest.mark.parametrize("style", ["cloze", "choice"])

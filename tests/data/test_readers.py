@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 from qtale_lightning.data.readers import read_hub, read_local
 from qtale_lightning.data.tasks import SUITES, TASKS
+from qtale_lightning.hub.repository import COMMIT, Repository
 
 Rows = dict[str, dict[str, Any]]
 BUILT_IN = {"facts"}
@@ -96,7 +97,7 @@ def test_missing_and_empty_files_say_what_to_do(tmp_path: Path) -> None:
         read_local("piqa", tmp_path, "train")
 
 
-Asked = list[tuple[str, str | None, str, str | None]]
+Asked = list[tuple[str, str | None, str, str]]
 
 
 @pytest.fixture
@@ -105,22 +106,40 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Asked]:
     published: list[Any] = []
     asked: Asked = []
 
-    def load(path: str, config: str | None, *, split: str, revision: str | None) -> list[Any]:
-        asked.append((path, config, split, revision))
-        return published
+    def read(repository: Repository, config: str | None, split: str) -> Dataset:
+        asked.append((repository.name, config, split, repository.revision))
+        return Dataset.from_list(published)
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    monkeypatch.setattr("qtale_lightning.hub.rows.read_dataset", read)
     return published, asked
 
 
 @pytest.mark.parametrize("task", sorted(set(TASKS) - BUILT_IN))
 def test_hub_rows_go_through_the_same_parser(rows: Rows, task: str, hub: tuple[list[Any], Asked]) -> None:
     published, asked = hub
-    published.append(rows[task])
-    assert read_hub(task, "validation") == [TASKS[task].parse(rows[task])]
+    published.append(rows[task] | ({"passage": "Iron rusts."} if task == "boolq" else {}))
+    assert read_hub(task, "validation") == [TASKS[task].parse(published[0])]
     source = TASKS[task].hub
     assert source is not None
     assert asked == [(source.path, source.config, source.validation, source.revision)]
+
+
+def test_every_hub_dataset_is_read_at_a_commit() -> None:
+    sources = [task.hub for task in TASKS.values() if task.hub is not None]
+    assert [source.path for source in sources if not COMMIT.fullmatch(source.revision)] == []
+
+
+@pytest.mark.parametrize("change", [{"passage": None}, {}])
+def test_boolqs_passage_is_required_of_the_hub_but_not_of_a_file(
+    rows: Rows, hub: tuple[list[Any], Asked], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """Without it, the model would be trained on another task, and nothing would say so."""
+    hub[0].append(rows["boolq"] | change)
+    with pytest.raises((ConnectionError, ValueError), match="'passage'") as refusal:
+        read_hub("boolq", "train")
+    assert "google/boolq" in str(refusal.value)
+    write(tmp_path, "boolq", json.dumps(rows["boolq"]))
+    assert read_local("boolq", tmp_path, "train")[0].context == ""
 
 
 def test_mmlus_splits_serve_each_its_purpose(rows: Rows, hub: tuple[list[Any], Asked]) -> None:
@@ -156,15 +175,6 @@ def test_alpacas_validation_rows_are_cut_from_its_training_split(tmp_path: Path)
     )
     assert list(train) == list(range(5))
     assert list(validation) == list(range(5, 2005))
-
-
-def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: Any, **options: Any) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(ConnectionError, match=r"'piqa'.*no route.*--data\.root FOLDER.*facts"):
-        read_hub("piqa", "train")
 
 
 def test_built_in_tasks_have_no_hub_dataset() -> None:

@@ -269,7 +269,7 @@ def test_the_selected_row_is_that_of_its_engine(qtale: Results, row: Row) -> Non
 
 
 def test_metadata_is_a_valid_section(tmp_path: Path) -> None:
-    run = run_metadata("tiny", "qtale", "facts", 3, "make train MODEL=tiny")
+    run = run_metadata("tiny", "qtale", "facts", 3, "make train MODEL=tiny", "random initialisation")
     assert update_results(tmp_path, "run", run).get("run") == run
     assert run["seed"] == 3
     assert {"python", "torch", "transformers"} <= run["versions"].keys()
