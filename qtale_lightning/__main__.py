@@ -60,6 +60,7 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
 
     from qtale_lightning.checkpoints import resume_point
     from qtale_lightning.models.sources import source_name
+    from qtale_lightning.precision import remark
     from qtale_lightning.report import run_metadata, update_results
 
     run, data = cli.run, cli.prepare_data()
@@ -78,7 +79,11 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
     seed = cli.model.seed
     source = source_name(cli.model.name, cli.model.path, cli.model.revision)
     metadata = run_metadata(cli.model.name, cli.model.method, data.label, seed, command, source)
-    update_results(run.root, "run", metadata)
+    trainer = cli.config["trainer"]
+    precision = str(trainer["precision"])
+    update_results(run.root, "run", metadata | {"precision": precision})
+    if said := remark(precision, trainer["accelerator"], cli.precision_origin):
+        _say(said)
     if checkpoint is not None:
         _say(f"resuming from {checkpoint}")
     try:

@@ -16,6 +16,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
 from qtale_lightning.models.sources import check_source, check_tokens, source_name
 from qtale_lightning.module import QTALEModule
+from qtale_lightning.precision import Origin, training_precision
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.strategy import resolve_strategy
 
@@ -30,10 +31,16 @@ SAVES = 20
 
 
 class QTALECLI(RunConfiguration, LightningCLI):
-    """Parses a run's configuration and makes its module and data; the trainer is made for ``fit`` only."""
+    """Parses a run's configuration and makes its module and data; the trainer is made for ``fit`` only.
+
+    Attributes:
+        precision_origin: Where ``--trainer.precision`` is from, which is left to the run, or else to the device, where
+            nothing is said.
+    """
 
     model: QTALEModule
     datamodule: CommonsenseDataModule
+    precision_origin: Origin
 
     def __init__(self, args: list[str], prog: str) -> None:
         disable_progress_bar()  # transformers', one for every load and save
@@ -47,6 +54,10 @@ class QTALECLI(RunConfiguration, LightningCLI):
             save_config_callback=None,  # the run directory keeps the configuration, and checks it
             parser_kwargs={"prog": prog, "description": DESCRIPTION},
         )
+        trainer, kept = self.config["trainer"], self.run.precision()
+        self.precision_origin = "given" if trainer["precision"] is not None else "kept" if kept else "chosen"
+        if trainer["precision"] is None:
+            trainer["precision"] = kept or training_precision(trainer["accelerator"])
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite's own options."""

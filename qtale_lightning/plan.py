@@ -45,7 +45,7 @@ def print_plan(run: RunConfiguration) -> None:
     table.add_row(f"FLOPs a token at R_target {ratio:g} (counted, {length} tokens)", f"{flops:.3g}")
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
-    table.add_row("memory to train, about", _size(_training_bytes(run, config, trainable, micro * length)))
+    table.add_row("memory to train, about", _training_memory(run, config, trainable, micro * length))
     for bits in (16, *run.quantization.bits):
         served = cost.weight_bytes(config, bits, run.quantization.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
@@ -93,14 +93,22 @@ def _training_flops(config: SimpleNamespace, context: float) -> float:
     return 2 * cost.token_flops(config, [1.0] * config.num_hidden_layers, context, head=False)
 
 
-def _training_bytes(run: RunConfiguration, config: SimpleNamespace, trainable: int, tokens: int) -> float:
+def _training_memory(run: RunConfiguration, config: SimpleNamespace, trainable: int, tokens: int) -> str:
+    """In the precision that is asked for; in both where that is left to the device, which may be another one."""
+    low, full = (_size(_training_bytes(config, trainable, tokens, width)) for width in (2, 4))
+    precision = run.config["trainer"]["precision"]
+    if precision is None:
+        return f"{low} in bfloat16, {full} in float32 (by the device)"
+    return low if str(precision).startswith("bf16") else full
+
+
+def _training_bytes(config: SimpleNamespace, trainable: int, tokens: int, width: int) -> float:
     """Weights, optimizer and activations of a micro-batch, without activation checkpointing.
 
-    Frozen weights take 2 bytes in bf16 (4 in float32); a trainable one 16 (value, gradient and AdamW's two moments
-    in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
+    Frozen weights take `width` bytes (2 in bf16, 4 in float32); a trainable one 16 (value, gradient and AdamW's two
+    moments in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
     attention's probabilities; an estimate, to see whether a device is near its limit.
     """
-    width = 2 if str(run.config["trainer"]["precision"]).startswith("bf16") else 4
     frozen = max(0, cost.parameter_counts(config).total - trainable) * width
     activations = (
         tokens * config.num_hidden_layers * (17 * config.hidden_size + 3 * config.intermediate_size) * width

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from qtale_lightning.precision import native_bfloat16
+
 log = logging.getLogger(__name__)
 
 SWITCH = "QTALE_CPU_KERNELS"
@@ -57,7 +59,7 @@ def _unsuited() -> str | None:
     """What this machine lacks."""
     if not sys.platform.startswith("linux"):
         return "ours are built on Linux"
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not (torch.cpu._is_avx512_bf16_supported() and native_bfloat16()):
         return "ours need a processor with AVX-512 and its bfloat16 instructions"
     if not shutil.which(_compiler()[0]):
         return f"ours need a C++ compiler: install g++, or name one by CXX (not found: {_compiler()[0]})"

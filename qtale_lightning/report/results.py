@@ -30,13 +30,15 @@ class Git(TypedDict):
 
 
 class Run(TypedDict):
-    """What ran, and on what: `source` is where the base model was taken from; `git` is None outside a repository."""
+    """What ran, and on what: `source` is where the base model was taken from, `precision` training's, as Lightning
+    names it; `git` is None outside a repository."""
 
     model: str
     source: NotRequired[str]
     method: str
     data: str
     seed: int
+    precision: NotRequired[str]
     git: Git | None
     versions: dict[str, str]
     hardware: str
@@ -62,8 +64,8 @@ class Evaluation(TypedDict):
     `execution_ratio` is executed layers over all layers, `flops_ratio` counted FLOPs over the base model's
     (routers included, so it can pass 1), `seconds` the measured time of this evaluation, and `engine` the
     quantizer ("none" at 16 bits). `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share
-    the time of what can't differ between them; written answers take `writing_seconds` more. What was answered to each
-    question lies in `predictions/`, and what was written in `generations/`.
+    the time of what can't differ between them; written answers take `writing_seconds` more. `dtype` is what the model
+    computed in. What was answered to each question lies in `predictions/`, and what was written in `generations/`.
     """
 
     bits: Bits
@@ -82,6 +84,7 @@ class Evaluation(TypedDict):
     execution_ratio_per_layer: list[Fraction]
     weight_bytes: Count
     seconds: Quantity
+    dtype: NotRequired[str]
     writing_seconds: NotRequired[Quantity]
     protocol: dict[str, Any]
 

@@ -98,6 +98,7 @@ def run_table(results: Results) -> FactTable:
             ["command", f"`{run['command']}`"],
             ["commit", f"{git['commit']}{changed}" if git else "none (outside a git repository)"],
             ["hardware", run["hardware"]],
+            *([["precision of training", run["precision"]]] if "precision" in run else []),
             ["versions", ", ".join(f"{name} {version}" for name, version in run["versions"].items())],
         ]
     return table

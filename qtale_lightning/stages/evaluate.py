@@ -100,6 +100,7 @@ class Subject:
             **average(accuracy),  # type: ignore[typeddict-item]
             "weight_bytes": self.run.weight_bytes(self.bits, self.engine),
             "seconds": scores.seconds,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "protocol": protocol,
         }
         if row["average"] is not None:  # then both averages are means over questions, within tasks

@@ -13,6 +13,7 @@ from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
+from qtale_lightning.precision import inference_dtype
 from qtale_lightning.run import RunDirectory
 
 log = logging.getLogger(__name__)
@@ -83,8 +84,13 @@ def _model_card(run: RunDirectory, module: QTALEModule) -> str:
     )
 
 
-def load_exported(run: RunDirectory, bits: float = 16, engine: str = "native") -> RoutedLlamaForCausalLM:
+def load_exported(
+    run: RunDirectory, bits: float = 16, engine: str = "native", as_stored: bool = False
+) -> RoutedLlamaForCausalLM:
     """The run's model at a precision, in evaluation mode, on a GPU where there is one.
+
+    Args:
+        as_stored: In the dtype of its folder, for another folder made from it; else in one that is fast here.
 
     Raises:
         FileNotFoundError: That precision isn't there; the message says which stage makes it.
@@ -93,5 +99,6 @@ def load_exported(run: RunDirectory, bits: float = 16, engine: str = "native") -
     if not folder.is_dir():
         stage = "`make train`" if bits == 16 else "`python -m qtale_lightning quantize <run>`"
         raise FileNotFoundError(f"{folder} isn't there: {stage} makes it.")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = "auto" if as_stored else inference_dtype(device)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)

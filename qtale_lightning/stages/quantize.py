@@ -61,7 +61,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             recipe = allocate(shapes, {w: recipes[w] for w in options.candidates([bits])}, bits)
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
         final_norm = refit_final_norm(model, recipe, batches) if options.refits else None
-        packed = load_exported(run)
+        packed = load_exported(run, as_stored=True)
         quantize_model(packed, recipe, final_norm)
         with replacing(run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)

@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+import yaml
+
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.plan import optimizer_steps, training_flops
+from qtale_lightning.precision import PRECISIONS
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
 from qtale_lightning.run import RunDirectory, identity
@@ -90,7 +93,8 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
     arguments += ["--data.tasks", data, "--seed_everything", str(seed)]
     cli = QTALECLI([*arguments, "--out", str(request.out)], "python -m qtale_lightning fit")
     cli.check()
-    key = identity(cli.config_text())
+    keys = _identities(cli)
+    key = next((key for key in keys if key in known), keys[0])
     if key in known:
         root = known[key]
     else:
@@ -107,6 +111,19 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
         steps=optimizer_steps(cli),
         flops=training_flops(cli),
     )
+
+
+def _identities(cli: QTALECLI) -> list[str]:
+    """Of the run as it would start here; and as it may have on another device, which precision was left to."""
+    text = cli.config_text()
+    if cli.precision_origin == "given":
+        return [identity(text)]
+    config = yaml.safe_load(text)
+    texts = [text]
+    for precision in PRECISIONS:
+        config["trainer"]["precision"] = precision
+        texts.append(yaml.safe_dump(config))
+    return [identity(text) for text in texts]
 
 
 def _folder(out: Path, variant: str, name: str, key: str) -> Path:

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from qtale_lightning import cpu
 from qtale_lightning.models.router import Router
+from tests.tolerance import close
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
 
@@ -137,10 +138,10 @@ def test_route(hidden: int, width: int, count: int, dtype: torch.dtype, low: boo
         router.down.bias.copy_(bias)
     x = numbers(count, hidden, dtype=dtype)
     logits = cpu.route(x, down, bias, router.norm.weight, 1e-6, router.out.weight, router.out.bias)
-    torch.testing.assert_close(logits, router(x), rtol=1e-5, atol=1e-5)
+    close(logits, router(x), hidden + width)
     wide = router.down(x.float()).to(dtype)
     rest = cpu.route_wide(wide, router.norm.weight, 1e-6, router.out.weight, router.out.bias)
-    torch.testing.assert_close(rest, router._logits(wide.float()), rtol=1e-5, atol=1e-5)
+    close(rest, router._logits(wide.float()), width)
 
 
 def test_what_they_refuse() -> None:

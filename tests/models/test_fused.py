@@ -1,7 +1,7 @@
 """The norm, the MLP and the rotation of a routed model against Hugging Face's, whatever they are computed by.
 
-Tolerances: float32 sums in another order, 1e-6; in bfloat16 such a sum may round otherwise, 2⁻⁷ of a value, and what is
-computed from it, 2⁻⁶ of the largest.
+Tolerances: float32 sums in another order (tests/tolerance.py); in bfloat16 such a sum may round otherwise, 2⁻⁷ of a
+value, and what is computed from it, 2⁻⁶ of the largest.
 """
 
 import copy
@@ -14,7 +14,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, app
 
 from qtale_lightning import cpu
 from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm, rotate
+from tests import tolerance
 
+WIDEST = 32 + 40  # the products of an MLP, the longest way here
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -50,10 +52,11 @@ def mlps(width: int, dtype: torch.dtype, act: str = "silu") -> tuple[nn.Module, 
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
-    low = expected.dtype != torch.float32
-    largest = float(expected.abs().max())
-    rtol, atol = (2**-7, 2**-6 * largest) if low else (1e-6, 2e-6 * largest)
-    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol)
+    if expected.dtype == torch.float32:
+        tolerance.close(actual, expected, WIDEST)
+    else:
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-6 * largest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,5 +115,5 @@ def test_a_compiled_model_has_pytorchs_operations(calls: list[str]) -> None:
     plain, routed = norms(32, torch.float32)
     x = torch.randn(2, 32)
     compiled = torch.compile(routed, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), plain(x), rtol=1e-6, atol=1e-6)
+    close(compiled(x), plain(x))
     assert not calls

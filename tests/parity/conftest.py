@@ -9,6 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from tests.tolerance import depth
 
 ARCHITECTURE = {
     "vocab_size": 97,
@@ -20,6 +21,7 @@ ARCHITECTURE = {
     "head_dim": 32,  # as small as the CPU's operations take it
     "initializer_range": 0.2,  # large enough for logits, and so routing decisions, that differ between tokens
 }
+TERMS = depth(LlamaConfig(**ARCHITECTURE))
 
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
 

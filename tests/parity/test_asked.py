@@ -1,6 +1,6 @@
 """The last layer computes only what is asked for: the same logits, decisions and cache, with less work.
 
-Tolerance 1e-5 in float32, as in test_execution.py: fewer rows in a product sum in another order.
+Fewer rows in a product sum in another order (tests/tolerance.py).
 """
 
 import pytest
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
+from tests.parity.conftest import TERMS
+from tests.tolerance import close
 
 pytestmark = pytest.mark.usefixtures("operations")
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 LENGTHS = (13, 9, 5, 2)
 
 
@@ -45,7 +46,7 @@ def test_logits_to_keep(routed: RoutedLlamaForCausalLM, side: str, kept: int, th
     everything, expected = widest_product(routed, ids, routing=routings[0], **call)
     some, found = widest_product(routed, ids, routing=routings[1], logits_to_keep=kept, **call)
     real = mask[:, -kept:].bool()
-    torch.testing.assert_close(found[real], expected[:, -kept:][real], **TOLERANCE)
+    close(found[real], expected[:, -kept:][real], TERMS)
     assert some <= real.sum() < everything
     for layer, gate in routings[0].gates.items():  # all decisions are made and counted
         assert torch.equal(gate, routings[1].gates[layer])
@@ -69,11 +70,11 @@ def test_the_cache_is_whole(routed: RoutedLlamaForCausalLM, side: str, threshold
         routed(ids[:, 6:], attention_mask=mask, past_key_values=cache, logits_to_keep=kept)
         logits.append(routed(after, attention_mask=longer, past_key_values=cache).logits)
         caches.append(cache)
-    torch.testing.assert_close(logits[1], logits[0], **TOLERANCE)
+    close(logits[1], logits[0], TERMS)
     for one, other in zip(caches[0].layers, caches[1].layers, strict=True):
         assert one.lengths == other.lengths
         for i, n in enumerate(one.lengths):
-            torch.testing.assert_close(other.keys[i, :, :n], one.keys[i, :, :n], **TOLERANCE)
+            close(other.keys[i, :, :n], one.keys[i, :, :n], TERMS)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -95,7 +96,7 @@ def test_any_positions_and_branches(routed: RoutedLlamaForCausalLM, seed: int, t
         ).last_hidden_state
         for what in (None, asked)
     ]
-    torch.testing.assert_close(hidden[1][asked], hidden[0][asked], **TOLERANCE)
+    close(hidden[1][asked], hidden[0][asked], TERMS)
     assert not torch.allclose(
         hidden[1][~asked], hidden[0][~asked]
     )  # these were left as they entered the layer

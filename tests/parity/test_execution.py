@@ -1,7 +1,7 @@
 """Masked against packed execution, and both against Hugging Face's LLaMA.
 
-Tolerance 1e-5 in float32: the executions sum the same products in another order, which moves logits of size ~1 by
-about 1e-7 a layer. Where the same operations run in the same order, equality is exact.
+The executions sum the same products in another order (tests/tolerance.py). Where the same operations run in the same
+order, equality is exact.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from transformers import LlamaForCausalLM
 
 from qtale_lightning import cpu
 from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing, attention
+from tests.parity.conftest import TERMS
+from tests.tolerance import close
 
 MakeRouted = Callable[..., RoutedLlamaForCausalLM]
 
 pytestmark = pytest.mark.usefixtures("operations")
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 BATCH, LENGTH = 4, 13
 
 
@@ -56,7 +57,7 @@ def logits(
 def check_exact(actual: Tensor, expected: Tensor) -> None:
     """To the last bit, but for the order of a norm's sum, which is our operations' own."""
     if cpu.available():
-        torch.testing.assert_close(actual, expected, **TOLERANCE)
+        close(actual, expected, TERMS)
     else:
         assert torch.equal(actual, expected)
 
@@ -77,7 +78,7 @@ def test_all_gates_on_is_exactly_the_base_model(
         expected = dense(tokens()).logits
     check_exact(logits(routed, tokens(), "packed", forced=forced), expected)
     # Masked execution divides by the gates' sum of probabilities, 1 up to rounding.
-    torch.testing.assert_close(logits(routed, tokens(), "masked", forced=forced), expected, **TOLERANCE)
+    close(logits(routed, tokens(), "masked", forced=forced), expected, TERMS)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -89,7 +90,7 @@ def test_theta_zero_with_padding_equals_hugging_face(
         expected = dense(tokens(), attention_mask=mask).logits
     for execution in ("packed", "masked"):
         actual = logits(routed, tokens(), execution, mask, threshold=0.0)
-        torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], **TOLERANCE)
+        close(actual[mask.bool()], expected[mask.bool()], TERMS)
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -102,7 +103,7 @@ def test_masked_equals_packed_for_random_gates(
     masked = logits(routed, tokens(), "masked", mask, forced=forced)
     packed = logits(routed, tokens(), "packed", mask, forced=forced)
     real = slice(None) if mask is None else mask.bool()
-    torch.testing.assert_close(packed[real], masked[real], **TOLERANCE)
+    close(packed[real], masked[real], TERMS)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -120,16 +121,16 @@ def test_masked_equals_packed_for_the_routers_own_decisions(
     gates = routings["masked"].stacked_gates()
     assert 0.2 < gates[:, mask.bool()].mean() < 0.8  # the fixture's routers do decide
     assert torch.equal(gates, routings["packed"].stacked_gates())
-    torch.testing.assert_close(outputs["packed"][mask.bool()], outputs["masked"][mask.bool()], **TOLERANCE)
+    close(outputs["packed"][mask.bool()], outputs["masked"][mask.bool()], TERMS)
 
 
 def test_masked_equals_packed_without_reserved_but_one_token(make_routed: MakeRouted) -> None:
     model = make_routed(start_layer=0, reserved_tokens=1)
     forced = random_gates(model, 0.3)
-    torch.testing.assert_close(
+    close(
         logits(model, tokens(), "packed", forced=forced),
         logits(model, tokens(), "masked", forced=forced),
-        **TOLERANCE,
+        TERMS,
     )
 
 
@@ -156,7 +157,7 @@ def test_batch_of_n_equals_batch_of_one(routed: RoutedLlamaForCausalLM, side: st
     for row in range(BATCH):
         real = mask[row].bool()
         alone = logits(routed, tokens()[row : row + 1, real], "packed")
-        torch.testing.assert_close(batched[row, real], alone[0], **TOLERANCE)
+        close(batched[row, real], alone[0], TERMS)
 
 
 def test_two_calls_equal_one(routed: RoutedLlamaForCausalLM) -> None:
@@ -204,8 +205,8 @@ def test_branches_of_a_prompt_equal_each_continuation_alone(
         ).logits
     for places, continuation in (([0, 1, 2, 3, 4, 5, 6], first), ([0, 1, 2, 3, 7, 8], second)):
         alone = logits(routed, torch.cat([prompt, continuation])[None], "packed")
-        torch.testing.assert_close(together[0, places], alone[0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(together[1], logits(routed, ids[1:], "packed")[0], atol=1e-5, rtol=0)
+        close(together[0, places], alone[0], TERMS)
+    close(together[1], logits(routed, ids[1:], "packed")[0], TERMS)
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
@@ -221,7 +222,7 @@ def test_branches_of_branches_equal_each_path_alone(routed: RoutedLlamaForCausal
     for answer in ([3, 4, 5], [3, 4, 6, 7], [8, 9, 10], [8, 9, 11, 12]):
         path = [0, 1, 2, *answer]
         alone = logits(routed, ids[path][None], "packed")[0]
-        torch.testing.assert_close(together[path], alone, atol=1e-5, rtol=0)
+        close(together[path], alone, TERMS)
 
 
 def test_branches_and_a_cache_are_refused(routed: RoutedLlamaForCausalLM) -> None:

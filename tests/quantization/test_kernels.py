@@ -29,6 +29,7 @@ from qtale_lightning.quantization.kernels import (
     kernel_block,
 )
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
+from tests.tolerance import close
 
 KernelOf = Callable[[Quantized], Kernel]
 
@@ -89,7 +90,7 @@ def test_the_reference_is_the_definition(bits: int, symmetric: bool) -> None:
     weight, scheme = torch.randn(24, 64), Scheme(bits, 16, symmetric)
     x = torch.randn(5, 64)
     output = Dequantize(quantize(weight, scheme))(x)
-    torch.testing.assert_close(output, x @ fake_quantize(weight, scheme).T, rtol=1e-5, atol=1e-5)
+    close(output, x @ fake_quantize(weight, scheme).T, 64)
 
 
 # Both for the CPU ----------------------------------------------------------------------------------------------------

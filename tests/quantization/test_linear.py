@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from qtale_lightning.quantization import linear as linear_module
 from qtale_lightning.quantization.linear import Layout, QuantizedLinear
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
+from tests.tolerance import close
 
 OUTPUTS, INPUTS, GROUP = 64, 96, 32
 STORED: list[tuple[int, Layout, bool]] = [
@@ -94,7 +95,7 @@ def test_forward(bits: int, layout: Layout, symmetric: bool, shape: tuple[int, .
     expected = nn.functional.linear(x, module.dequantize(), bias)
     output = module(x)
     assert (output.shape, output.dtype) == ((*shape, OUTPUTS), torch.float32)
-    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    close(output, expected, INPUTS)
     torch.testing.assert_close(module(x), output, rtol=0, atol=0)
 
 

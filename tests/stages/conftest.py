@@ -18,7 +18,7 @@ from qtale_lightning.run import RunDirectory
 def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
     """A run as ``fit`` leaves it, without training: its model with routers that decide by the token."""
 
-    def make(root: Path, method: str, *more: str) -> RunDirectory:
+    def make(root: Path, method: str, *more: str, dtype: torch.dtype = torch.float32) -> RunDirectory:
         cli = QTALECLI(options("tiny", method, *more, "--out", str(root)), "test")
         run, module = cli.run, cli.model.fresh()
         run.claim(cli.config_text())
@@ -29,7 +29,7 @@ def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
             if layer.router is not None:
                 nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
                 nn.init.zeros_(layer.router.out.bias)
-        stages.export(run, cli.model.fresh(), module.state_dict(), torch.float32)
+        stages.export(run, cli.model.fresh(), module.state_dict(), dtype)
         if method == "qtale":
             stages.quantize(run, cli.prepare_data(), cli.quantization)
         return run

@@ -1,0 +1,30 @@
+"""An exported model, and in which dtype it is loaded to compute with it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from qtale_lightning import precision, stages
+from qtale_lightning.run import RunDirectory
+
+
+def test_a_stored_model_computes_in_what_is_fast(
+    make_run: Callable[..., RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exported in bfloat16, and packed: float32 without instructions for it, bfloat16 with them, and so on disk."""
+    small = ("--data.limit_train", "64", "--data.calibration_rows", "8", "--quantize.engine", "rtn")
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device: False)
+    run = make_run(tmp_path, "qtale", *small, "--quantize.bits", "[4]", dtype=torch.bfloat16)
+    for folder in (run.model(), run.model(4, "rtn")):
+        assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
+    for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr(precision, "native_bfloat16", lambda device, native=native: native)
+        for bits in (16, 4):
+            model = stages.load_exported(run, bits, "rtn")
+            assert model.dtype == model.lm_head.weight.dtype == dtype
+            with torch.no_grad():
+                assert model(torch.tensor([[5, 6, 7]])).logits.dtype == dtype
+        assert stages.load_exported(run, as_stored=True).dtype == torch.bfloat16
