@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qtale_lightning import errors
 
 # Importing PyTorch, Lightning and transformers takes seconds: every command imports what it needs when it runs.
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ USAGE = """usage: python -m qtale_lightning <command> …
   figures NAME --model MODEL …      figures of a table's finished runs
 
 Every option of a run is shown by `fit --help`; RUN is a run's directory, and options override its configuration.
+With --debug, an error shows where it was raised.
 """
 
 
@@ -85,12 +87,14 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
     if said := remark(precision, trainer["accelerator"], cli.precision_origin):
         _say(said)
     if checkpoint is not None:
-        _say(f"resuming from {checkpoint}")
+        errors.say(f"resuming from {checkpoint}")
     try:
         cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # Lightning's own exit status for it is 0, and a scheduler requeues what failed
-        _say(f"stopped by SIGTERM; the same command resumes from {run.last}")
+        errors.say(f"stopped by SIGTERM; the same command resumes from {run.last}")
         raise SystemExit(128 + signal.SIGTERM) from None
+    except SystemExit:  # how Lightning ends a run that Ctrl-C has stopped
+        raise KeyboardInterrupt from None
 
 
 def plan(args: list[str]) -> None:
@@ -288,6 +292,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     for command in (fit, plan, quantize, sweep, evaluate, lm_eval, inspect, report, compare, table, figures)
 }
 
+# Commands that, stopped and given again, go on where they were.
+GOES_ON = {"fit", "quantize", "sweep", "table"}
+
 
 def _parser(command: str, epilog: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's own options."""
@@ -342,11 +349,6 @@ def _probability(text: str) -> float:
     return value
 
 
-def _say(text: str) -> None:
-    """A line for the user, beside what is asked for on standard output."""
-    print(text, file=sys.stderr)
-
-
 def _configure() -> None:
     """Logs, warnings and memory of a command's process."""
     from rich.console import Console
@@ -365,23 +367,21 @@ def _configure() -> None:
     keep_freed_memory()
 
 
-def main(argv: list[str]) -> None:
-    """Run a command; a mistake in its input ends in one message, not in a traceback."""
+def _run(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
     _configure()
-    try:
-        if argv[0] not in COMMANDS:
-            print(USAGE)
-            raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
-        COMMANDS[argv[0]](argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("QTALE_TRACEBACK"):
-            raise
-        _say(f"error: {error}")
-        _say("(QTALE_TRACEBACK=1 shows where it was raised)")
-        raise SystemExit(2) from None
+    if argv[0] not in COMMANDS:
+        print(USAGE)
+        raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
+    COMMANDS[argv[0]](argv[1:])
+
+
+def main(argv: list[str]) -> None:
+    """Run a command; what goes wrong ends in one message and an exit status (:mod:`qtale_lightning.errors`)."""
+    if status := errors.run(_run, argv, goes_on=bool(GOES_ON & {*argv[:1]})):
+        raise SystemExit(status)
 
 
 if __name__ == "__main__":

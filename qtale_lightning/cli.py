@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning.checkpoints import RunCheckpointIO
-from qtale_lightning.configuration import DESCRIPTION, RunConfiguration, add_run_options
+from qtale_lightning.configuration import DESCRIPTION, RunConfiguration, add_run_options, check_files
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
 from qtale_lightning.models.sources import check_source, check_tokens, source_name
@@ -43,6 +43,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
     precision_origin: Origin
 
     def __init__(self, args: list[str], prog: str) -> None:
+        check_files(args)
         disable_progress_bar()  # transformers', one for every load and save
         super().__init__(
             QTALEModule,
@@ -52,7 +53,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=None,  # the run directory keeps the configuration, and checks it
-            parser_kwargs={"prog": prog, "description": DESCRIPTION},
+            parser_kwargs={"prog": prog, "description": DESCRIPTION, "exit_on_error": False},
         )
         trainer, kept = self.config["trainer"], self.run.precision()
         self.precision_origin = "given" if trainer["precision"] is not None else "kept" if kept else "chosen"

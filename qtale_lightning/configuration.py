@@ -4,11 +4,13 @@ Importing PyTorch, Lightning and transformers takes seconds; this module needs n
 """
 
 import ast
+from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
 
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.evaluation.cost import linear_shapes
@@ -17,8 +19,34 @@ from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.settings import ModelSettings, WandbMode
+from qtale_lightning.yaml_files import check_yaml, read_yaml
 
 DESCRIPTION = "Configuration of a QTALE run."
+
+
+# Options that take a file of settings.
+_FILES = ("-c", "--config", "--model", "--data", "--trainer", "--quantize", "--sweep")
+
+
+def check_files(args: Sequence[str]) -> None:
+    """Refuse configuration files that aren't plain YAML; a parser's own message doesn't name them (ValueError)."""
+    for argument, following in zip_longest(args, args[1:], fillvalue=""):
+        option, _, value = argument.partition("=")
+        path = Path(value or following).expanduser()
+        if option in _FILES and path.is_file():
+            content = read_yaml(path)
+            if not isinstance(content, dict):
+                kind = "empty" if content is None else f"a {type(content).__name__}"
+                raise ValueError(f"{path} is {kind}, not a configuration of options and values (key: value)")
+
+
+def _load_checked(text: str) -> Any:
+    check_yaml(text, "a configuration")
+    return _load(text)
+
+
+_load = get_loader("yaml")
+set_loader("yaml", _load_checked)  # files that a file names, too
 
 
 def add_run_options(parser: ArgumentParser) -> None:
@@ -114,7 +142,8 @@ class PlannedRun(RunConfiguration):
     """A configuration that is only looked at: parsed as ``fit`` parses it, in a fraction of the time."""
 
     def __init__(self, args: list[str], prog: str) -> None:
-        parser = ArgumentParser(prog=prog, description=DESCRIPTION)
+        check_files(args)
+        parser = ArgumentParser(prog=prog, description=DESCRIPTION, exit_on_error=False)
         parser.add_argument(
             "-c",
             "--config",

@@ -60,7 +60,7 @@ def print_plan(run: RunConfiguration) -> None:
     else:
         table.add_row("optimizer steps", f"{steps:,}")
     table.add_row("training FLOPs, about (every layer computed)", f"{training_flops(run):.2g}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def optimizer_steps(run: RunConfiguration) -> int:

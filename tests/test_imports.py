@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 MAY_IMPORT = {
     "allocator": set(),
     "checkpoints": {"files", "finite", "manifest", "run"},
-    "configuration": {"data", "evaluation", "quantization", "run", "settings"},
+    "configuration": {"data", "evaluation", "quantization", "run", "settings", "yaml_files"},
     "compat": set(),
     "cpu": {"precision"},
     "files": set(),
@@ -29,15 +29,17 @@ MAY_IMPORT = {
     "precision": set(),
     "quantization": {"compat", "cpu", "files"},
     "report": {"cpu", "evaluation", "files", "lazy"},
+    "errors": set(),
     "evaluation": {"data", "files", "finite", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "run", "stages"},
     "module": {"losses", "metrics", "models", "settings"},
     "run": {"files", "locks"},
     "settings": {"models"},
     "strategy": {"checkpoints", "models"},
-    "sweeps": {"files", "locks", "report", "wandb_session"},
+    "sweeps": {"errors", "files", "locks", "report", "wandb_session", "yaml_files"},
     "tracking": {"settings", "wandb_session"},
     "wandb_session": {"files", "settings"},
+    "yaml_files": set(),
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"checkpoints.py", "data/datamodule.py", "module.py", "strategy.py", "tracking.py"}

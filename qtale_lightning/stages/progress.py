@@ -14,14 +14,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console()
+# Plain text: what rich would take for its markup may stand in any path or name.
+console = Console(markup=False)
 
 
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Any]:
     """A progress bar with the time left; yields the function that advances it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from qtale_lightning import errors
 from qtale_lightning.files import replacing
 from qtale_lightning.sweeps import remote
 from qtale_lightning.sweeps.definition import SweepDefinition, read_sweep
@@ -16,6 +17,7 @@ from qtale_lightning.sweeps.points import points
 from qtale_lightning.sweeps.processes import Processes
 from qtale_lightning.sweeps.table import write_table
 from qtale_lightning.sweeps.trial import Trial
+from qtale_lightning.yaml_files import read_yaml
 
 USAGE = """usage: python -m qtale_lightning.sweeps <command> …
 
@@ -65,8 +67,8 @@ def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -
         _table_of_what_is_there(folder, sweep.name)
         return 130
     for trial in failed:
-        console.print(f"[bold red]failed:[/] {trial.label}, alone by:", highlight=False)
-        console.print(f"  {trial}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"failed: {trial.label}, alone by:")
+        console.print(f"  {trial}")
     _table_of_what_is_there(folder, sweep.name)
     return 1 if failed else 0
 
@@ -74,7 +76,7 @@ def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -
 def _start_remote(sweep: SweepDefinition, folder: Path, project: str, count: int | None) -> int:
     path = remote.create(sweep, project)
     _keep_definition(sweep, folder)
-    console.print(f"sweep {path}; on another machine: make sweep SWEEP={path}", highlight=False)
+    console.print(f"sweep {path}; on another machine: make sweep SWEEP={path}")
     status = remote.join(path, count)
     _table_of_what_is_there(folder, sweep.name)
     return status
@@ -122,7 +124,7 @@ def table(arguments: list[str]) -> int:
         raise ValueError("table takes the folder of a sweep: table outputs/sweeps/lambda2-…")
     folder = Path(arguments[0])
     kept = folder / "sweep.yaml"
-    name = yaml.safe_load(kept.read_text(encoding="utf-8"))["name"] if kept.is_file() else folder.name
+    name = read_yaml(kept)["name"] if kept.is_file() else folder.name
     print(write_table(folder, name))
     return 0
 
@@ -135,20 +137,16 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 }
 
 
-def main(argv: list[str]) -> int:
-    """Run a command; a mistake in its input ends in one message."""
+def _run(argv: list[str]) -> int:
     if not argv or argv[0] not in COMMANDS:
         print(USAGE)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    try:
-        return COMMANDS[argv[0]](argv[1:])
-    except (ValueError, OSError) as error:
-        if os.environ.get("QTALE_TRACEBACK"):
-            raise
-        console.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return COMMANDS[argv[0]](argv[1:])
+
+
+def main(argv: list[str]) -> int:
+    """The exit status of a command; what goes wrong ends in one message (:mod:`qtale_lightning.errors`)."""
+    return errors.run(_run, argv, goes_on=True)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from qtale_lightning.yaml_files import read_yaml
 
 VARIABLE = re.compile(r"\$\{envvar:([A-Z0-9_]*)\}")
 """W&B's macro for an environment variable."""
@@ -81,10 +82,7 @@ def read_sweep(file: Path) -> SweepDefinition:
         known = ", ".join(sorted(other.stem for other in file.parent.glob("*.yaml"))) or "none"
         raise FileNotFoundError(f"there is no sweep {file}; known in {file.parent}: {known}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-        sweep = SweepDefinition.model_validate(content)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not YAML: {error}") from None
+        sweep = SweepDefinition.model_validate(read_yaml(file))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc'])) or 'top level'}: {problem['msg']}"

@@ -10,7 +10,8 @@ from rich.console import Console
 from qtale_lightning.sweeps.processes import Processes
 from qtale_lightning.sweeps.trial import Trial
 
-console = Console(stderr=True)
+# Plain text: what rich would take for its markup may stand in any value.
+console = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
 def run_locally(trials: Sequence[Trial], slots: Sequence[dict[str, str]]) -> list[Trial]:
@@ -35,11 +36,11 @@ def run_locally(trials: Sequence[Trial], slots: Sequence[dict[str, str]]) -> lis
         try:
             if processes.stopped:
                 return "stopped"
-            console.print(f"[bold]{trial.label}[/], log in {trial.folder / 'log.txt'}:", highlight=False)
-            console.print(f"  {trial}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{trial.label}, log in {trial.folder / 'log.txt'}:")
+            console.print(f"  {trial}")
             log = trial.folder / "log.txt"
             record = trial.run(lambda command, lock: processes.run(command, slot, log, lock))
-            console.print(f"{trial.label}: {record['status']} in {record['seconds']:.0f} s", highlight=False)
+            console.print(f"{trial.label}: {record['status']} in {record['seconds']:.0f} s")
             return str(record["status"])
         finally:
             free.put(slot)

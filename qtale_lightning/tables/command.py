@@ -36,7 +36,7 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         executor.execute(asked.runs, asked.demands, missing)
-    except (KeyboardInterrupt, SystemExit):
+    except SystemExit:
         console.print("stopped; the same command goes on where this one was")
         raise
     finally:
@@ -47,10 +47,10 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
     page, *_ = write_table(found, _folder(asked))
     if _read(_folder(asked) / "table.json") != before:
         publish(found, _folder(asked), asked.request.options)
-    console.print(page.read_text(encoding="utf-8"), markup=False)
+    console.print(page.read_text(encoding="utf-8"))
     if failed := failures(found):
         console.print(f"{len(failed)} cells failed:")
-        console.print("\n".join(f"  {line}" for line in failed), markup=False)
+        console.print("\n".join(f"  {line}" for line in failed))
         raise SystemExit(1)
 
 
@@ -72,7 +72,7 @@ def figures(arguments: Sequence[str]) -> None:
         )
     command = shlex.join(["python", "-m", "qtale_lightning", "figures", *arguments])
     for path in write_figures(asked, _folder(asked) / "figures", command):
-        console.print(str(path), markup=False)
+        console.print(str(path))
 
 
 def _table(asked: Asked) -> Table:
@@ -100,7 +100,6 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
     console.print(
         f"table {asked.name}, {asked.request.model}: {len(asked.lines)} lines of {len(asked.runs)} runs, "
         f"{finished} there and {to_train} to train",
-        markup=False,
     )
     if not commands:
         console.print("nothing is missing")
@@ -109,7 +108,6 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
     console.print(
         f"{len(commands)} commands to run, {len(commands) - to_train} of them on finished runs; about "
         f"{about(expected.seconds(commands))} ({expected.source})",
-        markup=False,
     )
 
 

@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
 from qtale_lightning.quantization.options import Engine
 from qtale_lightning.report.fields import Bits, Fraction
+from qtale_lightning.yaml_files import read_yaml
 
 FOLDER = Path("experiments/tables")
 SYMBOLS = {"model.lambda_entropy": "λ₂", "model.lambda_ratio": "λ₁", "model.target_ratio": "R_target"}
@@ -243,12 +243,7 @@ def load_declaration(path: Path) -> Declaration:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} isn't there: choose one of {', '.join(names()) or 'no table'}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+    content = read_yaml(path)
     try:
         return Declaration.model_validate(content)
     except ValidationError as error:

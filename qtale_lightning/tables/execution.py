@@ -10,12 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qtale_lightning.errors import HINT
 from qtale_lightning.locks import locked, passing
 from qtale_lightning.tables.progress import Estimate, clock
 from qtale_lightning.tables.rows import Command, Demand, missing_commands
 from qtale_lightning.tables.runs import TableRun
 
-console = Console(highlight=False, soft_wrap=True)
+# Plain text: what rich would take for its markup may stand in any value.
+console = Console(markup=False, highlight=False, soft_wrap=True)
 
 Start = Callable[[Sequence[str], Path, int | None], int]
 """Runs a command line with a log file and a held lock, and returns its exit status."""
@@ -93,7 +95,6 @@ class Executor:
             console.print(
                 f"[{self.done + 1}/{self.done + len(missing) + len(later)}] {command.says}: "
                 f"{clock(time.perf_counter() - self._started)} so far, about {clock(left)} left",
-                markup=False,
             )
             status = self._run(command, lock)
             self.done += 1
@@ -112,7 +113,7 @@ class Executor:
             self.estimate.learn(command, time.perf_counter() - started)
         else:
             reason = f"{command.kind} ended with status {status}: {_last_error(log)} (see {log})"
-            console.print(f"  failed: {reason}", markup=False)
+            console.print(f"  failed: {reason}")
             self.failures.setdefault(root, reason)
         return status
 
@@ -124,6 +125,6 @@ def _say(what: str) -> None:
 def _last_error(log: Path) -> str:
     """The last line of a log that names an error, or else the last one."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    lines = [line.strip() for line in lines if line.strip() and "QTALE_TRACEBACK" not in line]
+    lines = [line.strip() for line in lines if line.strip() and line.strip() != HINT]
     named = [line for line in lines if line.startswith("error:")]
     return (named or lines or ["it said nothing"])[-1]

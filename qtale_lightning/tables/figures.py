@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 from matplotlib.figure import Figure
 
 from qtale_lightning.files import replacing
@@ -32,6 +31,7 @@ from qtale_lightning.tables.plots import (
 )
 from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table, commit_of
+from qtale_lightning.yaml_files import read_yaml
 
 METHODS = {"full": "full", "dllm": "D-LLM", "qtale": "QTALE"}
 LAMBDA = "model.lambda_entropy"
@@ -259,7 +259,7 @@ def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None
 
 
 def _lambda(variant: Variant) -> float:
-    config = yaml.safe_load(variant.runs[0].directory.config.read_text(encoding="utf-8"))
+    config = read_yaml(variant.runs[0].directory.config)
     return float(config["model"]["lambda_entropy"])
 
 
