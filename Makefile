@@ -31,7 +31,7 @@ TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train plan lm-eval test test-fast lint bench clean choice run-given sweep table figures table-given
+.PHONY: help setup train plan lm-eval test test-fast lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -109,6 +109,12 @@ bench: setup ## this project and its peers side by side; QTALE_DATA=<folder> add
 	for name in $(BENCHES); do \
 	  $(VENV)/bin/python benchmarks/$$name.py --json benchmarks/results/$$name.json || exit 1; done
 	$(VENV)/bin/python benchmarks/plot_latency.py benchmarks/results/latency.json benchmarks/results/latency.png
+
+gpu-bundle: setup ## dist/gpu-bundle: the project and the wheels that a bare machine with a GPU lacks, in pieces
+	PYTHONPATH=benchmarks $(VENV)/bin/python -m gpu_check.bundle $(ARGS)
+
+gpu-check: ## on a machine with a GPU, no network needed: 8 minutes, stages in order of worth; elsewhere what it would run
+	PYTHONPATH=benchmarks $(or $(wildcard $(VENV)/bin/python),python3) -m gpu_check $(ARGS)
 
 clean: ## remove .venv and caches, not the runs
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

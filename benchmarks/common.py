@@ -97,6 +97,13 @@ def report(
         sign = "≥" if one["better"] == "higher" else "≤"
         met = "met" if one["met"] else "not met"
         console.print(f"{one['claim']}: {one['value']:.3f} (goal {sign} {one['goal']:g}: {met})")
+    write(name, rows, claims, target)
+
+
+def write(
+    name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None
+) -> None:
+    """Write measurements, with hardware and versions, as JSON where a file is given."""
     if target is not None:
         content = {
             "benchmark": name, "hardware": hardware(), "versions": package_versions(),

@@ -1,10 +1,12 @@
 """Seconds of prefill and decode at forced execution ratios: ours against dense Hugging Face and D-LLM's way.
 
     python benchmarks/latency.py [--model smollm2-135m llama2-7b] [--layers 8] [--ratios 1 0.75 0.5 0.25] [--json FILE]
+                                 [--device cuda] [--seconds 90]
 
-`smollm2-135m` is the real model. `llama2-7b` has layers of that shape, as many as memory allows, with random weights;
-embeddings and head are whole. Routers run in every layer and their time counts; their decisions are replaced, so that
-each layer executes the given share of a prompt's tokens, and each decoded token the given share of layers.
+`smollm2-135m` is the real model. `llama2-7b` has layers of that shape, as many as memory (`--layers`) or time
+(`--seconds`) allow, with random weights; embeddings and head are whole. Routers run in every layer and their time
+counts; their decisions are replaced, so that each layer executes the given share of a prompt's tokens, and each decoded
+token the given share of layers.
 
 - `dense`: Hugging Face's model, SDPA attention and its own cache. `masked`: every token of every layer is computed and
   mixed, as D-LLM does in prefill. `bf16`, `int4`: packed execution.
@@ -17,11 +19,13 @@ each layer executes the given share of a prompt's tokens, and each decoded token
 
 import copy
 import statistics
-from collections.abc import Callable
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import claim, interleaved, median_ratio, parser, report, show
+from common import claim, interleaved, median_ratio, parser, report, show, write
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -37,23 +41,25 @@ ROUTER_WIDTH = {"smollm2-135m": 128, "tiny": 32}  # as experiments/models sets i
 PREFILL = ((16, 128), (1, 1024))
 DECODE = (1, 8)
 CONTEXT, STEPS = 64, 8
+FEW_LAYERS = 4  # measured first where time is limited, to see how many it allows
+SHARE = 0.8  # of the time that is left, for the next attempt: what takes no layers' time is part of the last one's
 
 
-def dense_model(name: str, layers: int | None) -> LlamaForCausalLM:
+def dense_model(name: str, layers: int | None, device: str = "cpu") -> LlamaForCausalLM:
     """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
     if layers is None:
-        return load_base(name, dtype=torch.bfloat16).eval()
+        return load_base(name, dtype=torch.bfloat16).to(device).eval()  # type: ignore[arg-type]
     config = planned_config(name)
     config.num_hidden_layers = layers
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device="cpu").eval()  # type: ignore[arg-type]
-    noise = torch.randn(2**22, dtype=torch.bfloat16).mul_(0.02)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()  # type: ignore[arg-type]
+    noise = torch.randn(2**22, dtype=torch.bfloat16, device=device).mul_(0.02)
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), len(noise)):
             flat[start : start + len(noise)] = noise[: len(flat) - start]
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers were empty, too
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)  # its buffers were empty, too
     return model
 
 
@@ -65,7 +71,9 @@ def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedLlamaForCausalLM:
     return route(copy.deepcopy(dense, shared), config).eval()
 
 
-def decisions(ratio: float, layers: int, batch: int, length: int, seed: int) -> dict[int, Tensor]:
+def decisions(
+    ratio: float, layers: int, batch: int, length: int, seed: int, device: str = "cpu"
+) -> dict[int, Tensor]:
     """Which tokens execute each layer: the same share in every layer (prompts) or for every token (decode).
 
     A prompt's reserved tokens, which execute whatever is decided, are among its share.
@@ -79,7 +87,7 @@ def decisions(ratio: float, layers: int, batch: int, length: int, seed: int) -> 
     else:
         order = torch.rand(batch, layers, generator=generator).argsort(-1).argsort(-1)
         chosen = (order < ratio * layers).T[:, :, None]
-    return dict(enumerate(chosen))
+    return dict(enumerate(chosen.to(device)))
 
 
 def prefill(model: Any, ids: Tensor, routing: Callable[[], Routing] | None) -> Callable[[], Any]:
@@ -92,7 +100,7 @@ def prefill(model: Any, ids: Tensor, routing: Callable[[], Routing] | None) -> C
 
 def decode(model: Any, batch: int, routings: list[dict[int, Tensor]] | None) -> Callable[[], Any]:
     """`STEPS` tokens after `CONTEXT` cached ones; the cache grows from call to call."""
-    ids = torch.randint(10, model.config.vocab_size, (batch, CONTEXT))
+    ids = torch.randint(10, model.config.vocab_size, (batch, CONTEXT), device=model.device)
     if routings is None:
         cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
     else:
@@ -137,7 +145,7 @@ def ideal_decode(config: Any, routings: list[dict[int, Tensor]], bits: int) -> f
 @torch.no_grad()  # as generate() does
 def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
     """All scenarios of one model."""
-    dense = dense_model(name, layers)
+    dense = dense_model(name, layers, args.device)
     ours = {"bf16": routed_model(dense, name), "int4": routed_model(dense, name)}
     group = 64 if dense.config.hidden_size % 128 else 128
     quantize_model(ours["int4"], round_to_nearest(uniform(linear_shapes(ours["int4"]), 4, {}), group))
@@ -148,14 +156,14 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
     rows = []
     for kind, batch, length in scenarios:
         torch.manual_seed(0)
-        ids = torch.randint(10, config.vocab_size, (batch, length))
+        ids = torch.randint(10, config.vocab_size, (batch, length), device=args.device)
         contenders: dict[tuple[str, float], Callable[[], Any]] = {}
         ideal: dict[tuple[str, float], float] = {}
         contenders["dense", 1.0] = (
             prefill(dense, ids, None) if kind == "prefill" else decode(dense, batch, None)
         )
         for ratio in args.ratios:
-            steps = [decisions(ratio, count, batch, length, seed) for seed in range(STEPS)]
+            steps = [decisions(ratio, count, batch, length, seed, args.device) for seed in range(STEPS)]
             if kind == "prefill":
                 make = {
                     execution: (lambda e=execution, forced=steps[0]: Routing(execution=e, forced=forced))
@@ -187,23 +195,61 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure and report."""
-    options = parser(__doc__)
-    options.add_argument("--model", nargs="*", default=["smollm2-135m", "llama2-7b"])
-    options.add_argument(
-        "--layers", type=int, default=16, help="layers of models that aren't smollm2-135m or tiny"
+def attempts(name: str, args: Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of a model: once, or of few layers first and then of as many as `--seconds` leave time for."""
+    if name in ROUTER_WIDTH:
+        yield measure(name, None, args)
+        return
+    started, layers = (
+        time.perf_counter(),
+        args.layers if args.seconds is None else min(FEW_LAYERS, args.layers),
     )
-    options.add_argument("--ratios", type=float, nargs="*", default=[1.0, 0.75, 0.5, 0.25])
-    options.add_argument("--repeats", type=int, default=3)
-    args = options.parse_args()
+    while True:
+        before = time.perf_counter()
+        yield measure(name, layers, args)
+        if args.seconds is None:
+            return
+        now = time.perf_counter()
+        affordable = int(SHARE * layers * (args.seconds - (now - started)) / (now - before))
+        if (more := min(args.layers, affordable)) <= layers:
+            return
+        layers = more
+
+
+def options() -> ArgumentParser:
+    """The command line's."""
+    made = parser(__doc__)
+    made.add_argument("--model", nargs="*", default=["smollm2-135m", "llama2-7b"])
+    made.add_argument(
+        "--layers", type=int, default=16, help="layers of models that aren't smollm2-135m or tiny, at most"
+    )
+    made.add_argument("--ratios", type=float, nargs="*", default=[1.0, 0.75, 0.5, 0.25])
+    made.add_argument("--repeats", type=int, default=3)
+    made.add_argument("--device", default="cpu", help="cpu, or a GPU: cuda")
+    made.add_argument(
+        "--seconds", type=float, help="time for each such model: fewer layers where it is short"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and report; every attempt is written as soon as it is done."""
+    args = options().parse_args(arguments)
     args.prefill, args.decode = PREFILL, DECODE
     if args.quick:
         args.model, args.repeats, args.ratios = ["tiny"], 2, [1.0, 0.5]
         args.prefill, args.decode = ((2, 16),), (1, 2)
-    rows = []
+    done: list[dict[str, Any]] = []
     for name in args.model:
-        rows += measure(name, None if name in ROUTER_WIDTH else args.layers, args)
+        for rows in attempts(name, args):
+            if args.seconds is not None:
+                write("latency", [*done, *rows], claims_of([*done, *rows]), args.json)
+        done += rows
+    report("latency", done, claims_of(done), args.json)
+
+
+def claims_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The goals that these rows speak of."""
     found = {(row["model"].split(",")[0], row["run"], row["form"], row["ratio"]): row for row in rows}
     claims = []
     for name, run, form, ratio, column, goal in (
@@ -219,7 +265,7 @@ def main() -> None:
         if (name, run, form, ratio) in found:
             what = f"{name}, {run}, {form}, ratio {ratio:g}: {column}"
             claims.append(claim(what, found[name, run, form, ratio][column], goal, "higher"))
-    report("latency", rows, claims, args.json)
+    return claims
 
 
 if __name__ == "__main__":

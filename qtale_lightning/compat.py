@@ -6,6 +6,7 @@ transformers 5.17 and huggingface_hub 1.33: `benchmarks/gpu_check` is made for t
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def variable_length_attention(
         longest: Tokens of the longest sequence.
         scaling: Of the scores.
     """
-    more = {}
+    more: dict[str, Any] = {}
     if _GROUPED_HEADS:
         more["enable_gqa"] = query.shape[1] != key.shape[1]
     elif (repeats := query.shape[1] // key.shape[1]) > 1:

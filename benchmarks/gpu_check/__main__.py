@@ -1,0 +1,88 @@
+"""Runs the stages one after the other: `python3 -m gpu_check`, or `make gpu-check`. See the package."""
+
+import argparse
+import ctypes
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gpu_check import wheels
+from gpu_check.process import run_stage
+from gpu_check.stages import BUDGET, ROOT, STAGES, Stage
+
+
+def gpus() -> int:
+    """GPUs that CUDA's driver sees; asked without PyTorch, whose import takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int()
+    return count.value if driver.cuInit(0) == 0 == driver.cuDeviceGetCount(ctypes.byref(count)) else 0
+
+
+def plan(stages: Sequence[Stage], lacking: Sequence[Path], budget: float) -> str:
+    """What would run."""
+    lines = [f"{stage.name:8} at most {stage.seconds:3} s  {stage.what}" for stage in stages]
+    names = ", ".join(wheels.distribution(wheel) for wheel in lacking) or "none"
+    return "\n".join([*lines, f"together at most {budget:.0f} s; wheels to unpack first: {names}"])
+
+
+def check(args: argparse.Namespace, stages: Sequence[Stage], device: str) -> list[dict[str, Any]]:
+    """Run the stages; a failed one stops no other. Returns their outcomes, which are in ``args.out`` too."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
+        site = Path(folder) / "site"
+        names = wheels.unpack(wheels.missing(wheels.wheels(ROOT)), site)
+        print(f"on {device}; unpacked: {', '.join(names) or 'nothing'}", flush=True)
+        for stage in stages:
+            left = args.budget - (time.monotonic() - started)
+            outcomes.append(
+                run_stage(stage, device, args.quick, min(stage.seconds, left), Path(folder), args.out)
+            )
+            print(line(outcomes[-1]), flush=True)
+            summary = {"device": device, "seconds": round(time.monotonic() - started, 1), "stages": outcomes}
+            (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    return outcomes
+
+
+def line(outcome: dict[str, Any]) -> str:
+    """An outcome in the table."""
+    why = f"  {outcome['error'][-1]}" if outcome.get("error") else ""
+    return f"{outcome['stage']:8} {outcome['status']:10} {outcome['seconds']:6.1f} s{why}"
+
+
+def main() -> int:
+    """The command; its exit status: 1 where a stage didn't pass."""
+    names = [stage.name for stage in STAGES]
+    parser = argparse.ArgumentParser(prog="gpu_check", description=__doc__)
+    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    parser.add_argument(
+        "--quick", action="store_true", help="each stage at its smallest, to see that it starts"
+    )
+    parser.add_argument(
+        "--stages", nargs="*", choices=names, default=names, metavar="STAGE", help=" ".join(names)
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of all stages together")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "outputs" / "gpu-check", help="folder of the JSON files"
+    )
+    args = parser.parse_args()
+    stages = [stage for stage in STAGES if stage.name in args.stages]
+    if args.device == "auto" and not gpus():
+        print("There is no GPU here. On one this would run (`--device cpu --quick` tries it without):")
+        print(plan(stages, wheels.missing(wheels.wheels(ROOT)), args.budget))
+        return 0
+    outcomes = check(args, stages, "cuda" if args.device == "auto" else args.device)
+    print("\n".join(["", *map(line, outcomes), f"details: {args.out}"]))
+    return int(any(outcome["status"] != "passed" for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

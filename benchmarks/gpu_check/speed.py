@@ -1,0 +1,22 @@
+"""The stage that measures: benchmarks/latency.py."""
+
+import json
+from typing import Any
+
+import latency
+
+from gpu_check.stages import Context
+
+SHARE = 0.75  # of the time limit for measuring: imports and weights come before, and a growth step may be misjudged
+
+
+def speed(context: Context) -> dict[str, Any]:
+    """Rows and claims; first of few layers, then of as many as the time allows."""
+    arguments = ["--device", context.device, "--json", str(context.figures)]
+    if context.quick:
+        arguments += ["--quick"]
+    else:
+        arguments += ["--model", "llama2-7b", "--layers", "32", "--seconds", str(SHARE * context.seconds)]
+    latency.main(arguments)
+    figures: dict[str, Any] = json.loads(context.figures.read_text(encoding="utf-8"))
+    return figures
