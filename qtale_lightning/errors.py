@@ -228,6 +228,10 @@ def _library(error: BaseException) -> Explained:
     return Explained(_line(str(error)) or type(error).__name__, INPUT)
 
 
+def _hub(error: BaseException) -> Explained:
+    return Explained(str(error), MACHINE)
+
+
 def _wandb(error: BaseException) -> Explained:
     return Explained(
         f"W&B failed: {_line(str(error))}. --wandb offline keeps its records in the run's folder.", MACHINE
@@ -238,6 +242,7 @@ def _wandb(error: BaseException) -> Explained:
 _KINDS: dict[str, Callable[[BaseException], Explained | None]] = {
     "argparse.ArgumentError": _option,
     "argparse.ArgumentTypeError": _option,
+    "qtale_lightning.hub.errors.HubError": _hub,
     "builtins.ValueError": _given,
     "builtins.OSError": _system,
     "builtins.MemoryError": _memory,

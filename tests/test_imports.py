@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "report": {"cpu", "evaluation", "files", "lazy"},
     "errors": set(),
     "evaluation": {"data", "files", "finite", "losses", "metrics", "models", "paths", "quantization"},
-    "harness": {"data", "files", "run", "stages"},
+    "harness": {"data", "files", "hub", "run", "stages"},
     "module": {"losses", "metrics", "models", "settings"},
     "run": {"files", "locks"},
     "settings": {"models"},

@@ -5,11 +5,15 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qtale_lightning.harness.tasks import LOCAL
+from qtale_lightning.hub.repository import COMMIT
 
 # The backend's own default is the model's dtype: in bfloat16, log-likelihoods near -10 come in steps of 1/16 nat,
 # choices tie, and the first of them wins.
@@ -98,22 +102,47 @@ def evaluate_tasks(lm: Any, names: Sequence[str], manager: Any, limit: int | Non
         limit: Questions of each task, the first ones; None takes all.
 
     Raises:
-        ConnectionError: A task's rows can't be had.
+        HubError: A task's rows can't be had; the message says what to do.
     """
     from lm_eval import simple_evaluate
 
-    try:
-        found = simple_evaluate(model=lm, tasks=list(names), task_manager=manager, limit=limit)
-    except (
-        ConnectionError,
-        FileNotFoundError,
-    ) as error:  # both are what `datasets` raises, online and offline
-        raise ConnectionError(
-            f"the harness can't get the rows of its tasks ({', '.join(names)}): {error}. Connect to the Hugging Face "
-            "hub, or give --data.root FOLDER to ask questions of local files"
-        ) from error
+    loaded = _load(manager, names)
+    holding = copy(manager)
+    holding.load = lambda specs: loaded  # so that the hub isn't asked twice
+    found = simple_evaluate(model=lm, tasks=list(names), task_manager=holding, limit=limit)
     assert found is not None  # it is on other ranks than the first, and there is one
-    return dict(found)
+    commits = {name: commit_of(task.dataset) for name, task in loaded["tasks"].items()}
+    return {**found, "commits": commits}
+
+
+def _load(manager: Any, names: Sequence[str]) -> Any:
+    """What the manager's `load` returns, with rows from the hub in bounded time, or from the cache."""
+    from qtale_lightning.hub.download import patience, reach
+    from qtale_lightning.hub.errors import HubError
+    from qtale_lightning.hub.rows import reason_without
+
+    if any(not name.endswith(LOCAL) for name in names):
+        reach()
+    try:
+        with patience():
+            return manager.load(list(names))
+    except Exception as error:
+        if (reason := reason_without(error)) is None:
+            raise
+        raise HubError(
+            f"lm-evaluation-harness can't have the rows of its tasks ({', '.join(names)}): {reason} Or give "
+            "--data.root FOLDER to ask questions of local files."
+        ) from error
+
+
+def commit_of(rows: Any) -> str | None:
+    """The commit of the hub's repository that `datasets` read rows from; None where they are from elsewhere."""
+    for split in rows.values() if isinstance(rows, dict) else []:
+        for file in split.cache_files:
+            name = Path(file["filename"]).parent.name  # datasets keeps what it read in a folder of that name
+            if COMMIT.fullmatch(name):
+                return name
+    return None
 
 
 def table(found: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Evaluation(TypedDict):
         tasks: As the harness names them; local rows end in ``_local``.
         protocol: The harness's version, and all that a score depends on besides.
         results: The harness's, as it calls them: ``results``, ``versions``, ``n-shot``, …; and the ``datasets`` that
-            it read, by task, of which it pins no revision.
+            it read, by task: id, configuration, and the commit, since the harness pins none.
         seconds: Measured, with the reading of rows.
     """
 
@@ -124,7 +124,7 @@ def lm_eval(
             row["seconds"] = time.perf_counter() - started
             row["results"] = {key: found[key] for key in _KEPT if key in found}
             row["results"]["datasets"] = {
-                name: [config.get("dataset_path"), config.get("dataset_name")]
+                name: [config.get("dataset_path"), config.get("dataset_name"), found["commits"].get(name)]
                 for name, config in found["configs"].items()
             }
             save_evaluation(run.root, row)

@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+import httpx2
+from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_session, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 
@@ -59,6 +60,23 @@ def resolve(repository: Repository) -> str:
                 *(constants.ENDPOINT, repository.revision, repository.name, found.resolved),
             )
         return found.resolved
+
+
+def reach() -> None:
+    """Where the hub doesn't answer, this process asks it no more, and reads what is cached at once; which is said.
+
+    For libraries that ask it on their own, and again and again.
+    """
+    from datasets import config  # here, since it takes a second
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        with patience():
+            get_session().head(constants.ENDPOINT)
+    except (httpx2.TransportError, SilenceError) as error:
+        log.warning("%s can't be reached (%s): only what is cached is read", constants.ENDPOINT, error)
+        constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
 
 
 def snapshot(repository: Repository, files: Sequence[str]) -> Path:

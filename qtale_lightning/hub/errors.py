@@ -53,11 +53,15 @@ def paragraph(repository: Repository, reason: str, mend: str) -> str:
     return " ".join(sentence for sentence in sentences if sentence)
 
 
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether it is an answer of the hub, or says that there was none."""
+    return isinstance(error, httpx2.TransportError | HfHubHTTPError | OfflineModeIsEnabled | SilenceError)
+
+
 def root(error: BaseException) -> BaseException:
-    """The error of a chain that says what happened: an answer of the hub, or that there was none."""
-    known = (httpx2.TransportError, HfHubHTTPError, OfflineModeIsEnabled, SilenceError)
+    """The error of a chain that says what happened on the network; the error itself where nothing did."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, known):
+    while cause is not None and not is_of_the_network(cause):
         cause = cause.__cause__
     return cause or error
 

@@ -4,7 +4,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtale_lightning.hub.download import snapshot
-from qtale_lightning.hub.errors import HubError, explained, first_line, paragraph
+from qtale_lightning.hub.errors import (
+    HubError,
+    explained,
+    first_line,
+    is_of_the_network,
+    paragraph,
+    reason_of,
+    root,
+)
 from qtale_lightning.hub.repository import Repository
 
 if TYPE_CHECKING:
@@ -27,7 +35,9 @@ def read_dataset(repository: Repository, config: str | None, split: str) -> "Dat
     folder = snapshot(repository, [f"{config}/*" if config else "*", "README.md", "*.py"])
     from datasets import load_dataset  # here, since it takes a second
     from datasets.exceptions import DatasetGenerationError, DatasetsError
+    from datasets.utils import disable_progress_bars
 
+    disable_progress_bars()  # of rewriting rows that are there: one for every split of every task
     name = split.partition("[")[0]
     files = {name: f"{config}/{name}-*"} if config else None
     with explained(repository):
@@ -55,3 +65,23 @@ def _absent(error: Exception, folder: Path, config: str | None, split: str) -> s
     if isinstance(error, FileNotFoundError) or "split" in str(error):
         return f"it has no split {split!r}" + (f" of {config!r}" if config else "") + f" ({', '.join(rows)})"
     return first_line(error)
+
+
+def reason_without(error: BaseException) -> str | None:
+    """Why `datasets` itself couldn't load a dataset of the hub, and what to do; None if that isn't what happened."""
+    from datasets.exceptions import DatasetsError
+
+    cause = root(error)
+    name = getattr(cause, "repo_id", None)
+    if name is not None or is_of_the_network(cause):
+        repository = Repository(name or "", "dataset", "main", "", "")
+        reason, mend = reason_of(repository, cause)
+        return f"{name}: {reason}. {mend}" if name else f"{reason}. {mend}"
+    text = first_line(error)
+    if "scripts are no longer supported" in text:
+        return (
+            f"a dataset is published as a loading script ({text.rpartition(' ')[2]}), and those aren't run."
+        )
+    if isinstance(error, DatasetsError | ConnectionError | FileNotFoundError) or "BuilderConfig" in text:
+        return f"{text}."
+    return None
