@@ -1,7 +1,7 @@
 """Small models whose routers disagree, their tokens and forced decisions; the same on every device."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,7 @@ ARCHITECTURE: dict[str, Any] = {
 def dense(device: str, dtype: torch.dtype, layers: int = 6) -> LlamaForCausalLM:
     """Hugging Face's own."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, num_hidden_layers=layers))
-    return model.to(device, dtype).eval()  # type: ignore[arg-type]
+    return _moved(LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, num_hidden_layers=layers)), device, dtype)
 
 
 def routed(device: str, dtype: torch.dtype) -> RoutedLlamaForCausalLM:
@@ -37,7 +36,17 @@ def routed(device: str, dtype: torch.dtype) -> RoutedLlamaForCausalLM:
         if layer.router is not None:
             nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
             nn.init.zeros_(layer.router.out.bias)
-    return model.to(device, dtype).eval()  # type: ignore[arg-type]
+    return _moved(model, device, dtype)
+
+
+Model = TypeVar("Model", bound=LlamaForCausalLM)
+
+
+def _moved(model: Model, device: str, dtype: torch.dtype) -> Model:
+    """As `from_pretrained` loads it: frequencies of positions stay in float32."""
+    model = model.to(device, dtype).eval()  # type: ignore[arg-type]
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)
+    return model
 
 
 def tokens() -> Tensor:

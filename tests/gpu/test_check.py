@@ -5,33 +5,16 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+from tests.gpu.conftest import BENCHMARKS, Load
 
-Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    """``load("gpu_check.stages")``: a module of the scripts' folder; forgotten afterwards."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-
-    def load(name: str) -> ModuleType:
-        __import__(name)
-        return sys.modules[name]
-
-    yield load
-    for name in set(sys.modules) - before:
-        if name.startswith("gpu_check") or name in ("latency", "common"):
-            del sys.modules[name]
+ROOT = Path(__file__).parents[2]
 
 
 def run(load: Load, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
