@@ -37,7 +37,7 @@ START = 30
 UPLOAD = 20
 """Seconds that W&B waits for its server at the end of a run. What isn't uploaded by then stays on the disk."""
 
-END = 45
+END = 50
 """Seconds that the end of a run takes at most, W&B's own process included."""
 
 BACKLOG = 10_000

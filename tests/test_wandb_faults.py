@@ -124,6 +124,7 @@ def test_training_goes_on_where_wandbs_own_process_stands_still(
 PROCESS = """
 import sys, time
 from pathlib import Path
+sys.orig_argv, sys.argv = ["-m", "qtale_lightning"], ["-m", *sys.argv[1:]]  # a command imports only what it needs
 import pandas
 from qtale_lightning import wandb_session
 wandb_session.UPLOAD, wandb_session.END = 2, 30
@@ -169,7 +170,7 @@ def test_a_server_that_fails_during_a_run_keeps_no_process(tmp_path: Path) -> No
 
 def start_process(folder: Path, endpoint: Endpoint) -> "subprocess.Popen[str]":
     environment = {"PATH": os.environ["PATH"], "HOME": str(folder.parent), "PYTHONPATH": str(ROOT)}
-    environment |= {"WANDB_BASE_URL": endpoint.url, "WANDB_API_KEY": KEY}
+    environment |= {"WANDB_BASE_URL": endpoint.url, "WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "2"}
     return subprocess.Popen(
         [sys.executable, "-c", PROCESS, str(folder)],
         env=environment,
