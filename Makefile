@@ -31,7 +31,7 @@ TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train plan lm-eval test test-fast lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
+.PHONY: help setup train doctor plan lm-eval test test-fast lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -69,6 +69,9 @@ choice:
 
 train: choice setup ## fine-tune, quantize, sweep the threshold, report; resumes an interrupted run
 	$(QTALE) fit $(CONFIG)
+
+doctor: choice setup ## what this machine has of what is needed, and what MODEL would lack here
+	$(QTALE) doctor --model $(MODEL) --data.tasks $(DATA) --out $(OUT) $(ARGS)
 
 plan: choice setup ## what such a run would cost, without loading weights
 	$(QTALE) plan $(CONFIG)

@@ -38,6 +38,8 @@ USAGE = """usage: python -m qtale_lightning <command> …
   table NAME --model MODEL [--data TASKS] [--seeds 0,1] [--out FOLDER] [--plan] [OPTIONS]
                                     a declared table: what is missing is run, what is there is used again
   figures NAME --model MODEL …      figures of a table's finished runs
+  doctor [--model MODEL] [--out FOLDER] [OPTIONS]
+                                    what this machine has of what is needed, and what a model would lack here
 
 Every option of a run is shown by `fit --help`; RUN is a run's directory, and options override its configuration.
 With --debug, an error shows where it was raised.
@@ -276,6 +278,13 @@ def table(args: list[str]) -> None:
     table(args)
 
 
+def doctor(args: list[str]) -> int:
+    """What this machine has of what is needed, and what a model would lack here."""
+    from qtale_lightning.doctor import doctor as examine
+
+    return examine(args)
+
+
 def figures(args: list[str]) -> None:
     """Figures of a declared table's runs."""
     from qtale_lightning.tables.request import parse
@@ -287,9 +296,22 @@ def figures(args: list[str]) -> None:
     figures(args)
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     command.__name__.replace("_", "-"): command
-    for command in (fit, plan, quantize, sweep, evaluate, lm_eval, inspect, report, compare, table, figures)
+    for command in (
+        fit,
+        plan,
+        quantize,
+        sweep,
+        evaluate,
+        lm_eval,
+        inspect,
+        report,
+        compare,
+        table,
+        figures,
+        doctor,
+    )
 }
 
 # Commands that, stopped and given again, go on where they were.
@@ -367,7 +389,7 @@ def _configure() -> None:
     keep_freed_memory()
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> int | None:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         raise SystemExit(0)
@@ -375,7 +397,7 @@ def _run(argv: list[str]) -> None:
     if argv[0] not in COMMANDS:
         print(USAGE)
         raise ValueError(f"unknown command {argv[0]!r}: choose one of {', '.join(COMMANDS)}")
-    COMMANDS[argv[0]](argv[1:])
+    return COMMANDS[argv[0]](argv[1:])
 
 
 def main(argv: list[str]) -> None:

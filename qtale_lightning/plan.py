@@ -8,6 +8,7 @@ from rich.table import Table
 
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
+from qtale_lightning.machine import in_words
 
 # Public sizes of the training splits, to plan with when the data isn't on this disk.
 TRAINING_ROWS = {
@@ -16,19 +17,20 @@ TRAINING_ROWS = {
 }  # fmt: skip
 
 
-def lora_parameters(run: RunConfiguration, config: SimpleNamespace) -> int:
-    """Trainable LoRA weights: rank · (in + out) of every targeted projection."""
-    shapes, rank = cost.linear_shapes(config), run.model.lora_options["rank"]
-    return config.num_hidden_layers * sum(
-        rank * sum(shapes[name]) for name in run.model.lora_options["targets"]
-    )
+def trainable_parameters(run: RunConfiguration) -> int:
+    """Routers and LoRA, rank · (in + out) of every targeted projection; or all weights."""
+    config, lora = run.model.shape, run.model.lora_options
+    counts, shapes = cost.parameter_counts(config), cost.linear_shapes(config)
+    if run.model.train_all:
+        return counts.total
+    adapted = sum(lora["rank"] * sum(shapes[name]) for name in lora["targets"])
+    return counts.routers + config.num_hidden_layers * adapted
 
 
 def print_plan(run: RunConfiguration) -> None:
     """Print the plan of a run as tables."""
     config, model, data, trainer = run.model.shape, run.model, run.datamodule, run.config["trainer"]
-    counts = cost.parameter_counts(config)
-    trainable = counts.total if model.train_all else counts.routers + lora_parameters(run, config)
+    counts, trainable = cost.parameter_counts(config), trainable_parameters(run)
     length = min(data.max_length, 128)
     context = (length + 1) / 2
     routed = len(cost.routed_layers(config))
@@ -45,11 +47,13 @@ def print_plan(run: RunConfiguration) -> None:
     table.add_row(f"FLOPs a token at R_target {ratio:g} (counted, {length} tokens)", f"{flops:.3g}")
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
-    table.add_row("memory to train, about", _training_memory(run, config, trainable, micro * length))
+    table.add_row("memory to train, about", _training_memory(run))
     for bits in (16, *run.quantization.bits):
         served = cost.weight_bytes(config, bits, run.quantization.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
-        table.add_row(f"memory to serve at {bits:g} bits", f"{_size(served)} + {keys / 1024:.0f} KiB a token")
+        table.add_row(
+            f"memory to serve at {bits:g} bits", f"{in_words(served)} + {keys / 1024:.0f} KiB a token"
+        )
     table.add_row("effective batch", f"{micro * accumulate * run.devices} on {run.devices} device(s)")
     steps = optimizer_steps(run)
     if (trainer["max_steps"] or -1) < 0:
@@ -93,28 +97,26 @@ def _training_flops(config: SimpleNamespace, context: float) -> float:
     return 2 * cost.token_flops(config, [1.0] * config.num_hidden_layers, context, head=False)
 
 
-def _training_memory(run: RunConfiguration, config: SimpleNamespace, trainable: int, tokens: int) -> str:
+def _training_memory(run: RunConfiguration) -> str:
     """In the precision that is asked for; in both where that is left to the device, which may be another one."""
-    low, full = (_size(_training_bytes(config, trainable, tokens, width)) for width in (2, 4))
+    low, full = (in_words(training_bytes(run, width)) for width in (2, 4))
     precision = run.config["trainer"]["precision"]
     if precision is None:
         return f"{low} in bfloat16, {full} in float32 (by the device)"
     return low if str(precision).startswith("bf16") else full
 
 
-def _training_bytes(config: SimpleNamespace, trainable: int, tokens: int, width: int) -> float:
+def training_bytes(run: RunConfiguration, width: int) -> float:
     """Weights, optimizer and activations of a micro-batch, without activation checkpointing.
 
     Frozen weights take `width` bytes (2 in bf16, 4 in float32); a trainable one 16 (value, gradient and AdamW's two
     moments in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
     attention's probabilities; an estimate, to see whether a device is near its limit.
     """
+    config, trainable = run.model.shape, trainable_parameters(run)
+    tokens = run.datamodule.batch_size * min(run.datamodule.max_length, 128)
     frozen = max(0, cost.parameter_counts(config).total - trainable) * width
     activations = (
         tokens * config.num_hidden_layers * (17 * config.hidden_size + 3 * config.intermediate_size) * width
     )
     return frozen + 16 * trainable + activations
-
-
-def _size(value: float) -> str:
-    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

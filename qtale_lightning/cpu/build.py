@@ -42,9 +42,7 @@ SECONDS = 300  # a build takes about 10
 @cache
 def available() -> bool:
     """Whether the operations can be called; the first call builds or loads them, and logs why not where it can't."""
-    if os.environ.get(SWITCH) == "0":
-        return False
-    if reason := _unsuited():
+    if reason := unavailable():
         log.info("PyTorch's own CPU operations are used: %s", reason)
         return False
     try:
@@ -55,8 +53,10 @@ def available() -> bool:
     return True
 
 
-def _unsuited() -> str | None:
-    """What this machine lacks."""
+def unavailable() -> str | None:
+    """Why ours aren't built here; None where they can be."""
+    if os.environ.get(SWITCH) == "0":
+        return f"{SWITCH} is 0"
     if not sys.platform.startswith("linux"):
         return "ours are built on Linux"
     if not (torch.cpu._is_avx512_bf16_supported() and native_bfloat16()):

@@ -72,7 +72,7 @@ def test_other_processors_and_systems(
 
 def test_what_the_compiler_says(tmp_path: Path) -> None:
     """Its first error, not the headers that lead to it."""
-    if build._unsuited():
+    if build.unavailable():
         pytest.skip("nothing is compiled here")
     works, log = in_a_process(tmp_path, CXX="c++ -include no-such-header.h")
     assert not works
@@ -86,7 +86,7 @@ def test_a_broken_library_is_not_fatal(
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
     monkeypatch.delenv(build.SWITCH, raising=False)
-    monkeypatch.setattr(build, "_unsuited", lambda: None)
+    monkeypatch.setattr(build, "unavailable", lambda: None)
     monkeypatch.setattr(build, "_library", lambda: broken)
     assert build.available.__wrapped__() is False
     assert "weren't built" in caplog.text
