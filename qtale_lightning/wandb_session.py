@@ -68,6 +68,8 @@ class Session:
         A run that doesn't start online is recorded offline. A folder keeps its W&B id, so that a resumed run goes on in
         the same place.
         """
+        if mode == "disabled":  # the package isn't needed, and may be missing
+            return None
         import wandb  # noqa: F401 (here, where it takes none of the server's time)
 
         thread = _Thread()

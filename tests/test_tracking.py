@@ -52,6 +52,11 @@ def recorded(root: Path) -> list[str]:
 
 def test_disabled_is_no_logger(tmp_path: Path) -> None:
     assert wandb_logger(tmp_path, "disabled", "qtale") is None
+
+
+def test_disabled_needs_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert wandb_logger(tmp_path, "disabled", "qtale") is None
     assert not (tmp_path / "wandb").exists()
 
 

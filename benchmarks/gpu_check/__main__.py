@@ -79,6 +79,11 @@ def main() -> int:
         print("There is no GPU here. On one this would run (`--device cpu --quick` tries it without):")
         print(plan(stages, wheels.missing(wheels.wheels(ROOT)), args.budget))
         return 0
+    if lacking := [name for name in ("torch", "transformers") if not wheels.installed(name)]:
+        print(
+            f"error: {sys.executable} has no {' and no '.join(lacking)}, and the bundle brings none: run another one"
+        )
+        return 2
     outcomes = check(args, stages, "cuda" if args.device == "auto" else args.device)
     print("\n".join(["", *map(line, outcomes), f"details: {args.out}"]))
     return int(any(outcome["status"] != "passed" for outcome in outcomes))

@@ -34,6 +34,16 @@ def test_without_a_gpu_it_says_what_it_would_run(
     assert "480 s" in printed
 
 
+def test_a_python_without_pytorch_is_named(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(load("gpu_check.wheels"), "installed", lambda name: name != "torch")
+    assert run(load, monkeypatch, "--device", "cpu", "--out", str(tmp_path)) == 2
+    printed = capsys.readouterr().out
+    assert sys.executable in printed
+    assert "no torch," in printed
+
+
 def test_the_stages_fit_their_time(load: Load) -> None:
     stages = load("gpu_check.stages")
     assert sum(stage.seconds for stage in stages.STAGES) <= stages.BUDGET <= 8 * 60
