@@ -261,10 +261,12 @@ def compare(args: list[str]) -> None:
     )
     own = parser.parse_args(args)
 
-    from qtale_lightning.report.compare import compare as compare_runs
+    from rich.console import Console
 
-    page = compare_runs(own.runs, own.to)
-    print(page.read_text(encoding="utf-8"))
+    from qtale_lightning.report.compare import compare as compare_runs
+    from qtale_lightning.report.terminal import print_page
+
+    print_page(compare_runs(own.runs, own.to).read_text(encoding="utf-8"), Console())
 
 
 def table(args: list[str]) -> None:

@@ -5,13 +5,10 @@ The terminal and the page show the same tables: built once as text (`FactTable`)
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
-import rich.box
-import rich.table
 from rich.console import Console
 from rich.markup import escape
 
@@ -36,6 +33,7 @@ from qtale_lightning.report.results import (
     validation_series,
 )
 from qtale_lightning.report.scores import ChoiceScores, TextScores, score_header, score_text
+from qtale_lightning.report.terminal import WORDS, FactTable, print_table
 
 CAPTIONS = {
     "accuracy": "Accuracy and negative log-likelihood against the share of layers executed.",
@@ -43,18 +41,6 @@ CAPTIONS = {
     "losses": "Losses and routing during training.",
 }
 COST_COLUMNS = ["layers executed", "counted FLOPs", "measured s"]
-TEXT_COLUMNS = {"what", "value", "precision", "mark", "method", "setting", "engine", "rule"}
-
-
-@dataclass
-class FactTable:
-    """A table of finished text, with a line below it; `emphasized` rows stand out in the terminal."""
-
-    title: str
-    headers: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    emphasized: set[int] = field(default_factory=set)
-    caption: str = ""
 
 
 def evaluation_frame(results: Results) -> pd.DataFrame:
@@ -229,49 +215,26 @@ def _shown(score: ChoiceScores | TextScores) -> float:
     return score["value"] if score["metric"] == "perplexity" else 100 * score["value"]
 
 
-def summary_tables(results: Results) -> list[rich.table.Table]:
-    """What a run prints at its end: what ran, training facts, the selected θ per precision, all rows."""
-    facts = [run_table(results), training_table(results), selection_table(results), search_table(results)]
-    facts.append(evaluation_table(results, brief=True))
-    return [_rich_table(table) for table in facts if table.rows]
-
-
 def print_summary(results: Results, console: Console | None = None) -> None:
-    """Prints `summary_tables` and the notes on noise."""
+    """Prints what ran, training facts, the selected θ per precision, all rows, and the notes on noise."""
     console = console or Console()
     console.rule(f"[bold]{escape(run_title(results))}")
-    for table in summary_tables(results):
-        console.print(table)
+    for table in (
+        run_table(results),
+        training_table(results),
+        selection_table(results),
+        search_table(results),
+        evaluation_table(results, brief=True),
+    ):
+        if table.rows:
+            print_table(table, console)
     for note in noise_notes(results):
         console.print(f"• {note}", markup=False, highlight=False)
 
 
-def _rich_table(table: FactTable) -> rich.table.Table:
-    rendered = rich.table.Table(
-        title=table.title,
-        title_justify="left",
-        title_style="bold",
-        caption=escape(table.caption),
-        caption_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        collapse_padding=True,
-        pad_edge=False,
-    )
-    for header in table.headers:
-        # Broken headers and unbroken figures make the tables fit the 80 columns that a log file gets.
-        numeric = header not in TEXT_COLUMNS
-        rendered.add_column(
-            header.replace(" ", "\n"), justify="right" if numeric else "left", no_wrap=numeric
-        )
-    for index, row in enumerate(table.rows):
-        style = "bold green" if index in table.emphasized else None
-        rendered.add_row(*(escape(cell) for cell in row), style=style)
-    return rendered
-
-
 def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; columns of figures are aligned to the right."""
-    rules = ["---" if header in TEXT_COLUMNS else "---:" for header in headers]
+    rules = ["---" if header in WORDS else "---:" for header in headers]
     lines = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rules, *rows]]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 

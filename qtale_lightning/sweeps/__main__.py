@@ -77,9 +77,10 @@ def _start_remote(sweep: SweepDefinition, folder: Path, project: str, count: int
     path = remote.create(sweep, project)
     _keep_definition(sweep, folder)
     console.print(f"sweep {path}; on another machine: make sweep SWEEP={path}")
-    status = remote.join(path, count)
-    _table_of_what_is_there(folder, sweep.name)
-    return status
+    try:
+        return remote.join(path, count)
+    finally:
+        _table_of_what_is_there(folder, sweep.name)
 
 
 def _keep_definition(sweep: SweepDefinition, folder: Path) -> None:

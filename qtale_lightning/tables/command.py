@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from qtale_lightning.report.terminal import print_page
 from qtale_lightning.tables.content import content
 from qtale_lightning.tables.declaration import load_declaration
 from qtale_lightning.tables.execution import Executor, Start, console, start_process
@@ -47,7 +48,7 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
     page, *_ = write_table(found, _folder(asked))
     if _read(_folder(asked) / "table.json") != before:
         publish(found, _folder(asked), asked.request.options)
-    console.print(page.read_text(encoding="utf-8"))
+    print_page(page.read_text(encoding="utf-8"), console)
     if failed := failures(found):
         console.print(f"{len(failed)} cells failed:")
         console.print("\n".join(f"  {line}" for line in failed))
