@@ -24,7 +24,7 @@ class FiniteNumbers(Callback):
     """
 
     def __init__(self) -> None:
-        self._losses: list[tuple[tuple[int, int] | None, Tensor]] = []  # place of a micro-batch and its loss
+        self._losses: list[Tensor] = []  # of the step's micro-batches
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse damaged weights before anything is computed with them."""
@@ -37,9 +37,7 @@ class FiniteNumbers(Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Keep the loss of each micro-batch of the step."""
-        loader = trainer.train_dataloader
-        place = loader.position() if isinstance(loader, ResumableLoader) else None
-        self._losses.append((place, loss.detach()))
+        self._losses.append(loss.detach())
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
@@ -57,11 +55,13 @@ class FiniteNumbers(Callback):
         norm: Any = torch.nn.utils.get_total_norm(gradients)
         if bool((norm.full_tensor() if hasattr(norm, "full_tensor") else norm).isfinite()):
             return
-        lost = [place for place, loss in losses if not loss.isfinite()]
+        lost = [
+            i for i, loss in enumerate(reversed(losses)) if not loss.isfinite()
+        ]  # micro-batches before this one
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled and not trainer.strategy.reduce_boolean_decision(bool(lost), all=False):
             return
-        raise NonFiniteError(_message(trainer, pl_module, not lost, lost[0] if lost else None))
+        raise NonFiniteError(_message(trainer, pl_module, lost[-1] if lost else None))
 
     @staticmethod
     def _check_weights(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -76,17 +76,19 @@ class FiniteNumbers(Callback):
             )
 
 
-def _message(
-    trainer: L.Trainer, pl_module: L.LightningModule, finite: bool, place: tuple[int, int] | None
-) -> str:
-    """What isn't finite, at which step and in which rows, and what is likely to have made it."""
+def _message(trainer: L.Trainer, pl_module: L.LightningModule, back: int | None) -> str:
+    """What isn't finite, at which step and in which rows, and what is likely to have made it.
+
+    Args:
+        back: How many micro-batches ago the loss was lost, in the same step. None: losses are finite.
+    """
     step = trainer.global_step + 1
-    if finite:
+    if back is None:
         gradients = ((name, p.grad) for name, p in pl_module.named_parameters() if p.grad is not None)
         what = f"the gradient of {first_non_finite(gradients)} isn't finite at step {step}"
         what += ", though this device's loss is" if trainer.world_size > 1 else ", though the loss is"
     else:
-        what = f"the loss isn't finite at step {step}{_rows(trainer, pl_module, place)}"
+        what = f"the loss isn't finite at step {step}{_rows(trainer, pl_module, back)}"
     if (name := first_non_finite(pl_module.named_parameters())) is not None:
         cause = f"the weight {name} has NaN or infinity, so it was damaged while training ran"
     else:
@@ -99,12 +101,13 @@ def _message(
     return f"{what}: training stops, and no checkpoint has anything of it. {cause[0].upper()}{cause[1:]}."
 
 
-def _rows(trainer: L.Trainer, pl_module: L.LightningModule, place: tuple[int, int] | None) -> str:
+def _rows(trainer: L.Trainer, pl_module: L.LightningModule, back: int) -> str:
     """Which training rows a micro-batch has: their numbers, and how the first begins."""
     loader = trainer.train_dataloader
-    if place is None or not isinstance(loader, ResumableLoader):
+    if not isinstance(loader, ResumableLoader):
         return ""
-    epoch, batch = place
+    epoch, now = loader.position()
+    batch = now - back  # no step goes over an epoch's end
     rows = loader.order.batches(epoch)[batch]
     shown = ", ".join(map(str, rows[:SHOWN])) + (", …" if len(rows) > SHOWN else "")
     found = f" (epoch {epoch}, batch {batch}: training rows {shown}"
