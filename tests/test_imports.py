@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "models": {"compat", "cpu", "hub", "lazy"},
     "losses": {"models"},
     "manifest": {"files"},
-    "machine": {"cpu", "wandb_session"},
+    "machine": {"cpu", "precision", "wandb_session"},
     "metrics": {"losses", "models", "paths"},
     "paths": set(),
     "precision": set(),
