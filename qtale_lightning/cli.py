@@ -19,6 +19,7 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import Origin, training_precision
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.strategy import resolve_strategy
+from qtale_lightning.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
