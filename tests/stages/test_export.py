@@ -1,5 +1,6 @@
-"""An exported model, and in which dtype it is loaded to compute with it."""
+"""An exported model, the dtype that it is loaded in to compute with it, and a disk without room for it."""
 
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoConfig
 
 from qtale_lightning import precision, stages
+from qtale_lightning.module import QTALEModule
 from qtale_lightning.run import RunDirectory
 
 
@@ -28,3 +30,18 @@ def test_a_stored_model_computes_in_what_is_fast(
             with torch.no_grad():
                 assert model(torch.tensor([[5, 6, 7]])).logits.dtype == dtype
         assert stages.load_exported(run, as_stored=True).dtype == torch.bfloat16
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    """A limit to a file's size, as the system enforces it, stands for the disk's end."""
+    run = RunDirectory(tmp_path / "run")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(OSError, match=rf"(large|space).*{run.model()}"):
+            stages.export(run, QTALEModule(name="tiny", router_width=16), None, torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not any(run.root.glob("*"))
+    stages.export(run, QTALEModule(name="tiny", router_width=16), None, torch.float32)
+    assert (run.model() / "model.safetensors").is_file()
