@@ -375,13 +375,10 @@ def _probability(text: str) -> float:
 
 def _configure() -> None:
     """Logs, warnings and memory of a command's process."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
     from qtale_lightning.allocator import keep_freed_memory
 
-    handler = RichHandler(console=Console(stderr=True), show_path=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    # Plain lines, which no width breaks: commands and paths in them are there to be copied.
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qtale_lightning").setLevel(logging.INFO)
     # Not for the user: batches of a few kilobytes need no workers, a resumed run's folder isn't empty, and Lightning's
     # own use of torch is Lightning's concern.

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import wandb
 import yaml
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -76,12 +75,6 @@ class Run:
 MakeRun = Callable[[str], Run]
 
 
-def start(command: list[str]) -> None:
-    """A command as a process of its own would run it: W&B's run ends with it."""
-    main(command)
-    wandb.finish()
-
-
 @pytest.fixture(scope="module")
 def finished(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
     """The finished run of a method; made when it is first asked for."""
@@ -93,7 +86,7 @@ def finished(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPat
             train_all = str(TRAIN_ALL[method]).lower()
             more = (*SMALL, "--model.train_all", train_all, "--out", str(out))
             command = ["fit", *options("tiny", method, *more)]
-            start(command)
+            main(command)
             runs[method] = Run(method, out / f"tiny-{method}-facts-s0", command)
         return runs[method]
 
@@ -279,14 +272,14 @@ def test_the_packed_model_is_near_the_exported_one(run: Run, bits: int) -> None:
 @qtale
 def test_other_engines_and_precisions_stand_beside(run: Run, tmp_path: Path) -> None:
     run = replace(run, root=shutil.copytree(run.root, tmp_path / "run"))
-    start(["quantize", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
-    start(["quantize", str(run.root), "--quantize.bits", "[3.5]"])
+    main(["quantize", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
+    main(["quantize", str(run.root), "--quantize.bits", "[3.5]"])
     widths = {
         part.bits for part in run.model("model-awq-3.5bit").modules() if isinstance(part, QuantizedLinear)
     }
     assert len(widths) > 1
     before = run.results()["selected"]
-    start(["sweep", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
+    main(["sweep", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
     rows = {(row["engine"], row["bits"]) for row in run.results()["evaluation"]}
     assert rows == {("none", 16), ("native", 4), ("native", 3), ("rtn", 4)}
     assert [row for row in run.results()["selected"] if row["engine"] != "rtn"] == before
@@ -312,7 +305,7 @@ def test_the_newest_checkpoint_is_kept_behind_the_last_validation(
 ) -> None:
     """Nine steps, validated behind the fourth and the eighth: the best is one of these, the last the ninth."""
     more = (*SMALL, "--trainer.max_steps", "9", "--quantize.bits", "[]", "--out", str(tmp_path))
-    start(["fit", *options("tiny", "full", *more)])
+    main(["fit", *options("tiny", "full", *more)])
     run = Run("full", tmp_path / "tiny-full-facts-s0", [])
     assert run.checkpoint("best")["global_step"] in (4, 8)
     assert run.checkpoint("last")["global_step"] == 9
@@ -332,12 +325,12 @@ def test_a_terminated_run_ends_with_an_error_and_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(QTALEModule, "training_step", terminated)
         with pytest.raises(SystemExit) as end:
-            start(command)
+            main(command)
     assert end.value.code == 128 + signal.SIGTERM
     run = Run("full", tmp_path / "tiny-full-facts-s0", command)
     assert 3 <= run.checkpoint("last")["global_step"] < 8
     assert not (run.root / "model").exists()
-    start(command)
+    main(command)
     assert run.checkpoint("last")["global_step"] == 8
     assert run.results()["train"]["steps"] == 8
     assert run.results()["selected"]
@@ -346,7 +339,7 @@ def test_a_terminated_run_ends_with_an_error_and_resumes(
 @pytest.mark.parametrize("run", ["full", "dllm", "qtale"], indirect=True)
 def test_starting_again_repeats_nothing(run: Run) -> None:
     times, before = written(run.root), run.results()
-    start(run.command)
+    main(run.command)
     after = run.results()
     assert written(run.root) == times
     for section in ("train", "routing", "evaluation", "selected"):  # rows with their measured seconds
@@ -356,7 +349,7 @@ def test_starting_again_repeats_nothing(run: Run) -> None:
 @qtale
 def test_a_sweep_adds_the_thresholds_that_are_missing(run: Run) -> None:
     before = run.results()["evaluation"]
-    start(["sweep", str(run.root), "--sweep.thresholds", "[0.5,0.25,0.1]"])
+    main(["sweep", str(run.root), "--sweep.thresholds", "[0.5,0.25,0.1]"])
     after = run.results()["evaluation"]
     assert [row for row in after if row["theta"] != 0.25] == [row for row in before if row["theta"] != 0.25]
     splits = ("validation", "calibration")
@@ -366,7 +359,7 @@ def test_a_sweep_adds_the_thresholds_that_are_missing(run: Run) -> None:
 @qtale
 def test_evaluate_adds_one_row(run: Run) -> None:
     before = run.results()["evaluation"]
-    start(["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"])
+    main(["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"])
     after = run.results()["evaluation"]
     assert grid(after) - grid(before) == {(4, 0.3, "validation")}
     assert [row for row in after if row["theta"] != 0.3] == before
@@ -376,7 +369,7 @@ def test_evaluate_adds_one_row(run: Run) -> None:
 def test_evaluates_default_is_the_models_own_threshold(run: Run) -> None:
     """θ = 0.5 at 16 bits, which the sweep has measured already."""
     before = run.results()
-    start(["evaluate", str(run.root)])
+    main(["evaluate", str(run.root)])
     assert run.results() == before
 
 
@@ -394,7 +387,7 @@ def test_report_writes_everything_from_the_results(run: Run) -> None:
     before, results = run.results(), (run.root / "results.json").read_bytes()
     for file in made:
         file.unlink()
-    start(["report", str(run.root)])
+    main(["report", str(run.root)])
     assert all(file.is_file() for file in made)
     assert run.results() == before
     assert (run.root / "results.json").read_bytes() == results
@@ -403,7 +396,7 @@ def test_report_writes_everything_from_the_results(run: Run) -> None:
 @qtale
 def test_quantize_adds_the_bits_that_are_missing(run: Run) -> None:
     times = written(run.root)
-    start(["quantize", str(run.root), "--quantize.bits", "[4,3,2]"])
+    main(["quantize", str(run.root), "--quantize.bits", "[4,3,2]"])
     after = written(run.root)
     assert {file: time for file, time in after.items() if file in times} == times
     assert (run.root / "awq-search-2bit.safetensors").is_file()

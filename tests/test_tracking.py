@@ -68,6 +68,7 @@ def test_auto_is_disabled_where_wandb_is(tmp_path: Path, monkeypatch: pytest.Mon
 DEFAULT = """
 import sys
 from pathlib import Path
+sys.orig_argv, sys.argv = ["-m", "qtale_lightning"], ["-m", *sys.argv[1:]]  # a command imports only what it needs
 from qtale_lightning.tracking import wandb_logger
 tracker = wandb_logger(Path(sys.argv[1]), "auto", "qtale")
 tracker.log_hyperparams({"model": {"lr": 0.1}})
