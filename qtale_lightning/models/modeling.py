@@ -218,9 +218,10 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         """
         path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
-        if isinstance(config, str | PathLike) or (config is None and path is not None):
+        source = path if config is None else config
+        if isinstance(source, str | PathLike):
             where = {key: kwargs[key] for key in _WHERE if key in kwargs}
-            config = kwargs["config"] = cls.config_class.from_pretrained(config or path, **where)
+            config = kwargs["config"] = cls.config_class.from_pretrained(source, **where)
         packed = getattr(config, "quantization_config", None)
         if config is not None and isinstance(packed, dict) and packed.get("quant_method") == "awq":
             # transformers gives this format to another package; the suite's quantizer runs it by PyTorch's kernels.

@@ -110,7 +110,10 @@ def load_base(
     if source is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            return LlamaForCausalLM(planned_config(name)).to(dtype)  # type: ignore[arg-type]
+            model = LlamaForCausalLM(planned_config(name))
+        for weight in model.parameters():  # no buffers: as `from_pretrained`, which keeps frequencies exact
+            weight.data = weight.data.to(dtype)
+        return model
     options = source.options
     if source.gguf:
         # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.

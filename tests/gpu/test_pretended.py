@@ -20,11 +20,12 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.final_norm import refit_final_norm
-from qtale_lightning.quantization.kernels import Int4CUDA
+from qtale_lightning.quantization.kernels import Dequantize, Int4CUDA, choose_kernel
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import round_to_nearest
+from qtale_lightning.quantization.rtn import Scheme, quantize
 from tests.gpu.conftest import Load
 from tests.gpu.pretended import pretended_gpu
 
@@ -91,6 +92,14 @@ def test_comparisons(gpu: str, load: Load, part: str) -> None:
 def test_the_int4_kernel_runs_on_it(gpu: str, load: Load) -> None:
     (check,) = load("gpu_check.parity").int4_linears(gpu, True)
     assert Int4CUDA.name in check.name
+
+
+def test_an_older_gpu_has_no_int4_kernel(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch makes it for compute capability 8.0 and more."""
+    weight = quantize(torch.randn(64, 128, device=gpu), Scheme(4, 32))
+    assert isinstance(choose_kernel(weight), Int4CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    assert isinstance(choose_kernel(weight), Dequantize)
 
 
 # What a run does

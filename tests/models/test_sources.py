@@ -21,6 +21,17 @@ from qtale_lightning.models.sources import (
 )
 
 
+def test_tiny_in_bfloat16_is_as_its_folder_is_loaded(tmp_path: Path) -> None:
+    """Frequencies of positions, which no folder holds, in float32; else it computes otherwise after export."""
+    made = load_base("tiny", dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = torch.arange(3, 60).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(made.eval()(ids).logits, loaded(ids).logits)
+    assert {weight.dtype for weight in made.parameters()} == {torch.bfloat16}
+
+
 def test_tiny_is_the_same_for_a_seed_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
