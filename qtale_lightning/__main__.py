@@ -85,7 +85,7 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
     precision = str(trainer["precision"])
     update_results(run.root, "run", metadata | {"precision": precision})
     if said := remark(precision, trainer["accelerator"], cli.precision_origin):
-        _say(said)
+        errors.say(said)
     if checkpoint is not None:
         errors.say(f"resuming from {checkpoint}")
     try:

@@ -19,6 +19,7 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import Origin, training_precision
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.strategy import resolve_strategy
+from qtale_lightning.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
         """
         model, begun = self.model, self.run.config
         if model.path is not None and not COMMIT.fullmatch(model.revision or "") and begun.is_file():
-            there = yaml.safe_load(begun.read_text(encoding="utf-8"))["model"]
+            there = read_yaml(begun)["model"]
             if there.get("path") == model.path and there.get("revision"):
                 model.revision = there["revision"]
                 log.info("the base model is %s at %s, with which the run began", model.path, model.revision)
