@@ -52,6 +52,7 @@ def fit(args: list[str]) -> None:
 
     cli = QTALECLI(args, "python -m qtale_lightning fit")
     cli.check()
+    cli.check_training()
     cli.pin_base()
     cli.check_base()
     with cli.run.locked("fit"):
@@ -68,8 +69,7 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
     from qtale_lightning.report import run_metadata, update_results
 
     run, data = cli.run, cli.prepare_data()
-    if data.steps_per_epoch < 1:
-        raise ValueError(f"fewer training rows than one batch: lower --data.batch_size ({data.batch_size})")
+    cli.check_rows()
     checkpoint = cli.config["ckpt_path"]
     if checkpoint in (None, "last"):
         found = resume_point(run) or (run.last if checkpoint else None)
@@ -78,20 +78,21 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
         raise FileNotFoundError(
             f"nothing to resume from: {checkpoint} isn't there. Leave --ckpt_path out to start."
         )
+    trainer = cli.make_trainer()
     run.claim(cli.config_text())
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
     source = source_name(cli.model.name, cli.model.path, cli.model.revision)
     metadata = run_metadata(cli.model.name, cli.model.method, data.label, seed, command, source)
-    trainer = cli.config["trainer"]
-    precision = str(trainer["precision"])
+    precision = str(cli.config["trainer"]["precision"])
     update_results(run.root, "run", metadata | {"precision": precision})
-    if said := remark(precision, trainer["accelerator"], cli.precision_origin):
+    if said := remark(precision, cli.config["trainer"]["accelerator"], cli.precision_origin):
         errors.say(said)
     if checkpoint is not None:
         errors.say(f"resuming from {checkpoint}")
+    cli.start_logging(trainer)
     try:
-        cli.make_trainer().fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=checkpoint, weights_only=True)
     except SIGTERMException:  # Lightning's own exit status for it is 0, and a scheduler requeues what failed
         errors.say(f"stopped by SIGTERM; the same command resumes from {run.last}")
         raise SystemExit(128 + signal.SIGTERM) from None
@@ -106,6 +107,7 @@ def plan(args: list[str]) -> None:
 
     run = PlannedRun(args, "python -m qtale_lightning plan")
     run.check()
+    run.check_training()
     print_plan(run)
 
 

@@ -77,6 +77,7 @@ def resume_point(run: RunDirectory) -> Path | None:
 
     Raises:
         DamagedFileError: There are some, and none is whole.
+        FileNotFoundError: They are gone, though the model that was trained is there.
     """
     damage = None
     for path in (run.last, run.previous):
@@ -88,6 +89,12 @@ def resume_point(run: RunDirectory) -> Path | None:
                 log.warning("%s isn't what this run wrote: it isn't used", path)
     if damage is not None:
         raise damage
+    if run.model().is_dir():
+        raise FileNotFoundError(
+            f"{run.model()} was trained, but {run.last} is gone, so that training would start anew. What comes after "
+            f"training needs no checkpoint: `python -m qtale_lightning quantize|sweep|report {run.root}`. To train "
+            "anew, move that run away, or give another folder (OUT=… of make, --out)."
+        )
     return None
 
 

@@ -1,23 +1,42 @@
 """What trains, made from a configuration as LightningCLI parses it: module, data, trainer, callbacks."""
 
 import logging
+from argparse import SUPPRESS
 from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, TQDMProgressBar
+from lightning.pytorch.callbacks import (
+    Callback,
+    LearningRateMonitor,
+    ProgressBar,
+    Timer,
+    TQDMProgressBar,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
+from qtale_lightning import checks
 from qtale_lightning.checkpoints import RunCheckpointIO
-from qtale_lightning.configuration import DESCRIPTION, RunConfiguration, add_run_options, check_files
+from qtale_lightning.configuration import (
+    DESCRIPTION,
+    RunConfiguration,
+    add_run_options,
+    check_files,
+    usage,
+)
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
 from qtale_lightning.models.sources import check_source, check_tokens, source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import Origin, training_precision
+from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.run import RunDirectory
+from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
 from qtale_lightning.yaml_files import read_yaml
 
@@ -54,12 +73,24 @@ class QTALECLI(RunConfiguration, LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=None,  # the run directory keeps the configuration, and checks it
-            parser_kwargs={"prog": prog, "description": DESCRIPTION, "exit_on_error": False},
+            parser_kwargs={
+                "prog": prog,
+                "usage": usage(prog),
+                "description": DESCRIPTION,
+                "exit_on_error": False,
+            },
         )
         trainer, kept = self.config["trainer"], self.run.precision()
         self.precision_origin = "given" if trainer["precision"] is not None else "kept" if kept else "chosen"
         if trainer["precision"] is None:
             trainer["precision"] = kept or training_precision(trainer["accelerator"])
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """--model, --data and --trainer, without showing what of the trainer the suite sets itself."""
+        super().add_core_arguments_to_parser(parser)
+        for action in parser._actions:
+            if action.dest.removeprefix("trainer.") in checks.OWNED:
+                action.help = SUPPRESS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite's own options."""
@@ -104,27 +135,88 @@ class QTALECLI(RunConfiguration, LightningCLI):
         config = check_source(name, path, revision)
         check_tokens(self.model.tokenizer, config, source_name(name, path, revision))
 
+    def check_training(self) -> None:
+        """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
+        super().check_training()
+        for option, kind, instead in (
+            ("logger", WandbLogger, "leave it out, and give --wandb online, --wandb_project NAME"),
+            ("plugins", CheckpointIO, "leave it out: checkpoints hold trainable weights only, and are small"),
+            (
+                "strategy",
+                FSDPStrategy,
+                "give --trainer.strategy fsdp, which can mix frozen and trained dtypes",
+            ),
+        ):
+            for one in self._asked(option):
+                if isinstance(one, kind):
+                    raise ValueError(
+                        f"--trainer.{option} {type(one).__name__} doesn't fit what the suite does itself: {instead}"
+                    )
+        limit = self.config["trainer"]["max_time"]
+        try:
+            if limit is not None and not (Timer(limit).time_remaining() or 0) > 0:
+                raise ValueError(f"--trainer.max_time {limit} leaves no time to train")
+        except MisconfigurationException as error:
+            raise ValueError(f"--trainer.max_time {limit}: {error}") from error
+
+    def check_rows(self) -> None:
+        """Refuse rows that are too few to train or quantize on; :meth:`prepare_data` comes before (ValueError)."""
+        data, quantization = self.datamodule, self.quantization
+        _ = self.schedule  # refuses rows that are fewer than a batch
+        validated = -(-len(data.questions("calibration")) // data.batch_size)
+        checks.limited(self.config["trainer"], "limit_val_batches", validated)
+        if quantization.bits and quantization.calibrates:
+            sequences = data.calibration_sequences(quantization.sequences)
+            checks.check_calibration(sequences, self.reserved_tokens, MIN_TOKENS)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How long training is; :meth:`prepare_data` comes before."""
+        return checks.schedule(self.config["trainer"], self.datamodule.batches(self.devices))
+
+    def _asked(self, option: str) -> list[Any]:
+        """What ``--trainer.<option>`` asks for, where it takes one or several: as instances."""
+        asked = self.config_init["trainer"][option]
+        if asked is None or isinstance(asked, bool):
+            return []
+        return [*asked] if isinstance(asked, list | tuple) else [asked]
+
     def make_trainer(self) -> L.Trainer:
-        """The trainer of ``fit``, with the run's loggers and callbacks.
+        """The trainer of ``fit``, with the run's callbacks; its loggers, which write, come by :meth:`start_logging`.
 
         Validation is spread evenly over training, whether that is given in steps or in epochs.
+
+        Raises:
+            ValueError: The Trainer refuses its options.
         """
-        run, options = self.run, dict(self.config["trainer"])
-        accumulate = options["accumulate_grad_batches"]
-        batches = self.datamodule.steps_per_epoch * (options["max_epochs"] or 1)
-        if (options["max_steps"] or -1) > 0:
-            batches = options["max_steps"] * accumulate
+        run, schedule = self.run, self.schedule
+        options = dict(self.config_init["trainer"])  # its classes are instances there
+        plugins = self._asked("plugins")
+        if options["precision"] is None and not any(isinstance(one, Precision) for one in plugins):
+            options["precision"] = self.config["trainer"]["precision"]
+        asked, ours = self._asked("callbacks"), self._callbacks(run, schedule.steps)
+        if any(isinstance(callback, ProgressBar) for callback in asked):
+            ours = [callback for callback in ours if not isinstance(callback, ProgressBar)]
         options |= {
             "default_root_dir": str(run.root),
             "use_distributed_sampler": False,  # batches by length are cut for every rank by the data module
-            "val_check_interval": max(1, batches // self.config["validations"]),
+            "val_check_interval": schedule.interval(self.config["validations"]),
             "check_val_every_n_epoch": None,
-            "logger": self._loggers(run),
-            "callbacks": [*(options["callbacks"] or []), *self._callbacks(run, batches // accumulate)],
-            "strategy": resolve_strategy(options["strategy"]),
-            "plugins": [RunCheckpointIO(run.root), *(options["plugins"] or [])],
+            "logger": False,
+            "callbacks": [*asked, *ours],
+            "strategy": resolve_strategy(self.config_init["trainer"]["strategy"]),
+            "plugins": [RunCheckpointIO(run.root), *plugins],
         }
-        return L.Trainer(**options)
+        try:
+            return L.Trainer(**options)
+        except (MisconfigurationException, RuntimeError, TypeError, ModuleNotFoundError) as error:
+            raise ValueError(f"Lightning's Trainer refuses its options (--trainer.…): {error}") from error
+
+    def start_logging(self, trainer: L.Trainer) -> None:
+        """Give the trainer the run's loggers, and those of ``--trainer.logger`` behind them."""
+        if self.config["trainer"]["logger"] is False:
+            log.info("--trainer.logger false: the run's own log stays, since its report is made from it")
+        trainer.loggers = [*self._loggers(self.run), *self._asked("logger")]
 
     def _callbacks(self, run: RunDirectory, steps: int) -> list[Callback]:
         # Here, so that `fit --help` doesn't wait for what runs after training.

@@ -12,6 +12,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
 
+from qtale_lightning import checks
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.evaluation.options import SweepOptions
@@ -19,6 +20,7 @@ from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.settings import ModelSettings, WandbMode
+from qtale_lightning.values import UserPath
 from qtale_lightning.yaml_files import check_yaml, read_yaml
 
 DESCRIPTION = "Configuration of a QTALE run."
@@ -49,12 +51,19 @@ _load = get_loader("yaml")
 set_loader("yaml", _load_checked)  # files that a file names, too
 
 
+def usage(prog: str) -> str:
+    """One line: all options are a page before every error."""
+    return f"{prog} [--config FILE …] [OPTIONS]"
+
+
 def add_run_options(parser: ArgumentParser) -> None:
     """The suite's own options, beside --model, --data and --trainer."""
-    parser.add_argument("--out", type=str, default="outputs", help="Folder that run directories are made in.")
+    parser.add_argument(
+        "--out", type=UserPath, default=UserPath("outputs"), help="Folder that run directories are made in."
+    )
     parser.add_argument(
         "--ckpt_path",
-        type=str | None,
+        type=UserPath | None,
         default=None,
         help="Checkpoint to resume from; 'last' is the run's own. A run that was interrupted resumes by itself.",
     )
@@ -103,19 +112,31 @@ class RunConfiguration:
 
     @property
     def devices(self) -> int:
-        """Of all nodes, as far as the configuration says."""
-        devices = str(self.config["trainer"]["devices"])  # the parser leaves numbers as text, too
-        return (int(devices) if devices.isdecimal() else 1) * self.config["trainer"]["num_nodes"]
+        """Of all nodes: as given, or what this machine has (ValueError: it hasn't them)."""
+        trainer = self.config["trainer"]
+        devices, nodes = (
+            str(trainer["devices"]),
+            trainer["num_nodes"],
+        )  # the parser leaves numbers as text, too
+        if devices.isdecimal() and int(devices) > 0:
+            return int(devices) * nodes
+        from qtale_lightning.strategy import count_devices
+
+        return count_devices(trainer["accelerator"], trainer["devices"]) * nodes
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens of a sequence that every layer sees for certain, as far as a quantization's search needs them."""
+        return MIN_TOKENS if self.model.method == "full" else self.model.routing_options["reserved_tokens"]
 
     def check(self) -> None:
         """Refuse what can't work before anything expensive starts (ValueError)."""
         config = self.model.shape
         routed = self.model.method != "full"
-        reserved = self.model.routing_options["reserved_tokens"] if routed else MIN_TOKENS
         shapes = linear_shapes(config)
         layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
         named = {f"{layer}.{name}": shapes[name.split(".")[1]] for layer in layers for name in LINEARS}
-        self.quantization.check(named, reserved)
+        self.quantization.check(named, self.reserved_tokens)
         start = self.model.routing_options["start_layer"]
         if not 0 <= start < config.num_hidden_layers:
             raise ValueError(
@@ -130,12 +151,10 @@ class RunConfiguration:
                 f"--sweep.rule tolerance compares accuracies question by question, and {', '.join(texts)} has none: "
                 "take one-standard-error (by nll, then) or one of the budget rules"
             )
-        if self.config["trainer"]["max_steps"] == 0:
-            raise ValueError(
-                "--trainer.max_steps 0 trains nothing: give a number of steps, or -1 and --trainer.max_epochs"
-            )
-        if self.config["validations"] < 1:
-            raise ValueError(f"--validations {self.config['validations']} must be at least 1")
+
+    def check_training(self) -> None:
+        """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
+        checks.check_trainer(self.config["trainer"], self.config["validations"])
 
 
 class PlannedRun(RunConfiguration):
@@ -143,7 +162,7 @@ class PlannedRun(RunConfiguration):
 
     def __init__(self, args: list[str], prog: str) -> None:
         check_files(args)
-        parser = ArgumentParser(prog=prog, description=DESCRIPTION, exit_on_error=False)
+        parser = ArgumentParser(prog=prog, usage=usage(prog), description=DESCRIPTION, exit_on_error=False)
         parser.add_argument(
             "-c",
             "--config",
@@ -161,7 +180,14 @@ class PlannedRun(RunConfiguration):
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
 
-_TYPES = {"int": int, "bool": bool, "Optional[int]": int | None, "Optional[bool]": bool | None}
+_TYPES: dict[str, Any] = {
+    "int": int,
+    "bool": bool,
+    "Optional[int]": int | None,
+    "Optional[bool]": bool | None,
+    "Union[int, float]": int | float,
+    "Optional[Union[int, float]]": int | float | None,
+}
 
 
 def trainer_options() -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lightning import checks
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
 from qtale_lightning.machine import in_words
@@ -69,11 +70,8 @@ def print_plan(run: RunConfiguration) -> None:
 
 def optimizer_steps(run: RunConfiguration) -> int:
     """Steps of the training: as given, or about, by the public sizes of the training splits."""
-    trainer, data = run.config["trainer"], run.datamodule
-    if (trainer["max_steps"] or -1) > 0:
-        return trainer["max_steps"]
-    batches = _training_rows(run) // (data.batch_size * run.devices) // trainer["accumulate_grad_batches"]
-    return batches * (trainer["max_epochs"] or 1)
+    batches = _training_rows(run) // (run.datamodule.batch_size * run.devices)
+    return checks.schedule(run.config["trainer"], max(1, batches)).steps
 
 
 def training_flops(run: RunConfiguration) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from qtale_lightning.checks import OWNED
 from qtale_lightning.files import remove_leftovers, replacing
 from qtale_lightning.locks import locked
 
@@ -23,6 +24,7 @@ _FREE_TRAINER_KEYS = {
     "strategy",
     "enable_progress_bar",
     "log_every_n_steps",
+    *OWNED,
 }
 
 

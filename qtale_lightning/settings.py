@@ -1,13 +1,11 @@
 """What a configuration says of the model, its training and its log, checked; nothing is loaded for it."""
 
-import json
-import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from qtale_lightning.models.locations import known_commit
-from qtale_lightning.models.presets import preset
+from qtale_lightning.models.presets import architecture, preset
+from qtale_lightning.values import Names, UserPath, not_negative, positive, share
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -54,7 +52,7 @@ class ModelSettings:
     def __init__(
         self,
         name: str = "smollm2-135m",
-        path: str | None = None,
+        path: UserPath | str | None = None,
         revision: str | None = None,
         method: str = "qtale",
         router_width: int = 512,
@@ -69,7 +67,7 @@ class ModelSettings:
         lora_rank: int = 8,
         lora_alpha: float = 16.0,
         lora_dropout: float = 0.05,
-        lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj"),
+        lora_targets: Names[str] = Names(("q_proj", "k_proj", "v_proj")),  # noqa: B008 (a tuple)
         lr: float = 2.8e-4,
         router_lr: float | None = None,
         weight_decay: float = 0.02,
@@ -89,35 +87,20 @@ class ModelSettings:
                 f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
                 "(METHOD=… of make sets it)"
             )
-        for option, share in (
-            ("target_ratio", target_ratio),
-            ("ratio_schedule", ratio_schedule),
-            ("warmup", warmup),
-        ):
-            if not 0 <= share <= 1:
-                raise ValueError(f"--model.{option} {share} is not a share: give a value in [0, 1]")
-        positive = {
-            "lr": lr,
-            "router_lr": lr if router_lr is None else router_lr,
-            "temperature": temperature,
-            "lora_rank": lora_rank,
-            "lora_alpha": lora_alpha,
-            "router_width": router_width,
-            "reserved_tokens": reserved_tokens,  # a query needs a key to attend to in every layer
-        }
-        for option, size in positive.items():
-            if not 0 < size < math.inf:
-                raise ValueError(f"--model.{option} {size} must be positive and finite")
-        weights = {
-            "lambda_ratio": lambda_ratio,
-            "lambda_entropy": lambda_entropy,
-            "weight_decay": weight_decay,
-        }
-        for option, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"--model.{option} {weight} must not be negative, and finite")
+        for option in ("target_ratio", "ratio_schedule", "warmup"):
+            share(f"model.{option}", arguments[option])
+        # Of the reserved tokens one is needed in every layer: a query needs a key to attend to.
+        for option in ("lr", "temperature", "lora_rank", "lora_alpha", "router_width", "reserved_tokens"):
+            positive(f"model.{option}", arguments[option])
+        positive("model.router_lr", lr if router_lr is None else router_lr)
+        for option in ("lambda_ratio", "lambda_entropy", "weight_decay"):
+            not_negative(f"model.{option}", arguments[option])
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
+        if not lora_targets and not train_all:
+            raise ValueError(
+                "--model.lora_targets is empty: give at least one projection, or --model.train_all true"
+            )
         if unknown := set(lora_targets) - set(PROJECTIONS):
             known = ", ".join(PROJECTIONS)
             raise ValueError(
@@ -139,19 +122,13 @@ class ModelSettings:
             "dropout": lora_dropout,
             "targets": lora_targets,
         }
-        self.lr, self.router_lr = lr, positive["router_lr"]
+        self.lr, self.router_lr = lr, lr if router_lr is None else router_lr
         self.weight_decay, self.warmup = weight_decay, warmup
 
     @property
     def shape(self) -> SimpleNamespace:
-        """The architecture that is trained, in the fields of RoutedLlamaConfig that costs are counted from.
-
-        A folder's own configuration comes before the preset's; whether it is that preset's model, ``fit`` checks.
-        """
-        base = {"tie_word_embeddings": False, **preset(self.name).architecture}
-        own = Path(self.path) / "config.json" if self.path is not None else None
-        if own is not None and own.is_file():
-            base |= json.loads(own.read_text(encoding="utf-8"))
+        """The architecture that is trained, in the fields of RoutedLlamaConfig that costs are counted from."""
+        base = {"tie_word_embeddings": False, **architecture(self.name, self.path)}
         return SimpleNamespace(**base, **self.routing(base["num_hidden_layers"]))
 
     def routing(self, layers: int) -> dict[str, int]:

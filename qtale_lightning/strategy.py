@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric import Fabric
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from qtale_lightning.checkpoints import read_checkpoint
 from qtale_lightning.models.adapters import check_trainable_state
@@ -35,6 +37,20 @@ class FSDP2Strategy(ModelParallelStrategy):
         assert self.lightning_module is not None
         check_trainable_state(self.lightning_module, saved["state_dict"])
         return super().load_checkpoint(checkpoint_path, weights_only=True)  # whatever was asked
+
+
+def count_devices(accelerator: Any, devices: Any) -> int:
+    """Devices of this machine that Lightning takes for ``--trainer.devices``, such as auto, -1 or 0,2.
+
+    Raises:
+        ValueError: There are none of the kind, or not these.
+    """
+    try:
+        return Fabric(accelerator=accelerator, devices=devices).world_size
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--trainer.devices {devices}, --trainer.accelerator {accelerator}: {error}"
+        ) from error
 
 
 def resolve_strategy(asked: Any) -> Any:

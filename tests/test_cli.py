@@ -181,6 +181,194 @@ def test_a_value_that_would_train_to_no_avail(fit: Refusal, more: tuple[str, ...
     assert more[0] in fit(*more)
 
 
+@pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(
+            "model.target_ratio",
+            "model.lambda_ratio",
+            "model.lambda_entropy",
+            "model.temperature",
+            "model.lr",
+        ),
+        *(
+            "model.ratio_schedule",
+            "model.lora_alpha",
+            "model.lora_dropout",
+            "model.router_lr",
+            "model.warmup",
+        ),
+        *("model.weight_decay", "quantize.bits", "sweep.thresholds", "sweep.budgets", "sweep.margin"),
+        *("trainer.gradient_clip_val", "trainer.limit_train_batches", "trainer.limit_val_batches"),
+    ],
+)
+def test_what_is_no_number_is_never_trained_with(planned: Refusal, option: str, value: str) -> None:
+    for written in (value, f"[{value}]"):  # in a list, it is YAML's number
+        assert option in planned(f"--{option}={written}").split("error:")[-1]
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+@pytest.fixture
+def planned(options: Options, refused: Refusal) -> Refusal:
+    """Runs a ``plan`` that must be refused: what it refuses, ``fit`` does by the same check."""
+
+    def run(*more: str) -> str:
+        return refused("plan", *options("tiny", "qtale", *SMALL, *more))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        pytest.param(("accumulate_grad_batches", "0"), ("at least 1",), id="accumulation"),
+        pytest.param(("max_steps", "0"), ("--trainer.max_epochs",), id="no steps"),
+        pytest.param(("max_epochs", "0"), ("trains nothing", "--trainer.max_steps"), id="no epochs"),
+        pytest.param(("max_epochs", "-5"), ("trains nothing",), id="negative epochs"),
+        pytest.param(("max_steps", "-1"), ("no end", "--trainer.max_epochs"), id="no end"),
+        pytest.param(("limit_val_batches", "0"), ("number of batches",), id="no validation"),
+        pytest.param(("limit_train_batches", "0"), ("number of batches",), id="no training"),
+        pytest.param(("limit_train_batches", "1.5"), ("a share in (0, 1]",), id="more than all"),
+        pytest.param(("gradient_clip_val", "-1"), ("0 (no clipping) or more",), id="clipping"),
+        pytest.param(
+            ("fast_dev_run", "true"), ("--trainer.max_steps 2", "--data.limit_train"), id="fast_dev_run"
+        ),
+        pytest.param(("barebones", "true"), ("no checkpoint",), id="barebones"),
+        pytest.param(("overfit_batches", "1"), ("--data.limit_train",), id="overfit_batches"),
+        pytest.param(("enable_checkpointing", "false"), ("suite's own", "exported"), id="checkpointing"),
+        pytest.param(("default_root_dir", "x"), ("suite's own", "--out"), id="default_root_dir"),
+        pytest.param(
+            ("val_check_interval", "0.5"), ("suite's own", "--validations"), id="val_check_interval"
+        ),
+        pytest.param(
+            ("check_val_every_n_epoch", "2"), ("suite's own", "--validations"), id="check_val_every"
+        ),
+        pytest.param(("use_distributed_sampler", "false"), ("suite's own",), id="use_distributed_sampler"),
+    ],
+)
+def test_the_trainers_options_that_cant_be(
+    planned: Refusal, more: tuple[str, str], words: tuple[str, ...]
+) -> None:
+    message = planned(f"--trainer.{more[0]}", more[1])
+    assert [word for word in (f"--trainer.{more[0]}", *words) if word not in message] == [], message
+
+
+def test_what_older_runs_recorded_of_the_suites_own_options_is_read(options: Options, tmp_path: Path) -> None:
+    """They were part of a run's configuration once, with the values that the suite keeps; they identify nothing."""
+    from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.run import identity
+
+    (tmp_path / "old.yaml").write_text(
+        "trainer: {default_root_dir: null, val_check_interval: null, check_val_every_n_epoch: 1, "
+        "use_distributed_sampler: true, enable_checkpointing: null, fast_dev_run: false}"
+    )
+    command = options("tiny", "qtale", *SMALL)
+    old, new = QTALECLI([*command, "--config", str(tmp_path / "old.yaml")], "fit"), QTALECLI(command, "fit")
+    old.check_training()
+    assert identity(old.config_text()) == identity(new.config_text())
+
+
+def test_a_list_of_one_is_the_same_run(options: Options) -> None:
+    from qtale_lightning.cli import QTALECLI
+    from qtale_lightning.run import identity
+
+    texts = [
+        QTALECLI(options("tiny", "qtale", *SMALL, "--model.lora_targets", one), "fit").config_text()
+        for one in ("q_proj", "[q_proj]")
+    ]
+    assert texts[0] == texts[1]
+    assert identity(texts[0]) == identity(texts[1])
+
+
+def test_classes_of_lightning_that_the_suite_has_its_own_of(fit: Refusal, tmp_path: Path) -> None:
+    for option, name, word in (
+        ("logger", "WandbLogger", "--wandb online"),
+        ("plugins", "AsyncCheckpointIO", "small"),
+        ("strategy.class_path", "FSDPStrategy", "--trainer.strategy fsdp"),
+    ):
+        message = fit(f"--trainer.{option}={name}")
+        assert name in message
+        assert word in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--trainer.strategy", "nonsense"), id="strategy"),
+        pytest.param(("--trainer.profiler", "nonsense"), id="profiler"),
+        pytest.param(("--trainer.accelerator", "nonsense"), id="accelerator"),
+        pytest.param(("--trainer.devices", "0"), id="no devices"),
+        pytest.param(("--trainer.devices", "x"), id="devices"),
+        pytest.param(("--trainer.num_nodes", "0"), id="nodes"),
+        pytest.param(("--trainer.devices", "99"), id="more devices than batches"),
+        pytest.param(("--trainer.limit_val_batches", "0.0001"), id="share without a batch"),
+        pytest.param(("--trainer.max_time", "00:00:00:00"), id="no time"),
+        pytest.param(("--trainer.max_time", "soon"), id="time"),
+    ],
+)
+def test_what_lightning_refuses_leaves_nothing_behind(
+    fit: Refusal, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    assert "error:" in fit(*more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_by_path_reach_the_trainer(options: Options, tmp_path: Path) -> None:
+    """As everybody writes them for a LightningCLI, beside what the suite adds."""
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar, RichProgressBar
+    from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.profilers import SimpleProfiler
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+
+    from qtale_lightning.cli import QTALECLI
+
+    more = (
+        *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"),
+        *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=train/loss"),
+        *("--trainer.callbacks+=RichProgressBar", "--trainer.profiler=SimpleProfiler"),
+        *("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'mine'}"),
+        *("--trainer.strategy.class_path=SingleDeviceStrategy", "--trainer.strategy.device=cpu"),
+    )
+    cli = QTALECLI(options("tiny", "qtale", *SMALL, "--out", str(tmp_path), *more), "fit")
+    cli.check()
+    cli.check_training()
+    cli.prepare_data()
+    cli.check_rows()
+    trainer = cli.make_trainer()
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert {EarlyStopping, ModelCheckpoint, RichProgressBar} <= {*kinds}
+    assert sum(issubclass(kind, ProgressBar) for kind in kinds) == 1
+    assert isinstance(trainer.profiler, SimpleProfiler)
+    assert isinstance(trainer.strategy, SingleDeviceStrategy)
+    cli.start_logging(trainer)
+    folders = [Path(logger.save_dir or "") for logger in trainer.loggers if isinstance(logger, CSVLogger)]
+    assert folders == [cli.run.root, tmp_path / "mine"]
+    assert trainer.logger is trainer.loggers[0], "the suite's own comes first: its folder is the run's"
+
+
+def test_validations_are_spread_over_the_batches_of_each_device(options: Options, tmp_path: Path) -> None:
+    from qtale_lightning.cli import QTALECLI
+
+    more = (
+        "--trainer.max_steps",
+        "-1",
+        "--trainer.max_epochs",
+        "4",
+        "--trainer.devices",
+        "2",
+        "--validations",
+        "2",
+    )
+    cli = QTALECLI(options("tiny", "qtale", *SMALL, *more), "fit")
+    cli.prepare_data()
+    assert (cli.schedule.epoch, cli.schedule.batches) == (2, 8)  # 16 rows, 4 on each device
+    assert cli.make_trainer().val_check_interval == 4
+
+
 # ------------------------------------------------------------------------------------------------------- data
 
 
@@ -221,6 +409,15 @@ def test_fewer_rows_than_a_batch(fit: Refusal) -> None:
     message = fit("--data.batch_size", "17")
     assert "16 training rows" in message
     assert "--data.batch_size" in message
+
+
+def test_rows_too_few_to_calibrate_on(fit: Refusal, tmp_path: Path) -> None:
+    """Known before training: 8 rows × 2 reserved tokens are all that a skipped layer would see."""
+    message = fit("--data.limit_train", "8")
+    assert "16 tokens of 8 training rows" in message
+    assert "32" in message
+    assert "--data.limit_train" in message
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------ models
@@ -293,6 +490,15 @@ def test_nothing_to_resume(fit: Refusal, tmp_path: Path) -> None:
     assert "nothing to resume from" in message
     assert str(tmp_path / "out" / RUN / "checkpoints" / "last.ckpt") in message
     assert "Leave --ckpt_path out" in message
+
+
+def test_a_trained_model_whose_checkpoints_are_gone_isnt_trained_anew(fit: Refusal, tmp_path: Path) -> None:
+    (tmp_path / "out" / RUN / "model").mkdir(parents=True)
+    message = fit()
+    assert str(tmp_path / "out" / RUN / "checkpoints" / "last.ckpt") in message
+    assert "is gone" in message
+    assert "quantize|sweep|report" in message
+    assert "--out" in message
 
 
 def test_a_checkpoint_that_isnt_there(fit: Refusal, tmp_path: Path) -> None:

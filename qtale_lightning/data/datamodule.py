@@ -43,7 +43,11 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Batches of one device in a whole epoch."""
-        return len(self._batch_sampler(self._mixed()))
+        return self.batches(self._replicas()[0])
+
+    def batches(self, devices: int) -> int:
+        """Batches of each of so many devices in a whole epoch (ValueError: the rows are fewer than one each)."""
+        return len(LengthBatchSampler([0] * len(self._mixed()), self.batch_size, self.seed, devices))
 
     def setup(self, stage: str | None = None) -> None:
         """Reads, chooses and encodes the rows; the second call does nothing.

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from qtale_lightning.data.asking import Asking
 from qtale_lightning.data.tasks import SUITES, resolve_tasks
+from qtale_lightning.values import UserPath
 
 MIXES = ("proportional", "uniform")
 
@@ -40,7 +41,7 @@ class DataSettings:
     def __init__(
         self,
         tasks: str | list[str] = "csqa",
-        root: str | None = None,
+        root: UserPath | str | None = None,
         prompt_style: str = "cloze",
         choice_labels: str = "letters",
         shots: int = 0,

@@ -1,6 +1,8 @@
 """The models that the suite knows by name."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -65,6 +67,21 @@ PRESETS: dict[str, Preset] = {
         revision="13afe5124825b4f3751f836b40dafda64c1ed062",
     ),
 }
+
+
+def architecture(name: str, path: str | None) -> dict[str, Any]:
+    """A preset's architecture with the embeddings of the folder that holds its weights, if that is one.
+
+    Many fine-tunes have a padding token more. All else must agree: where the folder is loaded from, that is checked.
+    """
+    config, known = Path(path or "", "config.json"), preset(name).architecture
+    if path is None or not config.is_file():
+        return known
+    try:
+        own = json.loads(config.read_text(encoding="utf-8"))
+        return known | {key: own[key] for key in ("vocab_size", "tie_word_embeddings") if key in own}
+    except (ValueError, TypeError):  # said where it is loaded from
+        return known
 
 
 def preset(name: str) -> Preset:

@@ -1,7 +1,6 @@
 """Loading a base model or its tokenizer from a folder, the hub or a package."""
 
 from importlib.resources import files
-from pathlib import Path
 
 import torch
 from transformers import (
@@ -51,14 +50,8 @@ _SHAPE = (
 )
 
 
-def planned_config(name: str, path: str | None = None) -> LlamaConfig:
-    """The architecture, without touching weights or network: a folder's own where ``path`` is one, or the preset's.
-
-    Raises:
-        ModelUnavailableError, ValueError: as :func:`check_source`, of a folder.
-    """
-    if path is not None and Path(path).is_dir():
-        return check_source(name, path)
+def planned_config(name: str) -> LlamaConfig:
+    """The architecture of a preset, without touching weights or network."""
     return LlamaConfig(**preset(name).architecture)
 
 

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from qtale_lightning.quantization.precision import CANDIDATES, neighbours, uniform
 from qtale_lightning.quantization.rtn import check_quantizable
+from qtale_lightning.values import Numbers
 
 Engine = Literal["native", "autoawq", "rtn"]
 
@@ -29,7 +30,7 @@ class QuantizationOptions:
             native). AWQ alone has no such step.
     """
 
-    bits: tuple[int | float, ...] = (4, 3)
+    bits: Numbers[int | float] = Numbers((4, 3))  # noqa: RUF009 (a tuple)
     group_size: int = 128
     engine: Engine = "native"
     symmetric: bool = False

@@ -93,6 +93,7 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
     arguments += ["--data.tasks", data, "--seed_everything", str(seed)]
     cli = QTALECLI([*arguments, "--out", str(request.out)], "python -m qtale_lightning fit")
     cli.check()
+    cli.check_training()
     cli.pin_base()
     if cli.model.path is not None and cli.model.revision is not None:
         arguments += ["--model.revision", cli.model.revision]  # a branch may move before the run starts

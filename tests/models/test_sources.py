@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qtale_lightning.hub.errors import HubError
+from qtale_lightning.models.presets import architecture
 from qtale_lightning.models.sources import (
     PRESETS,
     check_source,
@@ -87,17 +88,18 @@ def with_pad(token: str) -> PreTrainedTokenizerBase:
 def test_a_folders_vocabulary_is_its_own(tmp_path: Path) -> None:
     """A fine-tune with a padding token of its own is the same model in all else."""
     folder = tiny_folder(tmp_path, vocab_size=769)
-    assert planned_config("tiny", str(folder)).vocab_size == 769
+    own = {"vocab_size": 769, "tie_word_embeddings": False}
+    assert architecture("tiny", str(folder)) == PRESETS["tiny"].architecture | own
     check_tokens(with_pad("[PAD]"), check_source("tiny", str(folder)), "it")
     torch.manual_seed(0)
-    model = LlamaForCausalLM(planned_config("tiny", str(folder)))
+    model = LlamaForCausalLM(check_source("tiny", str(folder)))
     model.save_pretrained(tmp_path)
     loaded = load_base("tiny", str(tmp_path))
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
 def test_a_hub_id_is_planned_by_its_preset() -> None:
-    assert planned_config("llama2-7b", "somebody/a-fine-tune").vocab_size == 32000
+    assert architecture("llama2-7b", "somebody/a-fine-tune")["vocab_size"] == 32000
 
 
 def test_a_pad_token_behind_the_embedding_is_refused() -> None:
@@ -120,7 +122,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path, packing: dict[str, Any]) ->
     folder = tiny_folder(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": packing}))
-    for refuse in (check_source, planned_config, load_base):
+    for refuse in (check_source, load_base):
         with pytest.raises(
             ValueError, match=r"--model.path\) is quantized already \((awq|by an unnamed method)\)"
         ):

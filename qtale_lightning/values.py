@@ -1,0 +1,91 @@
+"""Values of options: lists and paths as people write them, and guards that NaN fails, too."""
+
+import math
+from collections.abc import Iterable
+from os.path import expanduser
+from typing import Any, TypeVar
+
+from jsonargparse.typing import register_type
+
+Item = TypeVar("Item")
+
+
+class Numbers(tuple[Item, ...]):
+    """Numbers of an option: ``[4, 3]``, ``4,3`` or one alone, on the command line as in YAML."""
+
+    @staticmethod
+    def read(value: Any) -> "Numbers[int | float]":
+        """From what was written (ValueError)."""
+        return Numbers(map(_number, _items(value)))
+
+
+class Names(tuple[Item, ...]):
+    """Names of an option: ``[q_proj, v_proj]``, ``q_proj,v_proj`` or one alone, on the command line as in YAML."""
+
+    @staticmethod
+    def read(value: Any) -> "Names[str]":
+        """From what was written (ValueError)."""
+        names: Names[str] = Names(_items(value))
+        if wrong := [name for name in names if not isinstance(name, str) or not name]:
+            raise ValueError(f"{wrong[0]!r} is no name: give names such as [a,b]")
+        return names
+
+
+class UserPath(str):
+    """A path (or the id of something on the hub) whose ``~`` is expanded, wherever it was written."""
+
+    @staticmethod
+    def read(value: Any) -> "UserPath":
+        """From what was written (ValueError)."""
+        if not isinstance(value, str):
+            raise ValueError(f"{value!r} is no path: put it in quotes")
+        return UserPath(expanduser(value))
+
+
+register_type(Numbers, list, Numbers.read)
+register_type(Names, list, Names.read)
+register_type(UserPath, str, UserPath.read)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, str):
+        text = value.strip().removeprefix("[").removesuffix("]").strip()
+        return [part.strip() for part in text.split(",")] if text else []
+    if isinstance(value, list | tuple):
+        return value
+    if value is None or isinstance(value, dict):
+        raise ValueError("give a list such as [a,b], or one value")
+    return [value]
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number: give numbers such as [4,3], or one alone")
+    return value
+
+
+# A comparison with NaN is false: these say what must be true.
+
+
+def positive(option: str, value: float) -> None:
+    """Refuse what isn't a finite number above 0 (ValueError)."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"--{option} {value} must be positive, and finite")
+
+
+def not_negative(option: str, value: float) -> None:
+    """Refuse what isn't a finite number of 0 or more (ValueError)."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"--{option} {value} must not be negative, and finite")
+
+
+def share(option: str, value: float) -> None:
+    """Refuse what isn't in [0, 1] (ValueError)."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"--{option} {value} is not a share: give a value in [0, 1]")

@@ -1,0 +1,91 @@
+"""Values of options, as people write them on the command line and in YAML."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from qtale_lightning.values import Names, Numbers, UserPath, not_negative, positive, share
+
+
+class Options:
+    def __init__(
+        self,
+        bits: Numbers[int | float] = Numbers((4, 3)),  # noqa: B008
+        names: Names[str] = Names(("a",)),  # noqa: B008
+        path: UserPath | None = None,
+    ) -> None:
+        pass
+
+
+@pytest.fixture(params=["command line", "YAML"])
+def parse(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Parses ``parse(bits="4")`` from either; returns the options and what is dumped of them."""
+    monkeypatch.setenv("HOME", "/home/me")
+
+    def run(**given: str) -> tuple[Any, dict[str, Any]]:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--config", action="config")
+        parser.add_class_arguments(Options, "q")
+        arguments = [f"--q.{name}={value}" for name, value in given.items()]
+        if request.param == "YAML":
+            (tmp_path / "c.yaml").write_text("\n".join(["q:", *(f"  {k}: {v}" for k, v in given.items())]))
+            arguments = ["--config", str(tmp_path / "c.yaml")]
+        parsed = parser.parse_args(arguments)
+        return parsed.q, yaml.safe_load(parser.dump(parsed))["q"]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("4", [4]), ("[4, 3.5]", [4, 3.5]), ("4,3", [4, 3]), ("[]", []), ("1e-2", [0.01])],
+)
+def test_numbers_are_a_list_one_alone_or_joined_by_commas(
+    parse: Callable[..., Any], written: str, read: list[float]
+) -> None:
+    options, dumped = parse(bits=written)
+    assert list(options.bits) == dumped["bits"] == read
+
+
+@pytest.mark.parametrize("written", ["four", "[4, four]", "true", "{a: 1}"])
+def test_what_is_no_number_is_refused_in_words(parse: Callable[..., Any], written: str) -> None:
+    with pytest.raises(ArgumentError, match=r"no number|give a list"):
+        parse(bits=written)
+
+
+@pytest.mark.parametrize(("written", "read"), [("a", ["a"]), ("[a, b]", ["a", "b"]), ("a,b", ["a", "b"])])
+def test_names_likewise(parse: Callable[..., Any], written: str, read: list[str]) -> None:
+    options, dumped = parse(names=written)
+    assert list(options.names) == dumped["names"] == read
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("~/runs", "/home/me/runs"), ("runs/~x", "runs/~x"), ("org/model", "org/model"), ("null", None)],
+)
+def test_a_home_folder_is_expanded(parse: Callable[..., Any], written: str, read: str | None) -> None:
+    options, dumped = parse(path=written)
+    assert options.path == dumped.get("path") == read
+
+
+@pytest.mark.parametrize("guard", [positive, not_negative, share])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1])
+def test_guards_refuse_what_is_no_number(guard: Callable[[str, float], None], value: float) -> None:
+    with pytest.raises(ValueError, match=r"--model.lr (nan|-?inf|-0.1) "):
+        guard("model.lr", value)
+
+
+def test_guards_know_their_bounds() -> None:
+    not_negative("x", 0)
+    share("x", 0)
+    share("x", 1)
+    positive("x", 1e-9)
+    with pytest.raises(ValueError, match="must be positive"):
+        positive("x", 0)
