@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "evaluation": {"data", "files", "finite", "losses", "metrics", "models", "paths", "quantization"},
     "harness": {"data", "files", "hub", "run", "stages"},
     "module": {"losses", "metrics", "models", "settings"},
-    "run": {"files", "locks"},
+    "run": {"files", "locks", "yaml_files"},
     "settings": {"models"},
     "strategy": {"checkpoints", "models"},
     "sweeps": {"errors", "files", "locks", "report", "wandb_session", "yaml_files"},
