@@ -13,6 +13,7 @@ import yaml
 from qtale_lightning.checks import OWNED
 from qtale_lightning.files import remove_leftovers, replacing
 from qtale_lightning.locks import locked
+from qtale_lightning.yaml_files import read_yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
@@ -112,7 +113,7 @@ class RunDirectory:
         """In which precision the run trains, as Lightning names it; None where it isn't there yet."""
         if not self.config.is_file():
             return None
-        precision = yaml.safe_load(self.config.read_text(encoding="utf-8"))["trainer"]["precision"]
+        precision = read_yaml(self.config).get("trainer", {}).get("precision")
         return None if precision is None else str(precision)
 
     def require_config(self) -> Path:

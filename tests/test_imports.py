@@ -57,7 +57,7 @@ MAY_IMPORT = {
     },
     "harness": {"data", "files", "hub", "run", "stages"},
     "module": {"losses", "metrics", "models", "settings"},
-    "run": {"checks", "files", "locks"},
+    "run": {"checks", "files", "locks", "yaml_files"},
     "schedule": set(),
     "settings": {"models", "values"},
     "strategy": {"checkpoints", "models"},
