@@ -42,16 +42,16 @@ class Copies:
         return next(self._all)
 
 
-def bandwidth(repeats: int) -> float:
-    """Bytes a second that a sum over 1 GiB reads."""
-    data = torch.ones(2**28)
+def bandwidth(values: int, repeats: int) -> float:
+    """Bytes a second that a sum over float32 values reads."""
+    data = torch.ones(values)
     return data.numel() * 4 / _median(lambda: data.sum(), repeats)
 
 
-def arithmetic(repeats: int) -> float:
-    """FLOPs a second of a bfloat16 matrix product of 2048³."""
-    one = torch.randn(2048, 2048, dtype=torch.bfloat16)
-    return 2 * 2048**3 / _median(lambda: one @ one, repeats)
+def arithmetic(width: int, repeats: int) -> float:
+    """FLOPs a second of a bfloat16 matrix product of width³."""
+    one = torch.randn(width, width, dtype=torch.bfloat16)
+    return 2 * width**3 / _median(lambda: one @ one, repeats)
 
 
 def _median(run: Any, repeats: int) -> float:
@@ -71,11 +71,12 @@ def main() -> None:
     options.add_argument("--tokens", type=int, nargs="*", default=[1, 8, 24, 64, 512])
     options.add_argument("--repeats", type=int, default=15)
     args = options.parse_args()
-    shapes = SHAPES
+    shapes, values, width = SHAPES, 2**28, 2048
     if args.quick:
         shapes, args.repeats, args.tokens = {"q_proj": (512, 512)}, 3, [1, 64]
+        values, width = 2**20, 256
     torch.manual_seed(0)
-    read, compute = bandwidth(args.repeats), arithmetic(args.repeats)
+    read, compute = bandwidth(values, args.repeats), arithmetic(width, args.repeats)
     print(
         f"{read / 1e9:.1f} GB/s read, {compute / 1e9:.0f} GFLOP/s in bfloat16, {torch.get_num_threads()} threads"
     )

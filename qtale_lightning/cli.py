@@ -80,10 +80,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
                 "exit_on_error": False,
             },
         )
-        trainer, kept = self.config["trainer"], self.run.precision()
-        self.precision_origin = "given" if trainer["precision"] is not None else "kept" if kept else "chosen"
-        if trainer["precision"] is None:
-            trainer["precision"] = kept or training_precision(trainer["accelerator"])
+        self._settle_precision()
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """--model, --data and --trainer, without showing what of the trainer the suite sets itself."""
@@ -107,6 +104,29 @@ class QTALECLI(RunConfiguration, LightningCLI):
             config.pop(key, None)
         return yaml.safe_dump(config, sort_keys=False)
 
+    def _settle_precision(self) -> None:
+        trainer = self.config["trainer"]
+        kept = self._begun("trainer").get("precision")
+        self.precision_origin = "given" if trainer["precision"] is not None else "kept" if kept else "chosen"
+        if trainer["precision"] is None:
+            trainer["precision"] = kept or training_precision(trainer["accelerator"])
+
+    def _begun(self, section: str) -> dict[str, Any]:
+        """A section of the configuration that the run began with; empty where it hasn't.
+
+        Raises:
+            ValueError: The run's configuration isn't one.
+        """
+        file = self.run.config
+        if not file.is_file():
+            return {}
+        content = read_yaml(file)
+        if not isinstance(content, dict) or not isinstance(content.get(section), dict):
+            raise ValueError(
+                f"{file} has no section {section!r}: it is damaged, or isn't a run's configuration"
+            )
+        return content[section]
+
     def prepare_data(self) -> CommonsenseDataModule:
         """The data module, read and tokenized."""
         self.datamodule.tokenizer = self.model.tokenizer
@@ -121,12 +141,11 @@ class QTALECLI(RunConfiguration, LightningCLI):
         Raises:
             HubError: It can't be looked up; the message says what to do.
         """
-        model, begun = self.model, self.run.config
-        if model.path is not None and not COMMIT.fullmatch(model.revision or "") and begun.is_file():
-            there = read_yaml(begun)["model"]
-            if there.get("path") == model.path and there.get("revision"):
-                model.revision = there["revision"]
-                log.info("the base model is %s at %s, with which the run began", model.path, model.revision)
+        model, there = self.model, self._begun("model")
+        moving = model.path is not None and not COMMIT.fullmatch(model.revision or "")
+        if moving and there.get("path") == model.path and there.get("revision"):
+            model.revision = there["revision"]
+            log.info("the base model is %s at %s, with which the run began", model.path, model.revision)
         self.config["model"]["revision"] = model.commit()
 
     def check_base(self) -> None:

@@ -109,13 +109,6 @@ class RunDirectory:
         with replacing(self.config) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
-    def precision(self) -> str | None:
-        """In which precision the run trains, as Lightning names it; None where it isn't there yet."""
-        if not self.config.is_file():
-            return None
-        precision = read_yaml(self.config).get("trainer", {}).get("precision")
-        return None if precision is None else str(precision)
-
     def require_config(self) -> Path:
         """The configuration file of a run that exists.
 

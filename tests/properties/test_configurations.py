@@ -1,14 +1,13 @@
 """Any configuration is accepted, and then says itself again, or is refused in words before anything starts."""
 
-import io
 from collections.abc import Callable
-from contextlib import redirect_stderr
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qtale_lightning.cli import QTALECLI
+from qtale_lightning.errors import explain
 
 numbers = st.one_of(
     st.integers(-3, 70), st.floats(), st.sampled_from([0, 1, 0.5, 1e-9, 1e30, 2**70]), st.floats(0, 1)
@@ -48,16 +47,15 @@ OPTIONS = (
 
 
 def configured(arguments: list[str]) -> QTALECLI | str:
-    """The configuration, or how it was refused."""
-    words = io.StringIO()
+    """The configuration, or how it was refused: by an error of a kind that is known and said in words."""
     try:
-        with redirect_stderr(words):
-            cli = QTALECLI(arguments, "fit")
-            cli.check()
-    except ValueError as error:
-        return str(error)
-    except SystemExit as end:
-        return words.getvalue() if end.code == 2 else ""
+        cli = QTALECLI(arguments, "fit")
+        cli.check()
+    except Exception as error:
+        explained = explain(error)
+        if explained is None:
+            raise
+        return explained.text
     return cli
 
 
