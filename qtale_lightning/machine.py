@@ -232,10 +232,10 @@ def hub() -> Finding:
 
 def silence(address: str) -> str | None:
     """Why a server doesn't answer; None where it does, whatever it says."""
-    import httpx2
+    from qtale_lightning.compat.http import httpx
 
     try:
-        httpx2.head(address, timeout=PATIENCE)
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        httpx.head(address, timeout=PATIENCE)
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return " ".join(str(error).split()) or type(error).__name__
     return None

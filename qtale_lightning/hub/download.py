@@ -9,11 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-import httpx2
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, get_session, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 from huggingface_hub.utils import enable_progress_bars
 
+from qtale_lightning.compat.http import httpx
 from qtale_lightning.hub.errors import SilenceError, explained, is_transient
 from qtale_lightning.hub.patience import Bar, Patience, patience
 from qtale_lightning.hub.repository import Repository
@@ -74,7 +74,7 @@ def reach() -> None:
     try:
         with patience():
             get_session().head(constants.ENDPOINT)
-    except (httpx2.TransportError, SilenceError) as error:
+    except (httpx.TransportError, SilenceError) as error:
         log.warning("%s can't be reached (%s): only what is cached is read", constants.ENDPOINT, error)
         constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
 

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx2
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -18,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from qtale_lightning.compat.http import httpx
 from qtale_lightning.hub.repository import Repository
 
 AGAIN = "Run the same command again: what was downloaded is kept."
@@ -42,7 +42,7 @@ def explained(repository: Repository) -> Iterator[None]:
         yield
     except HubError:
         raise
-    except (httpx2.HTTPError, HFValidationError, OSError, RevisionResolutionError, SilenceError) as error:
+    except (httpx.HTTPError, HFValidationError, OSError, RevisionResolutionError, SilenceError) as error:
         raise HubError(paragraph(repository, *reason_of(repository, error))) from error
 
 
@@ -55,7 +55,7 @@ def paragraph(repository: Repository, reason: str, mend: str) -> str:
 
 def is_of_the_network(error: BaseException) -> bool:
     """Whether it is an answer of the hub, or says that there was none."""
-    return isinstance(error, httpx2.TransportError | HfHubHTTPError | OfflineModeIsEnabled | SilenceError)
+    return isinstance(error, httpx.TransportError | HfHubHTTPError | OfflineModeIsEnabled | SilenceError)
 
 
 def root(error: BaseException) -> BaseException:
@@ -73,8 +73,8 @@ def is_transient(error: BaseException) -> bool:
         return cause.response.status_code == 408 or cause.response.status_code >= 500
     broken_off = isinstance(cause, OSError) and "Consistency check failed" in str(cause)
     return broken_off or (
-        isinstance(cause, httpx2.TransportError)
-        and not isinstance(cause, httpx2.ConnectError | httpx2.ProxyError)
+        isinstance(cause, httpx.TransportError)
+        and not isinstance(cause, httpx.ConnectError | httpx.ProxyError)
     )
 
 
@@ -92,14 +92,14 @@ def reason_of(repository: Repository, error: BaseException) -> tuple[str, str]:
         )
     if isinstance(cause, SilenceError):
         return str(cause), AGAIN
-    if isinstance(cause, httpx2.ProxyError):
+    if isinstance(cause, httpx.ProxyError):
         return f"the proxy refuses ({first_line(cause)})", "Check HTTPS_PROXY and NO_PROXY."
-    if isinstance(cause, httpx2.ConnectError):
+    if isinstance(cause, httpx.ConnectError):
         reason = f"{constants.ENDPOINT} can't be reached ({first_line(cause)})"
         return reason, f"Check the network (and HF_ENDPOINT, if you set it). {AGAIN}"
-    if isinstance(cause, httpx2.TimeoutException):
+    if isinstance(cause, httpx.TimeoutException):
         return f"{constants.ENDPOINT} didn't answer in time ({type(cause).__name__})", AGAIN
-    if isinstance(cause, httpx2.TransportError) or "Consistency check failed" in str(cause):
+    if isinstance(cause, httpx.TransportError) or "Consistency check failed" in str(cause):
         name = type(cause).__name__
         return f"the connection to {constants.ENDPOINT} broke off ({name}: {first_line(cause)})", AGAIN
     if isinstance(cause, HFValidationError):

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import httpx2
 from huggingface_hub import constants, set_client_factory
 from huggingface_hub.utils import tqdm
 from huggingface_hub.utils._http import default_client_factory
 
+from qtale_lightning.compat.http import httpx
 from qtale_lightning.hub.errors import SilenceError
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def patience() -> Iterator[Patience]:
         _present = outer
 
 
-def _limit(request: httpx2.Request) -> None:
+def _limit(request: httpx.Request) -> None:
     limits = request.extensions.get("timeout", {})
     kinds = ("connect", "read", "write", "pool")
     request.extensions["timeout"] = {kind: min(limits.get(kind) or REQUEST, REQUEST) for kind in kinds}
@@ -108,14 +108,14 @@ def _limit(request: httpx2.Request) -> None:
         _present.request()
 
 
-def _note(response: httpx2.Response) -> None:
+def _note(response: httpx.Response) -> None:
     if _present is not None:
         path = response.request.url.path
         about = path.startswith("/api/") and not path.startswith("/api/resolve-cache/")
         _present.response(response.status_code, body=response.request.method == "GET" and not about)
 
 
-def _client() -> httpx2.Client:
+def _client() -> httpx.Client:
     client = default_client_factory()
     hooks = client.event_hooks
     client.event_hooks = {"request": [*hooks["request"], _limit], "response": [*hooks["response"], _note]}

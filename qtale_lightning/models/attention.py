@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qtale_lightning import compat, cpu
+from qtale_lightning import cpu
+from qtale_lightning.compat import kernels
 from qtale_lightning.models.cache import RoutedCacheLayer
 from qtale_lightning.models.packing import Packing, Subset
 
@@ -131,7 +132,7 @@ class Packed:
         if not ragged or (self.cache is not None and self.cache.longest):
             return False
         if key.is_cuda:
-            return compat.takes_variable_lengths(key)
+            return kernels.takes_variable_lengths(key)
         return key.is_cpu and sum(self.packing.counts) >= MANY_TOKENS * len(self.packing.counts)
 
     def _flat(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -165,7 +166,7 @@ def _variable_length(
 ) -> Tensor:
     """Causal attention of all sequences of ``(N, H, d)`` at once, by PyTorch's kernel for CUDA."""
     ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=query.device)
-    return compat.variable_length_attention(query, key, value, ends, max(counts), scaling)
+    return kernels.variable_length_attention(query, key, value, ends, max(counts), scaling)
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

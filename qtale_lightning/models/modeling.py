@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from qtale_lightning import compat
+from qtale_lightning.compat.loading import misshaped
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm
@@ -237,7 +237,7 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
             for names, problem in (
                 (info["missing_keys"], "missing"),
                 (info["unexpected_keys"], "left over"),
-                (info["mismatched_keys"] or compat.misshaped(model), "misshaped"),
+                (info["mismatched_keys"] or misshaped(model), "misshaped"),
             )
             if names
         ]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qtale_lightning import compat, cpu
+from qtale_lightning import cpu
+from qtale_lightning.compat.kernels import has_bfloat16_kernels
 from qtale_lightning.quantization.rtn import Quantized
 
 # Inputs of a group that PyTorch's int4 kernels take.
@@ -188,7 +189,7 @@ class Int4CUDA:
         """Whether the weight is on a GPU that has the kernel, with codes below 16 and a shape that it takes."""
         outputs, groups, group_size = weight.codes.shape
         return (
-            compat.has_bfloat16_kernels(weight.codes.device)
+            has_bfloat16_kernels(weight.codes.device)
             and group_size in INT4_GROUP_SIZES
             and outputs % 8 == 0
             and _inner_tiles(groups * group_size) > 0

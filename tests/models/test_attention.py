@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qtale_lightning import compat
+from qtale_lightning.compat import kernels
 from qtale_lightning.models import attention
 from tests.tolerance import close
 
@@ -52,14 +52,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
         )
         return query
 
-    monkeypatch.setattr(compat.varlen, "varlen_attn", kernel)
+    monkeypatch.setattr(kernels.varlen, "varlen_attn", kernel)
     return asked
 
 
 def test_the_kernels_arguments(
     heads: tuple[Tensor, Tensor, Tensor], asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "_GROUPED_HEADS", True)
+    monkeypatch.setattr(kernels, "_GROUPED_HEADS", True)
     attention._variable_length(*heads, COUNTS, 0.3)
     ends = [0, 7, 7, 11, 12]
     assert asked.pop("heads") == heads[1:]
@@ -77,7 +77,7 @@ def test_a_kernel_without_grouped_heads_is_given_as_many_keys_as_queries(
     heads: tuple[Tensor, Tensor, Tensor], asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That of PyTorch 2.11, which doesn't know the argument."""
-    monkeypatch.setattr(compat, "_GROUPED_HEADS", False)
+    monkeypatch.setattr(kernels, "_GROUPED_HEADS", False)
     attention._variable_length(*heads, COUNTS, 0.3)
     assert "enable_gqa" not in asked
     repeats = heads[0].shape[1] // heads[1].shape[1]
@@ -101,8 +101,10 @@ def test_which_heads_the_kernel_is_given(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
-        assert compat.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype, device="cuda")) == taken
-    assert not compat.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype))
+        assert (
+            kernels.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype, device="cuda")) == taken
+        )
+    assert not kernels.takes_variable_lengths(torch.empty(1, 5, 2, width, dtype=dtype))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")

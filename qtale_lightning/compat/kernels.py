@@ -1,15 +1,10 @@
-"""What versions and devices lack, made good in this one place.
-
-The suite is pinned to the versions of requirements.txt and runs on machines that have older ones, down to PyTorch 2.11,
-transformers 5.17 and huggingface_hub 1.33: `benchmarks/gpu_check` is made for them.
-"""
+"""Kernels for CUDA of PyTorch: which GPUs have them, and how each version is asked for them."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import varlen
 
 # PyTorch 2.11 has no such argument, and promises nothing for fewer heads of keys than of queries.
@@ -53,13 +48,3 @@ def variable_length_attention(
     )
     assert isinstance(output, Tensor)  # nothing else was asked for
     return output
-
-
-def misshaped(model: nn.Module) -> list[str]:
-    """Tensors of a quantized model that were loaded in another shape than it was made with.
-
-    transformers 5.17 compares no shapes where there is a quantizer, and takes what comes. The quantizer keeps them in
-    its `shapes`, by name.
-    """
-    expected: Mapping[str, torch.Size] = getattr(getattr(model, "hf_quantizer", None), "shapes", {})
-    return [n for n, tensor in model.state_dict().items() if tensor.shape != expected.get(n, tensor.shape)]
