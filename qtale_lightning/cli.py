@@ -91,7 +91,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
         """
         model, begun = self.model, self.run.config
         if model.path is not None and not COMMIT.fullmatch(model.revision or "") and begun.is_file():
-            there = read_yaml(begun)["model"]
+            there = self.run.read_config()["model"]
             if there.get("path") == model.path and there.get("revision"):
                 model.revision = there["revision"]
                 log.info("the base model is %s at %s, with which the run began", model.path, model.revision)
