@@ -61,10 +61,10 @@ def fit(args: list[str]) -> None:
 def _fit(cli: QTALECLI, args: list[str]) -> None:
     """What `fit` does in the run's directory."""
     import yaml
-    from lightning.pytorch.utilities import rank_zero_only
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from qtale_lightning.checkpoints import resume_point
+    from qtale_lightning.locks import is_helper
     from qtale_lightning.models.sources import source_name
     from qtale_lightning.origin import origin
     from qtale_lightning.precision import remark
@@ -84,7 +84,7 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
         )
     made_from = origin(yaml.safe_load(cli.config_text())) | {"rows": data.digests()}
     known = load_or_new(run.root).get("run", {}).get("made_from")
-    first = rank_zero_only.rank == 0
+    first = not is_helper()
     (run.claim if first else run.check_claim)(cli.config_text(), made_from, known)
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
