@@ -61,12 +61,16 @@ def fit(args: list[str]) -> None:
 
 def _fit(cli: QTALECLI, args: list[str]) -> None:
     """What `fit` does in the run's directory."""
+    import yaml
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from qtale_lightning.checkpoints import resume_point
+    from qtale_lightning.locks import is_helper
     from qtale_lightning.models.sources import source_name
+    from qtale_lightning.origin import origin
     from qtale_lightning.precision import remark
     from qtale_lightning.report import run_metadata, update_results
+    from qtale_lightning.report.results import load_or_new
 
     run, data = cli.run, cli.prepare_data()
     cli.check_rows()
@@ -79,13 +83,18 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
             f"nothing to resume from: {checkpoint} isn't there. Leave --ckpt_path out to start."
         )
     trainer = cli.make_trainer()
-    run.claim(cli.config_text())
+    made_from = origin(yaml.safe_load(cli.config_text())) | {"rows": data.digests()}
+    known = load_or_new(run.root).get("run", {}).get("made_from")
+    first = not is_helper()
+    (run.claim if first else run.check_claim)(cli.config_text(), made_from, known)
     command = shlex.join(["python", "-m", "qtale_lightning", "fit", *args])
     seed = cli.model.seed
     source = source_name(cli.model.name, cli.model.path, cli.model.revision)
     metadata = run_metadata(cli.model.name, cli.model.method, data.label, seed, command, source)
     precision = str(cli.config["trainer"]["precision"])
-    update_results(run.root, "run", metadata | {"precision": precision})
+    if first:
+        update_results(run.root, "run", metadata | {"precision": precision, "made_from": made_from})
+        run.list_logs()
     if said := remark(precision, cli.config["trainer"]["accelerator"], cli.precision_origin):
         errors.say(said)
     if checkpoint is not None:
@@ -98,6 +107,8 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
         raise SystemExit(128 + signal.SIGTERM) from None
     except SystemExit:  # how Lightning ends a run that Ctrl-C has stopped
         raise KeyboardInterrupt from None
+    if first:
+        run.list_logs()
 
 
 def plan(args: list[str]) -> None:

@@ -38,7 +38,6 @@ from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
-from qtale_lightning.yaml_files import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -115,17 +114,10 @@ class QTALECLI(RunConfiguration, LightningCLI):
         """A section of the configuration that the run began with; empty where it hasn't.
 
         Raises:
-            ValueError: The run's configuration isn't one.
+            DamagedFileError: The run's configuration isn't what it wrote.
         """
-        file = self.run.config
-        if not file.is_file():
-            return {}
-        content = read_yaml(file)
-        if not isinstance(content, dict) or not isinstance(content.get(section), dict):
-            raise ValueError(
-                f"{file} has no section {section!r}: it is damaged, or isn't a run's configuration"
-            )
-        return content[section]
+        section_there: dict[str, Any] = self.run.read_config()[section] if self.run.config.is_file() else {}
+        return section_there
 
     def prepare_data(self) -> CommonsenseDataModule:
         """The data module, read and tokenized."""

@@ -243,6 +243,7 @@ _KINDS: dict[str, Callable[[BaseException], Explained | None]] = {
     "argparse.ArgumentError": _option,
     "argparse.ArgumentTypeError": _option,
     "qtale_lightning.hub.errors.HubError": _hub,
+    "qtale_lightning.manifest.DamagedFileError": _hub,
     "builtins.ValueError": _given,
     "builtins.OSError": _system,
     "builtins.MemoryError": _memory,

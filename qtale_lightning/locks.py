@@ -45,7 +45,7 @@ def locked(folder: Path, command: str, waiting: Callable[[str], None] | None = N
         InUseError: Another process has it.
     """
     path = folder / FILE_NAME
-    if _is_helper() or _is_inherited(path):
+    if is_helper() or _is_inherited(path):
         yield None
         return
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
@@ -124,6 +124,6 @@ def _is_inherited(path: Path) -> bool:
         return False
 
 
-def _is_helper() -> bool:
+def is_helper() -> bool:
     """Whether this is one of several processes of a training, and not the first."""
     return any(os.environ.get(rank, "0") != "0" for rank in _RANKS)

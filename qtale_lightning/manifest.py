@@ -8,8 +8,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from qtale_lightning.files import replacing
 
 FILE_NAME = "manifest.json"
+_NOW = 1_000_000_000  # nanoseconds: coarser than file systems' clocks
+_ABSENT = ""  # stands for no file among the digests of one that is being written
 
 
 class DamagedFileError(ValueError):
@@ -27,8 +30,8 @@ class DamagedFileError(ValueError):
 def writing(root: Path, target: Path) -> Iterator[Path]:
     """As :func:`~qtale_lightning.files.replacing`, for a file or folder of the run at ``root``, and listed there.
 
-    The new content is listed before it takes its place, beside the old one: a process that is killed in between leaves
-    a file that is on the list either way. Only the process that has the run's lock may write.
+    The new content is listed before it takes its place, beside what may be there, and alone afterwards: a process that
+    is killed in between leaves what is on the list either way. Only the process that has the run's lock may write.
 
     Raises:
         OSError: It couldn't be written; what was there stays.
@@ -40,10 +43,11 @@ def writing(root: Path, target: Path) -> Iterator[Path]:
         new = {(within / path.relative_to(temporary)).as_posix(): digest(path) for path in files}
         if temporary.is_file():
             new[within.as_posix()] = digest(temporary)
-        listed = _load(root)
-        kept = {name: known for name, known in listed.items() if not Path(name).is_relative_to(within)}
-        current = {name: [value, *listed.get(name, [])[:1]] for name, value in new.items()}
-        _save(root, kept | current)
+        before = _load(root)
+        kept = {name: known for name, known in before.items() if not Path(name).is_relative_to(within)}
+        _save(root, kept | {name: [value, *before.get(name, [_ABSENT])] for name, value in new.items()})
+    with suppress(OSError):  # what is there is listed, if not alone
+        _save(root, kept | {name: [value] for name, value in new.items()})
 
 
 def keep(root: Path, source: Path, target: Path) -> None:
@@ -85,10 +89,55 @@ def verify(root: Path, path: Path, remedy: str) -> Path:
     return path
 
 
+def record(root: Path, paths: Iterable[Path]) -> None:
+    """List files below ``root`` that a library wrote, as they are now."""
+    listed = _load(root)
+    found = {path.relative_to(root).as_posix(): [digest(path)] for path in paths}
+    if any(listed.get(name) != known for name, known in found.items()):
+        _save(root, listed | found)
+
+
+def listed(root: Path, folder: Path) -> dict[str, str]:
+    """The digests on the list of a folder's files, by name: what they are if they are sound.
+
+    A file that is being replaced, of which there are two, is left out.
+    """
+    within = folder.relative_to(root)
+    known = {Path(name): digests for name, digests in _load(root).items()}
+    return {name.name: found[0] for name, found in known.items() if name.parent == within and len(found) == 1}
+
+
+def read_object(root: Path, path: Path, remedy: str, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """What a JSON file of the run at ``root`` holds: an object that has these keys.
+
+    Raises:
+        DamagedFileError: It isn't what the run wrote, or no such object; the message names it and ends with the remedy.
+    """
+    verify(root, path, remedy)
+    return parse_object(path, remedy, keys)
+
+
+def parse_object(path: Path, remedy: str, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """As `read_object`, of a file that needn't belong to a run."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        place = f"{path}, line {error.lineno}, column {error.colno}"
+        raise DamagedFileError(f"{place}: not JSON ({error.msg}): {remedy}") from error
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise DamagedFileError(f"{path} isn't JSON ({error}): {remedy}") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing or not isinstance(content, dict):
+        lacks = f"lacks {', '.join(map(repr, missing))}" if missing else "holds no object"
+        raise DamagedFileError(f"{path} {lacks}: {remedy}")
+    return content
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's content, or of a folder's files and their names, in hexadecimal.
 
-    A file is read once a process, and again when its size or time of change differ.
+    A file is read once a process, and again when its size or time of change differ, or where it was written just now:
+    another one that is written as soon has the same.
     """
     if path.is_dir():
         parts = {
@@ -96,6 +145,8 @@ def digest(path: Path) -> str:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < _NOW:
+        return _file_digest.__wrapped__(path)
     return _file_digest(path, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -106,7 +157,7 @@ def _file_digest(path: Path, *_: int) -> str:
 
 
 def _is_one_of(path: Path, known: list[str]) -> bool:
-    return path.is_file() and digest(path) in known
+    return (digest(path) if path.is_file() else _ABSENT) in known
 
 
 def _load(root: Path) -> dict[str, list[str]]:

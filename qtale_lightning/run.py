@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import yaml
 
 from qtale_lightning.checks import OWNED
-from qtale_lightning.files import remove_leftovers, replacing
+from qtale_lightning.files import remove_leftovers
 from qtale_lightning.locks import locked
-from qtale_lightning.yaml_files import read_yaml
+from qtale_lightning.manifest import DamagedFileError, record, verify, writing
+from qtale_lightning.yaml_files import RefusedYamlError, read_yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
@@ -28,6 +29,16 @@ _FREE_TRAINER_KEYS = {
     *OWNED,
 }
 
+
+# Where the base model and the rows lie is free, too, where it is known by content what they were.
+_PLACES = (("model", "path"), ("data", "root"))
+_SECTIONS = ("trainer", "model", "data", "quantize", "sweep")
+_SPLITS = {"train": "training", "calibration": "calibration", "validation": "validation"}
+
+CONFIG_REMEDY = (
+    "remove it and start the run's command again, which results.json has under run.command; it writes it anew"
+)
+LOG_REMEDY = "remove it, and the curves of the run lack its steps"
 
 # Names of files by engine: the suite's own AWQ is the one that needs no other name.
 _PREFIX = {"native": "awq", "autoawq": "autoawq", "rtn": "rtn"}
@@ -79,6 +90,12 @@ class RunDirectory:
         """The exported model at a precision, quantized by an engine below 16 bits."""
         return self.root / ("model" if bits == 16 else f"model-{_PREFIX[engine]}-{bits:g}bit")
 
+    def remedy(self, model: Path) -> str:
+        """What to do about a damaged folder of :meth:`model`."""
+        if model == self.model():
+            return f"remove {model} and start the run's command again: it exports the best checkpoint anew"
+        return f"remove {model}: `python -m qtale_lightning quantize {self.root}` makes it anew"
+
     def search(self, bits: float, engine: str = "native") -> Path:
         """The scales and clips that an engine's search found."""
         return self.root / f"{_PREFIX[engine]}-search-{bits:g}bit.safetensors"
@@ -91,65 +108,156 @@ class RunDirectory:
                 total += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
         return total
 
-    def claim(self, text: str) -> None:
+    def claim(
+        self, text: str, made_from: Mapping[str, Any] | None = None, known: Mapping[str, Any] | None = None
+    ) -> None:
         """Take the directory for a configuration (YAML), or accept that it's already this configuration's.
 
         Raises:
-            ValueError: Another configuration uses it; the message names what differs.
+            DamagedFileError, ValueError: as `check_claim`.
+        """
+        self.check_claim(text, made_from, known)
+        self.root.mkdir(parents=True, exist_ok=True)
+        with writing(self.root, self.config) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def check_claim(
+        self, text: str, made_from: Mapping[str, Any] | None = None, known: Mapping[str, Any] | None = None
+    ) -> None:
+        """Refuse a configuration (YAML) that isn't the one whose directory this is; any, where it's nobody's yet.
+
+        Args:
+            made_from: Digests of the base model and the rows that the configuration names now.
+            known: The same of those that the run began with. Where they are known, it doesn't matter where base and
+                rows lie; else they must lie where they did.
+
+        Raises:
+            ValueError: Another configuration, base or other rows use it; the message names what differs.
+            DamagedFileError: The run's own configuration is damaged.
         """
         if self.config.is_file():
-            differing = list(_differences(_fixed(self.config.read_text(encoding="utf-8")), _fixed(text)))
+            ours, theirs = (
+                _fixed(config, known is None) for config in (yaml.safe_load(text), self.read_config())
+            )
+            differing = list(_differences(theirs, ours))
             if differing:
                 shown = "; ".join(differing[:5]) + ("; …" if len(differing) > 5 else "")
                 raise ValueError(
                     f"{self.root} holds a run of another configuration ({shown}). Give another folder (OUT=… of make, "
                     "--out), or move that run away."
                 )
-        self.root.mkdir(parents=True, exist_ok=True)
-        with replacing(self.config) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        if made_from and known and (other := list(_other_parts(known, made_from))):
+            raise ValueError(
+                f"{self.root} holds a run that began with {' and '.join(other)}. Give what it began with, at any "
+                "place, or another folder for a new run (OUT=… of make, --out)."
+            )
 
     def require_config(self) -> Path:
-        """The configuration file of a run that exists.
+        """The configuration file of a run that exists, whole.
 
         Raises:
             FileNotFoundError: There is none.
+            DamagedFileError: It isn't what the run wrote, or no configuration.
         """
         if not self.config.is_file():
             raise FileNotFoundError(f"{self.root} is no run: it has no config.yaml. `make train` makes one.")
+        self.read_config()
         return self.config
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration.
+
+        Raises:
+            FileNotFoundError: There is none.
+            DamagedFileError: It isn't what the run wrote, or no configuration.
+        """
+        verify(self.root, self.config, CONFIG_REMEDY)
+        try:
+            config = read_yaml(self.config)
+        except RefusedYamlError as error:
+            raise DamagedFileError(f"{error}: {CONFIG_REMEDY}") from error
+        sections = config if isinstance(config, dict) else {}
+        if missing := [key for key in _SECTIONS if not isinstance(sections.get(key), dict)]:
+            raise DamagedFileError(
+                f"{self.config} has no {', '.join(missing)}, so it isn't whole: {CONFIG_REMEDY}"
+            )
+        return sections
 
     def next_log(self) -> str:
         """Name of a new folder for this start's CSV log; earlier starts keep theirs."""
         return f"{len(list((self.root / 'logs').glob('*'))):03d}"
 
+    def list_logs(self) -> None:
+        """Put the CSV logs of starts that have ended on the run's list: nothing is written to them any more."""
+        record(self.root, self.logs())
+
+    def logs(self) -> list[Path]:
+        """The CSV logs of all starts, in order."""
+        return sorted((self.root / "logs").glob("*/metrics.csv"))
+
     def merge_logs(self) -> Path:
-        """Join the CSV logs of all starts into ``metrics.csv``; steps that were trained again count once."""
+        """Join the CSV logs of all starts into ``metrics.csv``; steps that were trained again count once.
+
+        Raises:
+            DamagedFileError: A log isn't what its start wrote, or no log.
+        """
         rows: list[dict[str, str]] = []
-        for log in sorted((self.root / "logs").glob("*/metrics.csv")):
-            with log.open(encoding="utf-8", newline="") as file:
-                new = list(csv.DictReader(file))
+        for log in self.logs():
+            new = _logged(verify(self.root, log, LOG_REMEDY))
             if new:
                 start = min(int(row["step"]) for row in new)
                 rows = [row for row in rows if int(row["step"]) < start] + new
         columns = list(dict.fromkeys(key for row in rows for key in row))
         target = self.root / "metrics.csv"
-        with replacing(target) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        with (
+            writing(self.root, target) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         return target
 
 
-def identity(text: str) -> str:
-    """A hash of a configuration (YAML) by what makes its run: what may differ between two starts is left out."""
-    return hashlib.sha256(json.dumps(_fixed(text), sort_keys=True).encode()).hexdigest()
+def identity(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
+    """A hash of what makes a run: its configuration without what may differ between two starts, and, wherever they lie,
+    the base model and the files of rows that it is ``made_from`` (see :func:`~qtale_lightning.origin.origin`)."""
+    parts = {key: made_from.get(key) for key in ("base", "files")}
+    return hashlib.sha256(json.dumps([_fixed(config), parts], sort_keys=True).encode()).hexdigest()
 
 
-def _fixed(text: str) -> dict[str, Any]:
-    config = {key: value for key, value in yaml.safe_load(text).items() if key not in _FREE_KEYS}
-    config["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k not in _FREE_TRAINER_KEYS}
-    return config
+def _fixed(config: Mapping[str, Any], places: bool = False) -> dict[str, Any]:
+    """What may not differ between two starts; with the places of base and rows, if these are all that is known."""
+    fixed = {key: value for key, value in config.items() if key not in _FREE_KEYS}
+    fixed["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k not in _FREE_TRAINER_KEYS}
+    if not places:
+        for section, key in _PLACES:
+            fixed[section] = {k: v for k, v in fixed.get(section, {}).items() if k != key}
+    return fixed
+
+
+def _other_parts(known: Mapping[str, Any], made_from: Mapping[str, Any]) -> Iterator[str]:
+    """In words, what of a run's base model and rows is another now."""
+    if known.get("base") != made_from.get("base"):
+        yield "another base model (--model.path)"
+    for split, name in _SPLITS.items():
+        before, now = ({**one.get("rows", {}).get(split, {})} for one in (known, made_from))
+        if before and (tasks := [task for task in now if now[task] != before.get(task)]):
+            yield f"other {name} rows of {', '.join(tasks)} (--data.root)"
+
+
+def _logged(log: Path) -> list[dict[str, str]]:
+    """The rows of a CSV log, without a last one that a killed process didn't finish."""
+    try:
+        lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = list(csv.DictReader(lines[:-1] if lines and not lines[-1].endswith("\n") else lines))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DamagedFileError(f"{log} is damaged ({error}): {LOG_REMEDY}") from error
+    for number, row in enumerate(rows, start=2):
+        whole = None not in row and None not in row.values()
+        if not whole or not row.get("step", "").isdecimal():
+            raise DamagedFileError(f"{log}:{number} is no row of its columns with a step: {LOG_REMEDY}")
+    return rows
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[str]:

@@ -478,12 +478,13 @@ def test_a_directory_of_another_configuration(fit: Refusal, tmp_path: Path) -> N
     """Refused by its differing keys; what is in it stays."""
     run = tmp_path / "out" / RUN
     save_checkpoint(run, router_width=32)
-    (run / "config.yaml").write_text("model: {lr: 0.5}\n", encoding="utf-8")
+    text = "model: {lr: 0.5}\ndata: {}\ntrainer: {}\nquantize: {}\nsweep: {}\n"
+    (run / "config.yaml").write_text(text, encoding="utf-8")
     message = fit()
     assert "another configuration" in message
     assert str(run) in message
     assert "--out" in message
-    assert (run / "config.yaml").read_text(encoding="utf-8") == "model: {lr: 0.5}\n"
+    assert (run / "config.yaml").read_text(encoding="utf-8") == text
 
 
 def test_nothing_to_resume(fit: Refusal, tmp_path: Path) -> None:

@@ -292,6 +292,7 @@ def test_quantizing_a_quantized_model_is_refused(
     run = replace(run, root=shutil.copytree(run.root, tmp_path / "run"))
     shutil.rmtree(run.root / "model")
     shutil.copytree(run.root / "model-awq-4bit", run.root / "model")
+    (run.root / "manifest.json").unlink()  # else it is said first that this isn't what the run wrote
     with pytest.raises(SystemExit):
         main(["quantize", str(run.root), "--quantize.bits", "[2]"])
     assert "is quantized already" in " ".join(capsys.readouterr().err.split())
@@ -401,16 +402,6 @@ def test_quantize_adds_the_bits_that_are_missing(run: Run) -> None:
     assert {file: time for file, time in after.items() if file in times} == times
     assert (run.root / "awq-search-2bit.safetensors").is_file()
     assert run.model("model-awq-2bit").model.layers[0].self_attn.q_proj.bits == 2
-
-
-@qtale
-def test_another_group_size_is_refused_where_a_model_has_its_own(
-    run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        main(["quantize", str(run.root), "--quantize.group_size", "64"])
-    assert end.value.code == 2
-    assert "made with another --quantize.group_size (32)" in " ".join(capsys.readouterr().err.split())
 
 
 @qtale

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qtale_lightning.manifest import FILE_NAME, DamagedFileError, digest, verify, writing
+from qtale_lightning.manifest import FILE_NAME, DamagedFileError, digest, read_object, record, verify, writing
 
 
 def write(root: Path, name: str, text: str) -> Path:
@@ -98,3 +98,57 @@ def test_a_digest_is_of_content_and_names_alone(tmp_path: Path) -> None:
     (tmp_path / "b" / "weights").write_text("2")
     assert digest(tmp_path / "b") != digests[0]
     assert json.loads((tmp_path / "a" / "weights").read_text()) == 1
+
+
+def test_files_written_one_right_after_the_other_are_told_apart(tmp_path: Path) -> None:
+    """They may share their place on the disk, their size and, by the file system's clock, their time."""
+    digests = set()
+    for number in range(200):
+        with writing(tmp_path, tmp_path / "a") as temporary:
+            temporary.write_text(f"{number:03d}")
+        digests.add(digest(verify(tmp_path, tmp_path / "a", "")))
+    assert len(digests) == 200
+
+
+def test_a_process_killed_again_and_again_leaves_a_sound_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files that only the old folder has, or only the new one, are no damage of it."""
+    folder = write_folder(tmp_path, one="1", two="2")
+    real = os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target).name == FILE_NAME:
+            real(source, target)
+        else:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        for text in "345":
+            with pytest.raises(KeyboardInterrupt):
+                write_folder(tmp_path, two=text, three=text)
+            assert (verify(tmp_path, folder, "") / "two").read_text() == "2"
+    write_folder(tmp_path, two="6", three="6")
+    (folder / "two").write_text("2")
+    with pytest.raises(DamagedFileError):
+        verify(tmp_path, folder, "")
+
+
+def test_logs_of_others_are_listed_as_they_are(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.csv"
+    log.write_text("step\n1\n")
+    record(tmp_path, [log])
+    verify(tmp_path, log, "")
+    log.write_text("step\n2\n")
+    with pytest.raises(DamagedFileError):
+        verify(tmp_path, log, "")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_a_file_without_the_object_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=r"config\.json.*: remove it"):
+        read_object(tmp_path, tmp_path / "config.json", "remove it", ["model_type"])
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read_object(tmp_path, tmp_path / "config.json", "", ["model_type"]) == {"model_type": "llama"}

@@ -1,12 +1,15 @@
 """Run directories: who owns them, how logs of several starts are joined, and how pieces are replaced."""
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
-from qtale_lightning.run import RunDirectory, replacing
+from qtale_lightning.files import replacing
+from qtale_lightning.manifest import DamagedFileError
+from qtale_lightning.run import RunDirectory, identity
 
 CONFIG = {
     "seed_everything": 0,
@@ -14,6 +17,8 @@ CONFIG = {
     "validations": 4,
     "trainer": {"max_steps": 8, "accelerator": "cpu", "devices": 1, "precision": 32},
     "model": {"name": "tiny", "lr": 1e-3, "lora_targets": ["q_proj"]},
+    "data": {"tasks": "facts", "root": None},
+    "quantize": {"bits": [4]},
     "sweep": {"thresholds": [0.5]},
 }
 
@@ -108,6 +113,69 @@ def test_where_it_runs_and_what_follows_may_differ(tmp_path: Path, key: str, val
     assert run.config.read_text(encoding="utf-8") == text(**{key: value})
 
 
+ROWS = {"train": {"facts": "t", "piqa": "u"}, "calibration": {"facts": "c"}, "validation": {"facts": "v"}}
+MADE_FROM = {"base": None, "files": "f", "rows": ROWS}
+
+
+def test_the_same_rows_and_base_may_lie_elsewhere(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(text(data__root="a", model__path="/base"), MADE_FROM)
+    run.claim(text(data__root="b", model__path="/moved"), MADE_FROM | {"files": "g"}, MADE_FROM)
+    assert run.read_config()["data"]["root"] == "b"
+
+
+def test_other_rows_are_refused_by_their_tasks(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(text(data__root="a"), MADE_FROM)
+    others = ROWS | {"train": {"facts": "t", "piqa": "corrected"}, "validation": {"facts": "corrected"}}
+    words = "other training rows of piqa (--data.root) and other validation rows of facts (--data.root)"
+    with pytest.raises(ValueError, match=f"began with {re.escape(words)}.*--out"):
+        run.claim(text(data__root="a"), MADE_FROM | {"rows": others}, MADE_FROM)
+    with pytest.raises(ValueError, match=r"another base model \(--model\.path\)"):
+        run.claim(text(data__root="a"), MADE_FROM | {"base": "another"}, MADE_FROM)
+
+
+def test_a_run_that_doesnt_say_its_rows_has_them_where_they_were(tmp_path: Path) -> None:
+    """As those of before it was recorded."""
+    run = RunDirectory(tmp_path)
+    run.claim(text(data__root="a"))
+    run.claim(text(data__root="a"), MADE_FROM)
+    with pytest.raises(ValueError, match=r"data\.root is a there, b here"):
+        run.claim(text(data__root="b"), MADE_FROM)
+
+
+def test_runs_are_one_by_content(tmp_path: Path) -> None:
+    def known(files: str, **changes: object) -> str:
+        return identity(yaml.safe_load(text(**changes)), MADE_FROM | {"files": files})
+
+    assert known("f", data__root="a") == known("f", data__root="b", out="elsewhere")
+    assert known("f", data__root="a") != known("g", data__root="a")
+    assert known("f") != known("f", model__lr=0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.9])
+def test_a_cut_configuration_is_named_and_runs_with_no_other_settings(tmp_path: Path, share: float) -> None:
+    run = RunDirectory(tmp_path)
+    run.claim(text())
+    whole = run.config.read_text(encoding="utf-8")
+    run.config.write_text(whole[: int(share * len(whole))], encoding="utf-8")
+    with pytest.raises(
+        DamagedFileError, match=r"config\.yaml isn't what this run wrote .*: remove it and start"
+    ):
+        run.require_config()
+    (tmp_path / "manifest.json").unlink()  # as of a run from before there was one
+    with pytest.raises(DamagedFileError, match=r"config\.yaml .*: remove it and start"):
+        run.claim(text())
+
+
+@pytest.mark.parametrize("content", ["{}", "[", "a: !!python/object:os.system x", "\x00"])
+def test_what_is_no_configuration_is_named(tmp_path: Path, content: str) -> None:
+    run = RunDirectory(tmp_path)
+    run.config.write_text(content, encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=r"config\.yaml .*: remove it and start"):
+        run.require_config()
+
+
 def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"is no run.*config\.yaml.*make train"):
         RunDirectory(tmp_path).require_config()
@@ -154,6 +222,35 @@ def test_a_start_that_logged_nothing_takes_nothing_away(tmp_path: Path) -> None:
     (run.root / "logs" / "001").mkdir()
     (run.root / "logs" / "001" / "metrics.csv").write_text("step,loss\n", encoding="utf-8")
     assert len(merged(run)) == 1
+
+
+def test_a_line_that_a_killed_process_began_isnt_read(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    logged(run, "000", [{"step": 1, "loss": 2.0}])
+    with (run.root / "logs" / "000" / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write("3,1.")
+    assert [row["step"] for row in merged(run)] == ["1"]
+
+
+@pytest.mark.parametrize("line", ["3", "3,1.0,2.0", "x,1.0", ",1.0"])
+def test_a_damaged_log_is_named_by_its_line(tmp_path: Path, line: str) -> None:
+    run = RunDirectory(tmp_path)
+    logged(run, "000", [{"step": 1, "loss": 2.0}])
+    with (run.root / "logs" / "000" / "metrics.csv").open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(DamagedFileError, match=r"000/metrics\.csv:3 .*: remove it"):
+        run.merge_logs()
+
+
+def test_a_log_is_listed_when_its_start_has_ended(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    logged(run, "000", [{"step": 1, "loss": 2.0}])
+    run.list_logs()
+    run.merge_logs()
+    log = run.root / "logs" / "000" / "metrics.csv"
+    log.write_text(log.read_text(encoding="utf-8").replace("2.0", "3.0"), encoding="utf-8")
+    with pytest.raises(DamagedFileError, match=r"000/metrics\.csv isn't what this run wrote"):
+        run.merge_logs()
 
 
 def test_joining_twice_changes_nothing(tmp_path: Path) -> None:

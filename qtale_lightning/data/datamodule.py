@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
+from qtale_lightning import fingerprint
 from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
 from qtale_lightning.data.settings import DataSettings
@@ -38,6 +39,7 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
         self.tokenizer: PreTrainedTokenizerBase | None = None
         self._train: dict[str, list[TrainingExample]] = {}
         self._scored: dict[str, list[EncodedPrompt]] = {}
+        self._digests: dict[str, dict[str, str]] = {}
         self._resumed_order: dict[str, Any] | None = None
 
     @property
@@ -87,11 +89,13 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
             ValueError: The rows are fewer than a batch, or the run is resumed from one with another order of
                 rows.
         """
-        order = self._order()
-        if self._resumed_order not in (None, order):
+        order, resumed = self._order(), self._resumed_order or {}
+        if differing := [key for key, value in resumed.items() if value != order.get(key)]:
+            # What a checkpoint doesn't say, of those before rows were known by content, can't be compared.
+            there, here = ({key: one.get(key) for key in differing} for one in (resumed, order))
             raise ValueError(
-                f"the checkpoint's place in the training data refers to {self._resumed_order}, but this run "
-                f"has {order}: resume with the same --data options and number of devices, or start a new run"
+                f"the checkpoint's place in the training data refers to {there}, but this run has {here}: resume with "
+                "the same rows, --data options and number of devices, or start a new run"
             )
         # Lightning doesn't see that a resumed iteration starts at `_position`.
         warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")
@@ -143,6 +147,24 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
         if split not in self._scored:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(self._scored)}")
         return self._scored[split]
+
+    def digests(self) -> dict[str, dict[str, str]]:
+        """What the rows are known by: digests of them as they are encoded, by split (train too) and task.
+
+        Raises:
+            RuntimeError: `setup` hasn't run.
+        """
+        self._require_setup()
+        if not self._digests:
+            self._digests = {"train": {task: fingerprint.of_rows(rows) for task, rows in self._train.items()}}
+            for split, rows in self._scored.items():
+                by_task = {task: [row for row in rows if row.task == task] for task in self.tasks}
+                self._digests[split] = {task: fingerprint.of_rows(asked) for task, asked in by_task.items()}
+        return self._digests
+
+    def digest(self, split: Literal["train", "validation", "calibration"]) -> str:
+        """The digest of all rows of a split, as it stands in a row's fingerprint."""
+        return fingerprint.of_split(self.digests()[split])
 
     def calibration_sequences(self, count: int) -> list[list[int]]:
         """Token ids of training sequences (prompt and right answer) for quantization, each task in turn.
@@ -236,6 +258,7 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
             "tasks": self.label,
             "mix": self.mix,
             "rows": len(self._mixed()),
+            "content": self.digest("train")[:16],
             "global_batch": self.batch_size * self._replicas()[0],
             "seed": self.seed,
         }

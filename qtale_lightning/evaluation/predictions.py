@@ -17,11 +17,13 @@ from pydantic import TypeAdapter, ValidationError
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.accuracy import ACCURACIES, accuracy_by_task
 from qtale_lightning.evaluation.statistics import ByTask, Estimate, paired_difference
-from qtale_lightning.files import replacing
+from qtale_lightning.fingerprint import of
+from qtale_lightning.manifest import DamagedFileError, verify, writing
 
 FOLDER = "predictions"
-KEY = ("bits", "engine", "theta", "split", "examples", "protocol")
-"""What of an evaluation row its file repeats."""
+KEY = ("bits", "engine", "theta", "split", "examples", "protocol", "fingerprint")
+"""What of an evaluation row its file repeats; rows of before there were fingerprints have none."""
+REMEDY = "remove the file, to score its row again"
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,22 @@ def compare_predictions(
 
 
 def predictions_file(run_dir: str | Path, row: Mapping[str, Any]) -> Path:
-    """Where the predictions of an evaluation row lie: named by split, bits, engine and θ."""
+    """Where the predictions of an evaluation row lie: named by split, bits, engine, θ, and what was asked and how."""
     theta = row["theta"]
     if isinstance(theta, list):  # one a layer: too many for a name
         name = "layers-" + hashlib.sha256(json.dumps(theta).encode()).hexdigest()[:12]
     else:
         name = "dense" if theta is None else f"theta-{round(theta, 9)}"
+    if found := row.get("fingerprint"):
+        name += f"-{of([found['questions'], found['protocol']])[:8]}"
     return Path(run_dir) / FOLDER / f"{row['split']}-{row['bits']:g}bit-{row['engine']}-{name}.jsonl"
 
 
 def save_predictions(run_dir: str | Path, row: Mapping[str, Any], outcomes: Sequence[Prediction]) -> Path:
     """Writes the predictions of an evaluation row atomically, and returns their file."""
     path = predictions_file(run_dir, row)
-    lines = [{key: row[key] for key in KEY}, *map(asdict, outcomes)]
-    with replacing(path) as temporary:
+    lines = [_key(row), *map(asdict, outcomes)]
+    with writing(Path(run_dir), path) as temporary:
         text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
         temporary.write_text(text, encoding="utf-8")
     return path
@@ -120,15 +124,16 @@ def load_predictions(run_dir: str | Path, row: Mapping[str, Any]) -> list[Predic
     """The predictions of an evaluation row; None where there are none, or those of another scoring of its model.
 
     Raises:
-        ValueError: The file is damaged; the message names file, line and what to do.
+        DamagedFileError: The file is damaged; the message names file, line and what to do.
     """
     path = predictions_file(run_dir, row)
     if not path.is_file():
         return None
-    first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
+    verify(Path(run_dir), path, REMEDY)
     number = 1
     try:
-        if json.loads(first) != json.loads(json.dumps({name: row[name] for name in KEY})):
+        first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
+        if json.loads(first) != json.loads(json.dumps(_key(row))):
             return None
         outcomes = []
         for number, line in enumerate(rest, start=2):
@@ -142,5 +147,9 @@ def load_predictions(run_dir: str | Path, row: Mapping[str, Any]) -> list[Predic
         if isinstance(error, ValidationError):
             found = error.errors(include_url=False)[0]
             problem = f"{'.'.join(map(str, found['loc'])) or 'line'}: {found['msg']}"
-        raise ValueError(f"{path}:{number}: {problem}. Remove the file, to score its row again") from None
+        raise DamagedFileError(f"{path}:{number}: {problem}: {REMEDY}") from None
     return outcomes
+
+
+def _key(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in KEY if name in row}

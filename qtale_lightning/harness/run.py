@@ -5,14 +5,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import torch
 import transformers
-from transformers import AutoTokenizer
 
 from qtale_lightning.data import SUITES, CommonsenseDataModule
-from qtale_lightning.files import replacing
+from qtale_lightning.fingerprint import comparable, of, of_model
 from qtale_lightning.harness.backend import (
     SOFTMAX_DTYPE,
     evaluate_tasks,
@@ -22,8 +21,10 @@ from qtale_lightning.harness.backend import (
     table,
 )
 from qtale_lightning.harness.tasks import LOCAL, is_local, local_prompts, write_tasks
+from qtale_lightning.manifest import DamagedFileError, read_object, writing
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
+from qtale_lightning.stages.loading import load_tokenizer
 from qtale_lightning.stages.progress import console
 
 SCHEMA = 1
@@ -41,6 +42,8 @@ class Evaluation(TypedDict):
         protocol: The harness's version, and all that a score depends on besides.
         results: The harness's, as it calls them: ``results``, ``versions``, ``n-shot``, …; and the ``datasets`` that
             it read, by task: id, configuration, and the commit, since the harness pins none.
+        fingerprint: Digests of the model and of the local rows as they were asked; the harness's own rows aren't known
+            by it. Older evaluations have none, and are made again.
         seconds: Measured, with the reading of rows.
     """
 
@@ -49,6 +52,7 @@ class Evaluation(TypedDict):
     theta: float | list[float] | None
     tasks: list[str]
     protocol: dict[str, Any]
+    fingerprint: NotRequired[dict[str, str]]
     results: dict[str, Any]
     seconds: float
 
@@ -95,7 +99,7 @@ def lm_eval(
             if not model.config.routed_layers:
                 raise ValueError(f"{run.root} has no routers: leave --theta out")
             model.config.threshold = theta
-        lm = harness_model(model, AutoTokenizer.from_pretrained(run.model(bits, engine)), batch_size)
+        lm = harness_model(model, load_tokenizer(run, run.model(bits, engine)), batch_size)
         row: Evaluation = {
             "bits": bits,
             "engine": "none" if bits == 16 else engine,
@@ -111,6 +115,12 @@ def lm_eval(
                 "batch_size": batch_size,
                 "limit": limit,
                 **(_local_protocol(data, local) if local else {}),
+            },
+            "fingerprint": {
+                "model": of_model(run.model(bits, engine)),
+                "questions": of(
+                    {task: [vars(prompt) for prompt in asked] for task, asked in prompts.items()}
+                ),
             },
             "results": {},
             "seconds": 0.0,
@@ -151,14 +161,14 @@ def load_evaluations(root: Path) -> list[Evaluation]:
     """The evaluations in a run's ``lm_eval.json``; none without the file.
 
     Raises:
-        ValueError: The file has another schema.
+        DamagedFileError: The file isn't what the run wrote, or has another schema.
     """
     path = root / "lm_eval.json"
     if not path.is_file():
         return []
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(root, path, "remove it, and what is asked for is evaluated again", ["evaluations"])
     if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {content.get('schema')}, not {SCHEMA}: move it away")
+        raise DamagedFileError(f"{path} has schema {content.get('schema')}, not {SCHEMA}: move it away")
     return list(content["evaluations"])
 
 
@@ -166,9 +176,18 @@ def save_evaluation(root: Path, row: Evaluation) -> None:
     """Add an evaluation to ``lm_eval.json``, in the place of one of the same model and protocol."""
     rows = [kept for kept in load_evaluations(root) if not _same(kept, row)]
     content = {"schema": SCHEMA, "evaluations": [*rows, row]}
-    with replacing(root / "lm_eval.json") as temporary:
+    with writing(root, root / "lm_eval.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _same(one: Evaluation, other: Evaluation) -> bool:
-    return all(one[key] == other[key] for key in ("bits", "engine", "theta", "tasks", "protocol"))
+    """Whether two are of one model, questions and protocol, wherever the rows lay."""
+    told = ("bits", "engine", "theta", "tasks", "fingerprint")
+    alike = all(one.get(key) == other.get(key) for key in told)
+    return alike and _asked(one) == _asked(other)
+
+
+def _asked(row: Evaluation) -> dict[str, Any]:
+    """The protocol; of the harness's own rows, which no digest tells, with what says how they were chosen."""
+    own = all(task.endswith(LOCAL) for task in row["tasks"])
+    return comparable(row["protocol"]) if own else row["protocol"]

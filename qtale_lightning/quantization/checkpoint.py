@@ -30,6 +30,7 @@ class PackedConfig(QuantizationConfigMixin):
         zero_point: levels are asymmetric.
         engine: that searched the scales and clips, for the record.
         refit_norm: whether the final norm was fitted to them, for the record.
+        made_from: what the folder was made from: digests of the model and of its calibration sequences, and options.
     """
 
     def __init__(
@@ -39,19 +40,23 @@ class PackedConfig(QuantizationConfigMixin):
         zero_point: bool = True,
         engine: str | None = None,
         refit_norm: bool = False,
+        made_from: Mapping[str, Any] | None = None,
         **_: Any,  # what AWQ's own format says besides
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
         self.bits = bits if isinstance(bits, int) else dict(bits)
         self.group_size, self.zero_point = group_size, zero_point
         self.engine, self.refit_norm = engine, refit_norm
+        self.made_from = made_from
 
     @classmethod
-    def of(cls, recipe: Recipe, refit_norm: bool = False) -> "PackedConfig":
+    def of(
+        cls, recipe: Recipe, refit_norm: bool = False, made_from: Mapping[str, Any] | None = None
+    ) -> "PackedConfig":
         """The configuration of a model under a recipe."""
         widths = set(recipe.bits.values())
         bits = widths.pop() if len(widths) == 1 else recipe.bits
-        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine, refit_norm)
+        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine, refit_norm, made_from)
 
     @property
     def layout(self) -> Layout:
@@ -74,6 +79,8 @@ class PackedConfig(QuantizationConfigMixin):
         """As it stands in config.json."""
         known: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size}
         known |= {"zero_point": self.zero_point, "engine": self.engine, "refit_norm": self.refit_norm}
+        if self.made_from is not None:
+            known["made_from"] = dict(self.made_from)
         if self.layout == "gemm":
             kept = ["lm_head", "router"]
             return known | {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": kept}
@@ -122,19 +129,25 @@ class PackedQuantizer(HfQuantizer):
 
 
 @torch.no_grad()
-def quantize_model(model: nn.Module, recipe: Recipe, final_norm: Tensor | None = None) -> None:
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    final_norm: Tensor | None = None,
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
     """Replaces the decoder layers' linears by packed quantized ones, in place; all else keeps its precision.
 
     Args:
         model: a LLaMA-family causal language model.
         recipe: what a search found for it.
         final_norm: a weight for its final norm, shape `(D,)`, that fits the recipe; see `refit_final_norm`.
+        made_from: what the configuration is to say of its making; see `PackedConfig`.
 
     Raises:
         ValueError: the model is quantized already, or the recipe is of another model.
     """
     check_recipe(model, recipe)
-    config = PackedConfig.of(recipe, refit_norm=final_norm is not None)
+    config = PackedConfig.of(recipe, final_norm is not None, made_from)
     for layer in decoder_layers(model):
         packed = {}
         for name, linear in layer.linears.items():

@@ -10,11 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from qtale_lightning.files import replacing
+from qtale_lightning.manifest import DamagedFileError
 from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers, split_name
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 
 FILE_FORMAT = "qtale-quantization-4"
+REMEDY = "remove it: `python -m qtale_lightning quantize <run>` searches again"
 CLIP_STEP = 1 / 20  # of a group's largest magnitude: a clip of k leaves (1 - k/20) of it
 
 
@@ -36,6 +37,7 @@ class Recipe:
             stream: the mean over tokens of the squared change of their block's output over the squared stream. The
             engine native's.
         tokens: by the decoder layer's name, the calibration tokens that executed it.
+        made_from: digests of the model and of the calibration sequences that were searched with.
     """
 
     engine: str
@@ -47,6 +49,7 @@ class Recipe:
     errors: dict[str, float] = field(default_factory=dict)
     damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
+    made_from: dict[str, str] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
         """How the linear of a full name is rounded."""
@@ -76,13 +79,13 @@ class Recipe:
         return whole
 
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, atomically."""
+        """Writes one safetensors file."""
         tensors = {f"scales/{name}": scale for name, scale in self.scales.items()}
         tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
         plain = {name: getattr(self, name) for name in _PLAIN}
-        metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in plain.items()}
-        with replacing(Path(path)) as unfinished:
-            save_file(tensors, unfinished, metadata)
+        metadata = {"format": FILE_FORMAT, "made_from": json.dumps(self.made_from)}
+        metadata |= {name: json.dumps(value) for name, value in plain.items()}
+        save_file(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "Recipe":
@@ -90,7 +93,7 @@ class Recipe:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the file is not a recipe.
+            DamagedFileError: the file is not a recipe.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no quantization recipe at {path}: run the quantize stage first")
@@ -99,10 +102,14 @@ class Recipe:
                 metadata = file.metadata() or {}
             tensors = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a safetensors file ({error}): run the search again") from error
+            raise DamagedFileError(f"{path} is not a safetensors file ({error}): {REMEDY}") from error
         if metadata.get("format") != FILE_FORMAT:
-            raise ValueError(f"{path} is not a recipe in format {FILE_FORMAT}: run the search again")
-        plain = {name: json.loads(metadata[name]) for name in _PLAIN}
+            raise DamagedFileError(f"{path} is not a recipe in format {FILE_FORMAT}: {REMEDY}")
+        try:
+            plain = {name: json.loads(metadata[name]) for name in _PLAIN}
+            plain["made_from"] = json.loads(metadata.get("made_from", "{}"))  # older ones don't say it
+        except (KeyError, ValueError) as error:
+            raise DamagedFileError(f"the metadata of {path} isn't a recipe's ({error}): {REMEDY}") from error
         scales, clips = (
             {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
             for kind in ("scales/", "clips/")

@@ -6,12 +6,16 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qtale_lightning.files import replacing
+from qtale_lightning.fingerprint import same_questions
+from qtale_lightning.report import markdown
 from qtale_lightning.report.figures import DPI, STYLES
 from qtale_lightning.report.notes import TASK_NAMES, run_title, theta_text
 from qtale_lightning.report.pairs import paired_table
 from qtale_lightning.report.results import Evaluation, Results, load_results
 from qtale_lightning.report.scores import score_header, score_text
-from qtale_lightning.report.tables import FactTable, markdown_table
+from qtale_lightning.report.series import own_rows
+from qtale_lightning.report.style import plain
+from qtale_lightning.report.tables import FactTable
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -52,13 +56,13 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
     commands = "\n".join(f"{run['run']['command']}  # commit {_commit(run)}" for run in runs)
     pairs = ""
     if paired is not None and paired.rows:
-        pairs = f"{markdown_table(paired.headers, paired.rows)}\n\n{paired.title}. {paired.caption}\n\n"
+        pairs = f"{markdown.table(paired.headers, paired.rows)}\n\n{paired.title}. {paired.caption}\n\n"
     return (
-        f"{markdown_table(headers, lines)}\n\n"
+        f"{markdown.table(headers, lines)}\n\n"
         f"{measured} / nll of the gold answers in nats a token (standard errors), and the measured share of "
         f"layers executed in brackets; {one['examples']:,} validation questions of {len(one['accuracy'])} tasks, "
-        f"seed {runs[0]['run']['seed']}. {runs[0]['run']['hardware']}.\n\n"
-        f"{pairs}```\n{commands}\n```\n"
+        f"seed {runs[0]['run']['seed']}. {markdown.escape(runs[0]['run']['hardware'])}.\n\n"
+        f"{pairs}{markdown.block(commands)}\n"
     )
 
 
@@ -68,9 +72,8 @@ def plot_comparison(runs: Sequence[Results]) -> Figure:
     averaged = _averaged(runs)
     figure = Figure(figsize=(3.6 * len(precisions), 6.4 if averaged else 3.8), layout="constrained")
     panels = figure.subplots(2 if averaged else 1, len(precisions), sharex=True, sharey="row", squeeze=False)
-    figure.suptitle(
-        f"{_setting(runs[0])} · {_validation(runs[0])[0]['examples']:,} validation questions", fontsize=11
-    )
+    asked = f"{_validation(runs[0])[0]['examples']:,} validation questions"
+    figure.suptitle(plain(f"{_setting(runs[0])} · {asked}"), fontsize=11)
     for column, bits in enumerate(precisions):
         for run, style in zip(runs, STYLES, strict=False):
             rows = [row for row in _validation(run) if row["bits"] == bits]
@@ -88,7 +91,7 @@ def plot_comparison(runs: Sequence[Results]) -> Figure:
                     ratio,
                     values,
                     errors,
-                    label=_method(run),
+                    label=plain(_method(run)),
                     capsize=2,
                     elinewidth=0.8,
                     markersize=5,
@@ -104,7 +107,7 @@ def plot_comparison(runs: Sequence[Results]) -> Figure:
 
 
 def _validation(run: Results) -> list[Evaluation]:
-    return [row for row in run["evaluation"] if row["split"] == "validation"]
+    return own_rows(run)
 
 
 def _method(run: Results) -> str:
@@ -135,16 +138,13 @@ def _cell(row: Evaluation) -> str:
 
 
 def _check_protocols(runs: Sequence[Results], names: Sequence[str | Path]) -> None:
-    seen: dict[str, object] = {}
     for name, run in zip(names, runs, strict=True):
         rows = _validation(run)
         if not rows:
             raise ValueError(
                 f"{name} has no validation rows: 'python -m qtale_lightning sweep {name}' makes them"
             )
-        for row in rows:
-            seen.setdefault(str((row["examples"], sorted(row["protocol"].items(), key=str))), name)
-    if len(seen) > 1:
-        raise ValueError(
-            f"protocols differ, so the rows don't compare: {' and '.join(map(str, seen.values()))}"
-        )
+        if not same_questions(rows[0], _validation(runs[0])[0]):
+            raise ValueError(
+                f"questions or protocols differ, so the rows don't compare: {names[0]} and {name}"
+            )

@@ -13,18 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from qtale_lightning.files import replacing
+from qtale_lightning.manifest import writing
 from qtale_lightning.report.notes import DLLM_THETA, run_title, theta_text
-from qtale_lightning.report.results import (
-    Evaluation,
-    Results,
-    load_results,
-    same_theta,
-    selected_row,
-    validation_series,
-)
+from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
 from qtale_lightning.report.routing_figure import plot_routing, read_metrics
-from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE
+from qtale_lightning.report.series import selected_row, validation_series
+from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE, plain
 
 PANELS = {
     "loss": ["train/loss", "val/loss"],
@@ -60,7 +54,7 @@ def plot_accuracy(results: Results) -> Figure:
     # Where tasks measure different things there is no average accuracy, and the nll stands alone.
     averaged = all(row["average"] is not None for rows in series.values() for row in rows)
     figure = Figure(figsize=(7.5, 7.5 if averaged else 4.5), layout="constrained")
-    figure.suptitle(figure_title(results), fontsize=11)
+    figure.suptitle(plain(figure_title(results)), fontsize=11)
     panels = figure.subplots(2 if averaged else 1, 1, sharex=True, squeeze=False)[:, 0]
     top, bottom = panels[0], panels[-1]
     for position, (label, rows) in enumerate(series.items()):
@@ -74,7 +68,7 @@ def plot_accuracy(results: Results) -> Figure:
         nll_error = [row["average_nll_stderr"] for row in rows]
         shown = [(accuracy, accuracy_error), (nll, nll_error)] if averaged else [(nll, nll_error)]
         for axes, (y, error) in zip(panels, shown, strict=True):
-            axes.errorbar(x, y, error, label=label, capsize=2, elinewidth=0.8, markersize=5, **style)
+            axes.errorbar(x, y, error, label=plain(label), capsize=2, elinewidth=0.8, markersize=5, **style)
             if chosen is not None:
                 at = rows.index(chosen)
                 ring = {"markersize": 13, "fillstyle": "none", "markeredgewidth": 1.8}
@@ -89,7 +83,7 @@ def plot_accuracy(results: Results) -> Figure:
             "share of layers executed\n(numbers: θ; ring: the selected θ; bars: one standard error)"
         )
     else:
-        bottom.set_xticks(range(len(series)), list(series))
+        bottom.set_xticks(range(len(series)), map(plain, series))
         bottom.set_xlim(-0.5, len(series) - 0.5)
         bottom.set_xlabel("precision (bars: one standard error)")
     for axes in (top, bottom):
@@ -153,10 +147,12 @@ def plot_layers(results: Results) -> Figure:
             "no execution ratios per layer to plot: the model has no routers, or none was selected"
         )
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
-    figure.suptitle(figure_title(results), fontsize=11)
+    figure.suptitle(plain(figure_title(results)), fontsize=11)
     axes = figure.subplots()
     for label, values, style in curves:
-        axes.plot(range(len(values)), values, label=label, drawstyle="steps-mid", markersize=4, **style)
+        axes.plot(
+            range(len(values)), values, label=plain(label), drawstyle="steps-mid", markersize=4, **style
+        )
     axes.set_ylim(-0.03, 1.03)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
@@ -172,21 +168,21 @@ def plot_losses(metrics_csv: str | Path, title: str = "") -> Figure:
     `metrics_csv` is what Lightning's CSVLogger writes: a row per logging call, empty where it had no value.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no `step` column, or none that a panel shows.
+        DamagedFileError: as `read_metrics`.
+        ValueError: it has no column that a panel shows.
     """
-    metrics = pd.read_csv(metrics_csv)
+    metrics = read_metrics(Path(metrics_csv))
     panels = _logged_panels(metrics)
-    if "step" not in metrics or not panels:
+    if not panels:
         raise ValueError(
-            f"{metrics_csv}: needs the column 'step' and values of some of {', '.join(_columns(PANELS))}; "
+            f"{metrics_csv}: needs values of some of {', '.join(_columns(PANELS))}; "
             f"its columns are {', '.join(metrics.columns)}"
         )
     smoothed = any(len(metrics[column].dropna()) >= SMOOTHED_FROM for column in _columns(panels))
     line_count = -(-len(panels) // 2)
     columns = min(2, len(panels))
     figure = Figure(figsize=(5 * columns, 2.7 * line_count), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     cells = figure.subplots(line_count, columns, squeeze=False, sharex=True).flat
     for axes, (name, shown) in zip(cells, panels.items(), strict=False):
         for style, column in zip(STYLES, shown, strict=False):
@@ -251,7 +247,7 @@ def write_figures(run_dir: str | Path) -> list[Path]:
     for name, figure in figures.items():
         for kind in ("png", "pdf"):
             path = run_dir / "plots" / f"{name}.{kind}"
-            with replacing(path) as temporary:
+            with writing(run_dir, path) as temporary:
                 figure.savefig(temporary, format=kind, dpi=DPI)
             written.append(path)
     return written

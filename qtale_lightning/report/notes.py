@@ -2,14 +2,8 @@
 
 import math
 
-from qtale_lightning.report.results import (
-    Evaluation,
-    Results,
-    best_row,
-    same_theta,
-    selected_row,
-    validation_series,
-)
+from qtale_lightning.report.results import Evaluation, Results, same_theta
+from qtale_lightning.report.series import best_row, selected_row, validation_series
 
 TASK_NAMES = {
     "piqa": "PIQA",
@@ -53,7 +47,7 @@ def theta_text(theta: float | list[float] | None) -> str:
 
 
 def protocol_lines(results: Results) -> list[str]:
-    """How the validation rows were scored; what differs between rows is said, as they then don't compare."""
+    """How the run's validation rows were scored. They agree in all that a score depends on, not in where rows lay."""
     rows = [row for series in validation_series(results).values() for row in series]
     if not rows:
         return []
@@ -67,12 +61,7 @@ def protocol_lines(results: Results) -> list[str]:
         settings["no average"] = reasons
     for key in dict.fromkeys(key for row in rows for key in row["protocol"]):
         settings[key] = {str(row["protocol"].get(key, "not recorded")) for row in rows}
-    return [
-        f"{key}: {next(iter(values))}"
-        if len(values) == 1
-        else f"**{key} differs between rows, which then don't compare**: {', '.join(sorted(values))}"
-        for key, values in settings.items()
-    ]
+    return [f"{key}: {' or '.join(sorted(values))}" for key, values in settings.items()]
 
 
 def noise_notes(results: Results) -> list[str]:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.statistics import RESAMPLES, Estimate
+from qtale_lightning.report.markdown import bold
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.results import Evaluation, Results, selected_row, validation_series
+from qtale_lightning.report.results import Evaluation, Results
+from qtale_lightning.report.series import selected_row, validation_series
 from qtale_lightning.report.tables import FactTable
 
 
@@ -55,4 +57,4 @@ def _name(run: Results, row: Evaluation) -> str:
 def _cells(difference: Estimate, factor: float, digits: int) -> list[str]:
     value = f"{factor * difference.value:+.{digits}f} ± {factor * difference.stderr:.{digits}f}"
     interval = f"{factor * difference.low:+.{digits}f} to {factor * difference.high:+.{digits}f}"
-    return [f"**{value}**" if difference.significant else value, interval]
+    return [bold(value) if difference.significant else value, interval]

@@ -12,7 +12,8 @@ from typing import Any, Literal, NotRequired, cast
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from qtale_lightning.files import replacing
+from qtale_lightning.fingerprint import Fingerprint, same_questions
+from qtale_lightning.manifest import DamagedFileError, read_object, writing
 from qtale_lightning.report.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
 from qtale_lightning.report.routing import Changes, Routing
 from qtale_lightning.report.scores import TaskScores
@@ -20,6 +21,10 @@ from qtale_lightning.report.selection import Search, Selected
 
 SCHEMA: Literal[1] = 1
 FILE_NAME = "results.json"
+REMEDY = (
+    "remove it and start the run's command again: what training counted comes back from its last checkpoint, and what "
+    "is missing is measured again"
+)
 
 
 class Git(TypedDict):
@@ -29,9 +34,18 @@ class Git(TypedDict):
     dirty: bool
 
 
+class MadeFrom(TypedDict):
+    """Digests of what a run began with: the `base` model's folder (a hub's id as it is, None where the model has its
+    own source), the `files` of rows, and the `rows` as they were encoded, by split and task."""
+
+    base: str | None
+    files: str | None
+    rows: dict[str, dict[str, str]]
+
+
 class Run(TypedDict):
-    """What ran, and on what: `source` is where the base model was taken from, `precision` training's, as Lightning
-    names it; `git` is None outside a repository."""
+    """What ran, from what, and on what: `source` is where the base model was taken from, `precision` training's, as
+    Lightning names it; `git` is None outside a repository. `made_from` is missing from older runs."""
 
     model: str
     source: NotRequired[str]
@@ -39,6 +53,7 @@ class Run(TypedDict):
     data: str
     seed: int
     precision: NotRequired[str]
+    made_from: NotRequired[MadeFrom]
     git: Git | None
     versions: dict[str, str]
     hardware: str
@@ -66,6 +81,8 @@ class Evaluation(TypedDict):
     quantizer ("none" at 16 bits). `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share
     the time of what can't differ between them; written answers take `writing_seconds` more. `dtype` is what the model
     computed in. What was answered to each question lies in `predictions/`, and what was written in `generations/`.
+    `fingerprint` says which model answered which questions; older rows have none, and are measured again where they
+    are asked for.
     """
 
     bits: Bits
@@ -87,6 +104,7 @@ class Evaluation(TypedDict):
     dtype: NotRequired[str]
     writing_seconds: NotRequired[Quantity]
     protocol: dict[str, Any]
+    fingerprint: NotRequired[Fingerprint]
 
 
 class Results(TypedDict):
@@ -153,7 +171,8 @@ def load_results(run_dir: str | Path) -> Results:
 
     Raises:
         FileNotFoundError: the run has no results yet; the message names the command that makes them.
-        ValueError: the file isn't JSON (with line and column) or doesn't follow the schema (with the keys).
+        DamagedFileError: the file isn't what the run wrote, isn't JSON (with line and column) or doesn't follow the
+            schema (with the keys); and what to do about it.
     """
     path = Path(run_dir) / FILE_NAME
     if not path.is_file():
@@ -161,12 +180,11 @@ def load_results(run_dir: str | Path) -> Results:
             f"{path} doesn't exist. 'make train MODEL=… METHOD=… DATA=…' makes a run and its results; for a "
             f"trained run, 'python -m qtale_lightning evaluate {run_dir}' writes them."
         )
+    content = read_object(path.parent, path, REMEDY)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = f"{path}, line {error.lineno}, column {error.colno}"
-        raise ValueError(f"{place}: not JSON ({error.msg})") from error
-    return validate(content, str(path))
+        return validate(content, str(path))
+    except ValueError as error:
+        raise DamagedFileError(f"{error}\nOr {REMEDY}.") from None
 
 
 def save_results(run_dir: str | Path, results: Results) -> Path:
@@ -178,7 +196,7 @@ def save_results(run_dir: str | Path, results: Results) -> Path:
     path = Path(run_dir) / FILE_NAME
     validate(results, str(path))
     text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
-    with replacing(path) as temporary:
+    with writing(path.parent, path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
@@ -197,9 +215,12 @@ def update_results(run_dir: str | Path, section: str, value: object) -> Results:
 
 
 def upsert_evaluation(run_dir: str | Path, row: Evaluation) -> Results:
-    """Adds an evaluation, in place of one with the same bits, engine, θ and split, and returns the results.
+    """Adds an evaluation, in place of one of the same questions with the same bits, engine, θ and split.
 
     Rows are kept in order: by split, then bits (descending), engine and θ (descending; those with one a layer last).
+
+    Returns:
+        The results.
 
     Raises:
         ValueError: the row doesn't follow the schema; the file stays as it was.
@@ -207,10 +228,34 @@ def upsert_evaluation(run_dir: str | Path, row: Evaluation) -> Results:
     alone = {"schema": SCHEMA, "evaluation": [row], "selected": []}
     validate(alone, f"the new row for {Path(run_dir) / FILE_NAME}")
     results = load_or_new(run_dir)
-    kept = [other for other in results["evaluation"] if _identity(other) != _identity(row)]
-    results["evaluation"] = sorted([*kept, row], key=_identity)
+    kept = [
+        other
+        for other in results["evaluation"]
+        if place(other) != place(row) or not same_questions(other, row)
+    ]
+    results["evaluation"] = sorted([*kept, row], key=place)
     save_results(run_dir, results)
     return results
+
+
+def forget(run_dir: str | Path, bits: float, engine: str) -> list[Evaluation]:
+    """Removes what results say of a quantized model that another one takes the place of.
+
+    Returns:
+        The evaluations that are removed.
+    """
+    results = load_or_new(run_dir)
+    rows: dict[str, list[Any]] = {}
+    for section in ("evaluation", "selected", "searches", "changes"):
+        rows[section] = list(results.get(section, []))  # type: ignore[call-overload]
+    others = {
+        section: [one for one in found if (one["bits"], one.get("engine", engine)) != (bits, engine)]
+        for section, found in rows.items()
+    }
+    if others != rows:
+        changed = {section: found for section, found in others.items() if section in results}
+        save_results(run_dir, cast(Results, {**results, **changed}))
+    return [row for row in rows["evaluation"] if row not in others["evaluation"]]
 
 
 def load_or_new(run_dir: str | Path) -> Results:
@@ -220,50 +265,15 @@ def load_or_new(run_dir: str | Path) -> Results:
     return {"schema": SCHEMA, "evaluation": [], "selected": []}
 
 
-def _identity(row: Evaluation) -> tuple[str, float, str, int, list[float]]:
-    """What makes a row unique, as a sort key. θ is rounded: 0.1 + 0.2 and 0.3 are one grid point."""
+def place(row: Evaluation) -> tuple[str, float, str, int, list[float]]:
+    """What makes a row unique among those of the same questions, as a sort key.
+
+    θ is rounded: 0.1 + 0.2 and 0.3 are one grid point.
+    """
     theta = row["theta"]
     values = theta if isinstance(theta, list) else [-1.0 if theta is None else theta]
     many = len(values) if isinstance(theta, list) else 0
     return row["split"], -row["bits"], row["engine"], many, [-round(value, 9) for value in values]
-
-
-def validation_series(results: Results) -> dict[str, list[Evaluation]]:
-    """The validation rows of each quantized model, θ descending, by a label: "4-bit", or "4-bit native" where
-    several engines share the bits."""
-    rows = sorted((row for row in results["evaluation"] if row["split"] == "validation"), key=_identity)
-    engines: dict[float, set[str]] = {}
-    for row in rows:
-        engines.setdefault(row["bits"], set()).add(row["engine"])
-    series: dict[str, list[Evaluation]] = {}
-    for row in rows:
-        several = len(engines[row["bits"]]) > 1
-        label = f"{row['bits']}-bit {row['engine']}" if several else f"{row['bits']}-bit"
-        series.setdefault(label, []).append(row)
-    return series
-
-
-def best_row(rows: list[Evaluation]) -> Evaluation:
-    """The row of the highest average accuracy, or of the lowest nll where there is no average."""
-    return max(rows, key=lambda row: -row["average_nll"] if row["average"] is None else row["average"])
-
-
-def selected_row(results: Results, rows: list[Evaluation]) -> Evaluation | None:
-    """The row of a series at its selected θ, the first one where each of several budgets has its own; a series of one
-    row (no sweep) is its own choice."""
-    chosen = [(choice, row) for row in rows if (choice := selected_choice(results, row))]
-    if chosen:
-        return min(chosen, key=lambda pair: results["selected"].index(pair[0]))[1]
-    return rows[0] if len(rows) == 1 else None
-
-
-def selected_choice(results: Results, row: Evaluation) -> Selected | None:
-    """The selection that a row is the outcome of."""
-    for choice in results["selected"]:
-        same_engine = choice.get("engine", row["engine"]) == row["engine"]
-        if choice["bits"] == row["bits"] and same_engine and same_theta(choice["theta"], row["theta"]):
-            return choice
-    return None
 
 
 def same_theta(one: float | list[float] | None, other: float | list[float] | None) -> bool:

@@ -60,11 +60,13 @@ class Changes(TypedDict):
     decisions that Gumbel noise would flip, for comparison. `nll` is that of the gold answers in nats a token, mean over
     questions, and `nll_same_decisions` the same with the 16-bit model's decisions forced on this one; the `stderr` is
     that of their difference, paired by question. `changed_per_layer` has shape `(layers,)`, None without a router.
+    `questions` is the digest of the tokens.
     """
 
     bits: Bits
     engine: str
     theta: Fraction
+    questions: NotRequired[str]
     examples: Count
     tokens: Count
     execution_ratio: Fraction

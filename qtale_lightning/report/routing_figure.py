@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from qtale_lightning.manifest import DamagedFileError, verify
 from qtale_lightning.report.notes import run_title
 from qtale_lightning.report.results import Results, same_theta
 from qtale_lightning.report.routing import Changes, HistogramCounts, Routing
-from qtale_lightning.report.style import STYLES, TRAINING_STYLE
+from qtale_lightning.report.style import STYLES, TRAINING_STYLE, plain
 
 PATHS = {"paths": "as inference decides", "noisy_paths": "as Gumbel noise decides"}
 CURVES = {"distinct": "distinct paths", "entropy": "entropy of paths, nats"}
@@ -38,7 +39,7 @@ def plot_routing(results: Results, metrics: pd.DataFrame) -> Figure | None:
         return None
     lines = -(-len(panels) // 2)
     figure = Figure(figsize=(10, 2.9 * lines), layout="constrained")
-    figure.suptitle(f"{run_title(results)} · routers", fontsize=11)
+    figure.suptitle(plain(f"{run_title(results)} · routers"), fontsize=11)
     cells = list(figure.subplots(lines, 2, squeeze=False).flat)
     for axes, draw in zip(cells, panels, strict=False):
         draw(axes)
@@ -103,10 +104,14 @@ def _layer_panels(results: Results) -> list[Panel]:
 
 
 def _compared(results: Results) -> list[Changes]:
-    """The quantized rows of `changes`, at the highest θ: one line a precision."""
+    """The quantized rows of `changes`, at the highest θ: one line a precision, that of the most questions."""
     rows = [row for row in results.get("changes", []) if row["bits"] != 16]
     highest = max((row["theta"] for row in rows), default=0.0)
-    return [row for row in rows if same_theta(row["theta"], highest)]
+    chosen: dict[tuple[float, str], Changes] = {}
+    for row in sorted(rows, key=lambda row: -row["examples"]):
+        if same_theta(row["theta"], highest):
+            chosen.setdefault((row["bits"], row["engine"]), row)
+    return sorted(chosen.values(), key=rows.index)
 
 
 def _diversity_panels(metrics: pd.DataFrame) -> list[Panel]:
@@ -134,5 +139,23 @@ def _diversity_panels(metrics: pd.DataFrame) -> list[Panel]:
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """`metrics.csv`; an empty table where there is none."""
-    return pd.read_csv(path) if path.is_file() else pd.DataFrame()
+    """A run's `metrics.csv`; an empty table where there is none.
+
+    Raises:
+        DamagedFileError: It isn't what the run wrote, or no table of numbers with a column `step`.
+    """
+    if not path.is_file():
+        return pd.DataFrame()
+    remedy = f"`python -m qtale_lightning report {path.parent}` makes it anew from logs/"
+    verify(path.parent, path, remedy)
+    if not path.read_bytes().strip():
+        return pd.DataFrame()  # a run that logged nothing
+    try:
+        metrics = pd.read_csv(path)
+    except (ValueError, RecursionError) as error:  # pandas' own errors are ValueErrors
+        raise DamagedFileError(f"{path} is no table ({error}): {remedy}") from error
+    if "step" not in metrics:
+        raise DamagedFileError(f"{path} has no column 'step': {remedy}")
+    if text := [str(name) for name in metrics if not pd.api.types.is_numeric_dtype(metrics[name])]:
+        raise DamagedFileError(f"{path} has other values than numbers in {', '.join(text[:3])}: {remedy}")
+    return metrics

@@ -4,6 +4,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
+from qtale_lightning.fingerprint import Fingerprint
 from qtale_lightning.report.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
 
 
@@ -39,7 +40,10 @@ class Selected(TypedDict):
 
 
 class Search(TypedDict):
-    """A search of θ for a budget, and the execution ratio that it reached on the calibration questions."""
+    """A search of θ for a budget, and the execution ratio that it reached on the calibration questions.
+
+    `fingerprint` says which model and questions it was made with; older ones have none, and are made again.
+    """
 
     bits: Bits
     engine: str
@@ -49,8 +53,9 @@ class Search(TypedDict):
     execution_ratio: Fraction
     passes: Count
     seconds: Quantity
+    fingerprint: NotRequired[Fingerprint]
 
 
 def search_key(search: Search) -> tuple[float, str, str, float]:
-    """What no two searches of a run have in common: precision, rule and budget."""
+    """What no two searches on the same questions have in common: precision, rule and budget."""
     return search["bits"], search["engine"], search["rule"], search["budget"]

@@ -12,3 +12,8 @@ STYLES: list[dict[str, Any]] = [
 ]
 TRAINING_STYLE: dict[str, Any] = {"color": "#777777", "marker": "x", "linestyle": "-"}
 DPI = 150
+
+
+def plain(text: str) -> str:
+    """Text as it is, for matplotlib, which would read a formula between two dollars."""
+    return text.replace("$", r"\$")

@@ -12,7 +12,8 @@ import pandas as pd
 from rich.console import Console
 from rich.markup import escape
 
-from qtale_lightning.files import replacing
+from qtale_lightning.manifest import writing
+from qtale_lightning.report import markdown
 from qtale_lightning.report.notes import (
     COST_RULE,
     NOISE_RULE,
@@ -23,17 +24,17 @@ from qtale_lightning.report.notes import (
     run_title,
     theta_text,
 )
-from qtale_lightning.report.results import (
-    Evaluation,
-    Results,
+from qtale_lightning.report.results import Evaluation, Results, load_results
+from qtale_lightning.report.scores import ChoiceScores, TextScores, score_header, score_text
+from qtale_lightning.report.series import (
     best_row,
-    load_results,
+    labels_of,
+    other_rows,
     selected_choice,
     selected_row,
     validation_series,
 )
-from qtale_lightning.report.scores import ChoiceScores, TextScores, score_header, score_text
-from qtale_lightning.report.terminal import WORDS, FactTable, print_table
+from qtale_lightning.report.terminal import FactTable, print_table
 
 CAPTIONS = {
     "accuracy": "Accuracy and negative log-likelihood against the share of layers executed.",
@@ -81,7 +82,7 @@ def run_table(results: Results) -> FactTable:
         git = run["git"]
         changed = " (with uncommitted changes)" if git and git["dirty"] else ""
         table.rows = [
-            ["command", f"`{run['command']}`"],
+            ["command", markdown.code(run["command"])],
             ["commit", f"{git['commit']}{changed}" if git else "none (outside a git repository)"],
             ["hardware", run["hardware"]],
             *([["precision of training", run["precision"]]] if "precision" in run else []),
@@ -178,6 +179,18 @@ def evaluation_table(results: Results, brief: bool = False) -> FactTable:
     return table
 
 
+def others_table(results: Results) -> FactTable:
+    """Validation rows of other questions than the run's own, or asked otherwise: looks that stand for nothing else."""
+    headers = ["questions", "precision", "θ", *COST_COLUMNS, "average %", "NLL"]
+    table = FactTable("Other questions than the run's own", headers)
+    rows = other_rows(results)
+    for row, label in zip(rows, labels_of(rows), strict=True):
+        nll = f"{row['average_nll']:.3f} ± {row['average_nll_stderr']:.3f}"
+        table.rows.append([f"{row['examples']:,}", label, *_cells(row), _average(row), nll])
+    table.caption = "Other rows, or asked otherwise: they don't compare with those above"
+    return table
+
+
 def _cells(row: Evaluation) -> list[str]:
     ratios = [f"{row['execution_ratio']:.3f}", f"{row['flops_ratio']:.3f}"]
     return [theta_text(row["theta"]), *ratios, f"{row['seconds']:,.1f}"]
@@ -225,6 +238,7 @@ def print_summary(results: Results, console: Console | None = None) -> None:
         selection_table(results),
         search_table(results),
         evaluation_table(results, brief=True),
+        others_table(results),
     ):
         if table.rows:
             print_table(table, console)
@@ -232,33 +246,27 @@ def print_summary(results: Results, console: Console | None = None) -> None:
         console.print(f"• {note}", markup=False, highlight=False)
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; columns of figures are aligned to the right."""
-    rules = ["---" if header in WORDS else "---:" for header in headers]
-    lines = [[cell.replace("|", "\\|") for cell in row] for row in [headers, rules, *rows]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def markdown(results: Results, plots: Sequence[str] = ()) -> str:
+def page(results: Results, plots: Sequence[str] = ()) -> str:
     """The text of `results.md`; `plots` are the figures to embed, as paths relative to the page."""
-    parts = [f"# {run_title(results)}"]
+    parts = [f"# {markdown.escape(run_title(results))}"]
     for table in (run_table(results), training_table(results)):
         if table.rows:
-            parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
+            parts += [f"## {table.title}", markdown.table(table.headers, table.rows)]
     if protocol := protocol_lines(results):
-        parts += ["## Protocol", _bullets(protocol)]
+        parts += ["## Protocol", markdown.bullets(protocol)]
     for table, lead in (
         (selection_table(results), "Rule: "),
         (search_table(results), ""),
         (evaluation_table(results), ""),
+        (others_table(results), ""),
     ):
         if table.rows:
-            parts += [f"## {table.title}", markdown_table(table.headers, table.rows)]
-            parts += [f"{lead}{table.caption}."] if table.caption else []
+            parts += [f"## {table.title}", markdown.table(table.headers, table.rows)]
+            parts += [f"{lead}{markdown.escape(table.caption)}."] if table.caption else []
     if noise := noise_notes(results):
-        parts += ["## What is noise and what isn't", NOISE_RULE, _bullets(noise)]
+        parts += ["## What is noise and what isn't", NOISE_RULE, markdown.bullets(noise)]
     if costs := cost_notes(results):
-        parts += ["## Cost", COST_RULE, _bullets(costs)]
+        parts += ["## Cost", COST_RULE, markdown.bullets(costs)]
     if plots:
         parts.append("## Plots")
         parts += [f"![{CAPTIONS.get(Path(plot).stem, Path(plot).stem)}]({plot})" for plot in plots]
@@ -273,11 +281,7 @@ def write_markdown(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     plots = [f"plots/{name}.png" for name in CAPTIONS if (run_dir / "plots" / f"{name}.png").is_file()]
-    text = markdown(load_results(run_dir), plots)
-    with replacing(run_dir / "results.md") as temporary:
+    text = page(load_results(run_dir), plots)
+    with writing(run_dir, run_dir / "results.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return run_dir / "results.md"
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)

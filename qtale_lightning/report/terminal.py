@@ -11,8 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-WORDS = {"what", "value", "precision", "mark", "method", "setting", "engine", "rule", "line", "against"}
-"""Headings of columns of text, which may be broken; others hold figures."""
+from qtale_lightning.report.markdown import WORDS
 
 LABELS = {"precision", "θ", "method", "setting", "bits", "engine", "rule", "line", "against", "questions"}
 """Headings of columns that say what a row is about, where they come first: repeated where a table goes on below."""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from qtale_lightning.data import CommonsenseDataModule
@@ -10,6 +11,7 @@ from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation import cost, predictions, statistics
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, average
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
+from qtale_lightning.fingerprint import Fingerprint, of_model, of_protocol
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, load_or_new, same_theta, upsert_evaluation
@@ -45,11 +47,23 @@ class Subject:
         written = writing_protocol(self.data) if split == "validation" else {}
         return protocol | {"metrics": self.data.asking.metrics(split)} | written
 
+    @cached_property
+    def _model_digest(self) -> str:
+        return of_model(self.run.model(self.bits, self.engine))
+
+    def fingerprint(self, split: Split) -> Fingerprint:
+        """What makes its rows, θ apart."""
+        return {
+            "model": self._model_digest,
+            "questions": self.data.digest(split),
+            "protocol": of_protocol(self.protocol(split)),
+        }
+
     def known(self, theta: Theta, split: Split) -> Evaluation | None:
-        """The row of an earlier evaluation on the same questions by the same protocol."""
-        key = (self.bits, self.engine, split, len(self.data.questions(split)), self.protocol(split))
+        """The row of an earlier evaluation of the same model on the same questions by the same protocol."""
+        key = (self.bits, self.engine, split, self.fingerprint(split))
         for row in load_or_new(self.run.root)["evaluation"]:
-            found = (row["bits"], row["engine"], row["split"], row["examples"], row["protocol"])
+            found = (row["bits"], row["engine"], row["split"], row.get("fingerprint"))
             if found == key and same_theta(row["theta"], theta):
                 return row
         return None
@@ -102,6 +116,7 @@ class Subject:
             "seconds": scores.seconds,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "protocol": protocol,
+            "fingerprint": self.fingerprint(split),
         }
         if row["average"] is not None:  # then both averages are means over questions, within tasks
             row["average_stderr"] = statistics.average(predictions.by_task(outcomes, "value")).stderr

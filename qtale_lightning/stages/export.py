@@ -4,17 +4,17 @@ import logging
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import qtale_lightning.quantization.checkpoint  # noqa: F401  # registers packed weights with transformers
-from qtale_lightning.files import replacing
 from qtale_lightning.finite import check_finite
+from qtale_lightning.manifest import writing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import inference_dtype
 from qtale_lightning.run import RunDirectory
+from qtale_lightning.stages.loading import load_model
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def export(
         if ".router." not in name:
             parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    with replacing(run.model()) as folder:
+    with writing(run.root, run.model()) as folder:
         model.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_model_card(run, module), encoding="utf-8")
@@ -101,4 +101,4 @@ def load_exported(
         raise FileNotFoundError(f"{folder} isn't there: {stage} makes it.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if as_stored else inference_dtype(device)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    return load_model(run, folder, dtype).eval().to(device)

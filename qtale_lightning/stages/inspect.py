@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.trace import Text, Trace, document, measure_changes, trace
-from qtale_lightning.files import replacing
+from qtale_lightning.fingerprint import of
+from qtale_lightning.manifest import writing
 from qtale_lightning.report.notes import run_title
 from qtale_lightning.report.page import render_page
 from qtale_lightning.report.results import load_results, same_theta, update_results
 from qtale_lightning.report.routing import Changes
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.export import load_exported
+from qtale_lightning.stages.loading import load_tokenizer
 from qtale_lightning.stages.progress import console
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ def inspect(
         )
     theta = _common_theta(model.config.threshold) if theta is None else theta
     reference = trace(model, texts, theta)
+    questions = of([text.ids for text in texts])
     precisions: list[tuple[dict[str, Any], list[Trace]]] = []
     for width in (16, *widths):
         if width != 16:
@@ -72,7 +73,9 @@ def inspect(
         known: dict[str, Any] = {"bits": width, "engine": "none" if width == 16 else engine}
         if measured:
             forced = reference if width == 16 else trace(model, texts, theta, forced=reference)
-            known |= {"theta": theta} | measure_changes(model.config, texts, reference, traces, forced)
+            known |= {"theta": theta, "questions": questions} | measure_changes(
+                model.config, texts, reference, traces, forced
+            )
             _keep(run, cast(Changes, known))
             _say(cast(Changes, known))
         precisions.append((known, traces))
@@ -81,17 +84,18 @@ def inspect(
         run_title(load_results(run.root)),
         model.config,
         theta,
-        AutoTokenizer.from_pretrained(run.model()),
+        load_tokenizer(run, run.model()),
         [texts[i] for i in shown],
         [(known, [traces[i] for i in shown]) for known, traces in precisions],
     )
     name = f"{'' if measured else 'text-'}theta-{theta:g}"
-    _write(run.root / "inspect" / f"{name}.json", json.dumps(content, ensure_ascii=False, allow_nan=False))
-    return _write(run.root / "inspect" / f"{name}.html", render_page(content))
+    _write(run, f"{name}.json", json.dumps(content, ensure_ascii=False, allow_nan=False))
+    return _write(run, f"{name}.html", render_page(content))
 
 
-def _write(path: Path, text: str) -> Path:
-    with replacing(path) as temporary:
+def _write(run: RunDirectory, name: str, text: str) -> Path:
+    path = run.root / "inspect" / name
+    with writing(run.root, path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return path
 
@@ -143,7 +147,7 @@ def own_texts(run: RunDirectory, texts: Sequence[str]) -> list[Text]:
     """
     if not run.model().is_dir():
         raise FileNotFoundError(f"{run.model()} isn't there: `make train` makes it.")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(run.model())
+    tokenizer = load_tokenizer(run, run.model())
     encoded = [tuple(tokenizer(text)["input_ids"]) for text in texts]
     for text, ids in zip(texts, encoded, strict=True):
         if not text.strip() or not ids:
@@ -152,15 +156,18 @@ def own_texts(run: RunDirectory, texts: Sequence[str]) -> list[Text]:
 
 
 def _keep(run: RunDirectory, row: Changes) -> None:
-    """Put a row into results.json, in place of one of the same precision and θ."""
+    """Put a row into results.json, in place of one of the same precision, θ and questions."""
     rows = load_results(run.root).get("changes", [])
     others = [
         known
         for known in rows
         if (known["bits"], known["engine"]) != (row["bits"], row["engine"])
         or not same_theta(known["theta"], row["theta"])
+        or known.get("questions", row["questions"]) != row["questions"]
     ]
-    order = sorted([*others, row], key=lambda one: (-one["theta"], -one["bits"], one["engine"]))
+    order = sorted(
+        [*others, row], key=lambda one: (-one["theta"], -one["bits"], one["engine"], -one["examples"])
+    )
     update_results(run.root, "changes", order)
 
 

@@ -1,24 +1,29 @@
 """Quantization of a run's exported model: search, save what was found, pack."""
 
-import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.files import replacing
+from qtale_lightning.evaluation.predictions import predictions_file
+from qtale_lightning.fingerprint import of, of_model
+from qtale_lightning.manifest import read_object, verify, writing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
-from qtale_lightning.quantization.checkpoint import PackedConfig, quantize_model
+from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
-from qtale_lightning.quantization.mappings import LINEARS, linear_shapes
+from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
-from qtale_lightning.quantization.recipe import Recipe
+from qtale_lightning.quantization.recipe import REMEDY, Recipe
+from qtale_lightning.report.results import forget
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.export import load_exported
 from qtale_lightning.stages.progress import console, progress
+from qtale_lightning.stages.writing import FOLDER as WRITTEN
 
 log = logging.getLogger(__name__)
 
@@ -27,21 +32,34 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     """Quantizes the exported model at each of the options' precisions, calibrated on training sequences, routing on.
 
     Saves what the search found (``awq-search-Nbit.safetensors``), which later calls reuse, and the packed model
-    (``model-awq-Nbit/``); routers, norms, embeddings and head keep full precision.
+    (``model-awq-Nbit/``); routers, norms, embeddings and head keep full precision. Both say what they were made from: a
+    precision that is there from the same model, sequences and options stays, and any other is made anew, and what was
+    measured of it is forgotten.
 
     Args:
         run: With an exported model.
         data: Gives the calibration sequences.
-        options: Precisions that are there already are skipped.
+        options: What to make.
 
     Raises:
-        ValueError: The group size doesn't divide a width, a precision is there with other options, or the exported
-            model is quantized itself.
+        FileNotFoundError: There is no exported model.
+        ValueError: The group size doesn't divide a width, or the exported model is quantized itself.
+        DamagedFileError: A file of the run isn't what it wrote.
     """
-    missing = [bits for bits in options.bits if not run.model(bits, options.engine).is_dir()]
-    for bits in set(options.bits) - set(missing):
-        _check_alike(run, bits, options)
+    sequences = data.calibration_sequences(options.sequences) if options.calibrates else []
+    if len(sequences) < options.sequences and options.calibrates:
+        log.info(
+            "--quantize.sequences %d: there are %d training sequences, all are taken",
+            options.sequences,
+            len(sequences),
+        )
+    ingredients = {bits: _ingredients(run, bits, options, sequences) for bits in options.bits}
+    missing = [bits for bits in options.bits if not _is_there(run, bits, options.engine, ingredients[bits])]
     if not missing:
+        said = ", ".join(f"{bits:g}" for bits in options.bits)
+        console.print(
+            f"{options.engine}, {said or 'no'} bits: there already, of this model, rows and options"
+        )
         return
     started = time.perf_counter()
     model = load_exported(run)
@@ -50,9 +68,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         bits: uniform(shapes, int(bits), options.patterns or {}) for bits in missing if bits == int(bits)
     }
     searched = wanted | {width: uniform(shapes, width, {}) for width in options.candidates(missing)}
-    sequences = data.calibration_sequences(options.sequences) if options.calibrates else []
     batches = padded_batches(sequences, model.device)
-    recipes = _recipes(run, batches, options, model, searched)
+    made_from = {key: ingredients[missing[0]][key] for key in ("model", "sequences")}
+    recipes = _recipes(run, batches, options, model, searched, made_from)
     assert data.tokenizer is not None  # it made the sequences
     for bits in missing:
         if bits in recipes:
@@ -62,10 +80,13 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
         final_norm = refit_final_norm(model, recipe, batches) if options.refits else None
         packed = load_exported(run, as_stored=True)
-        quantize_model(packed, recipe, final_norm)
-        with replacing(run.model(bits, options.engine)) as folder:
+        quantize_model(packed, recipe, final_norm, ingredients[bits])
+        with writing(run.root, run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
+            _forget(
+                run, bits, options.engine
+            )  # not before the other model is on the disk, not after it is read
         size = run.weight_bytes(bits, options.engine)
         console.print(
             f"{options.engine}, {bits:g} bits in groups of {options.group_size}: {size / 1e6:,.1f} MB "
@@ -74,26 +95,55 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     console.print(f"quantized in {time.perf_counter() - started:.0f} s")
 
 
-def _check_alike(run: RunDirectory, bits: float, options: QuantizationOptions) -> None:
-    """Raises ValueError where the folder of a precision was made with other options."""
-    folder = run.model(bits, options.engine)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    there = PackedConfig(**config["quantization_config"])
-    layers = range(config["num_hidden_layers"])
-    names = {f"model.layers.{layer}.{linear}": (1, 1) for layer in layers for linear in LINEARS}
-    whole = bits == int(bits)
-    for option, value, asked in (
-        ("group_size", there.group_size, options.group_size),
-        ("symmetric", not there.zero_point, options.symmetric),
-        ("refit_norm", there.refit_norm, options.refits),
-        ("patterns", whole and {name: there.bits_of(name) for name in names},
-         whole and uniform(names, int(bits), options.patterns or {})),
-    ):  # fmt: skip
-        if value != asked:
-            was = f" ({value})" if option != "patterns" else ""
-            raise ValueError(
-                f"{folder} was made with another --quantize.{option}{was}: remove it to quantize again"
-            )
+def _ingredients(
+    run: RunDirectory, bits: float, options: QuantizationOptions, sequences: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """What a packed model depends on, as its configuration says it."""
+    if not run.model().is_dir():
+        load_exported(run)  # says how to make it
+    return {
+        "model": of_model(run.model()),
+        "sequences": of(sequences),
+        "bits": bits,
+        "group_size": options.group_size,
+        "symmetric": options.symmetric,
+        "refit_norm": options.refits,
+        "patterns": dict(options.patterns or {}) if bits == int(bits) else {},
+    }
+
+
+def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[str, Any]) -> bool:
+    """Whether a precision is there, made from the same; says so where it was made from anything else."""
+    folder = run.model(bits, engine)
+    if not folder.is_dir():
+        return False
+    config = read_object(run.root, folder / "config.json", run.remedy(folder), ["quantization_config"])
+    made_from = config["quantization_config"].get("made_from")
+    if made_from is None:
+        console.print(f"{folder} doesn't say what it was made from: it is made anew")
+        return False
+    if differing := [key for key, value in ingredients.items() if made_from.get(key) != value]:
+        words = [_IN_WORDS.get(key, f"--quantize.{key} {made_from.get(key)}") for key in differing]
+        console.print(
+            f"{folder} was made with {', '.join(words)}: it is made anew, what was measured of it goes"
+        )
+        return False
+    return True
+
+
+_IN_WORDS = {
+    "model": "another exported model",
+    "sequences": "other training sequences",
+    "patterns": "other --quantize.patterns",
+}
+
+
+def _forget(run: RunDirectory, bits: float, engine: str) -> None:
+    """What was measured of a model that another one takes the place of."""
+    for row in forget(run.root, bits, engine):
+        name = predictions_file(run.root, row)
+        for file in (name, run.root / WRITTEN / name.name):
+            file.unlink(missing_ok=True)
 
 
 def _share_of_widths(recipe: Recipe) -> str:
@@ -107,18 +157,16 @@ def _recipes(
     options: QuantizationOptions,
     model: RoutedLlamaForCausalLM,
     precisions: dict[float, Bits],
+    made_from: dict[str, str],
 ) -> dict[float, Recipe]:
-    """A recipe for each precision: those saved by an earlier search, and one search for all others."""
+    """A recipe for each precision: those of an earlier search of the same, and one search for all others."""
     found: dict[float, Recipe] = {}
     for bits, by_linear in precisions.items():
         path = run.search(bits, options.engine)
         if path.is_file():
-            saved = Recipe.load(path)
-            if (saved.bits, saved.group_size, saved.symmetric) == (
-                by_linear,
-                options.group_size,
-                options.symmetric,
-            ):
+            saved = Recipe.load(verify(run.root, path, REMEDY))
+            ours = (by_linear, options.group_size, options.symmetric, made_from)
+            if (saved.bits, saved.group_size, saved.symmetric, saved.made_from) == ours:
                 found[bits] = saved
     missing = {bits: by_linear for bits, by_linear in precisions.items() if bits not in found}
     if not missing:
@@ -136,7 +184,8 @@ def _recipes(
             progress=lambda *_: advance(),
         )
     for bits, recipe in zip(missing, recipes, strict=True):
+        found[bits] = replace(recipe, made_from=made_from)
         if options.calibrates:
-            recipe.save(run.search(bits, options.engine))
-        found[bits] = recipe
+            with writing(run.root, run.search(bits, options.engine)) as file:
+                found[bits].save(file)
     return found

@@ -19,13 +19,17 @@ from qtale_lightning.evaluation.threshold import (
     within_one_standard_error,
     within_tolerance,
 )
+from qtale_lightning.fingerprint import Fingerprint
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, load_or_new, update_results
-from qtale_lightning.report.selection import Selected, search_key
+from qtale_lightning.report.selection import Search, Selected, search_key
+from qtale_lightning.report.series import own_questions
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.evaluate import Subject
 from qtale_lightning.stages.export import load_exported
 from qtale_lightning.stages.progress import console, progress
+
+_SPLITS: tuple[Literal["calibration", "validation"], ...] = ("calibration", "validation")
 
 
 def sweep(
@@ -39,7 +43,8 @@ def sweep(
 
     Calibration questions come from the training split and were not trained on. A rule on a grid has every θ of it
     measured on both splits, a budget only the θ that meets it. A model without routers has one row a precision, and
-    no θ. What an earlier sweep has measured or found isn't repeated.
+    no θ. What an earlier sweep has measured or found isn't repeated. A sweep of other questions than the run's own adds
+    its rows, and leaves what is selected as it is.
 
     Raises:
         ValueError: A budget can't be met.
@@ -56,10 +61,13 @@ def sweep(
             selected += [_meet(subject, budget, options.rule == "layer-budget") for budget in options.budgets]
         else:
             selected.append(_select(subject, options))
+    results = load_or_new(run.root)
+    for split in _SPLITS:
+        if own_questions(results, split) not in (None, data.digest(split)):
+            console.print(f"other {split} questions than this run's own: what is selected stays as it was")
+            return
     again = {(one["bits"], one["engine"]) for one in selected}
-    others = [
-        one for one in load_or_new(run.root)["selected"] if (one["bits"], one.get("engine")) not in again
-    ]
+    others = [one for one in results["selected"] if (one["bits"], one.get("engine")) not in again]
     update_results(run.root, "selected", sorted([*selected, *others], key=lambda one: -one["bits"]))
 
 
@@ -90,7 +98,10 @@ def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
     rule: Literal["budget", "layer-budget"] = "layer-budget" if by_layer else "budget"
     key = (subject.bits, subject.engine, rule, budget)
     searches = load_or_new(subject.run.root).get("searches", [])
-    known = next((one for one in searches if search_key(one) == key), None)
+    made_by = subject.fingerprint("calibration")
+    known = next(
+        (one for one in searches if (search_key(one), one.get("fingerprint")) == (key, made_by)), None
+    )
     if known is None or subject.known(known["theta"], "calibration") is None:
         calibration = _calibration(subject)
         find = find_layer_thresholds if by_layer else find_threshold
@@ -105,13 +116,21 @@ def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
             "execution_ratio": found.at.ratio,
             "passes": calibration.passes,
             "seconds": calibration.seconds,
+            "fingerprint": made_by,
         }
-        kept = [one for one in searches if search_key(one) != key]
+        kept = [one for one in searches if search_key(one) != key or _asks_others(one, made_by)]
         update_results(subject.run.root, "searches", sorted([*kept, known], key=search_key))
     _say(subject, known["theta"], known["passes"], known["seconds"])
     (row,) = subject.evaluate([known["theta"]], "validation")
     cost = {name: known[name] for name in ("passes", "seconds", "budget")}
     return _selected(row, f"{rule}: {budget_in_words(budget, by_layer)}", **cost)
+
+
+def _asks_others(search: Search, made_by: Fingerprint) -> bool:
+    """Whether a search rests on other questions, or asked them otherwise: neither takes the other's place."""
+    found = search.get("fingerprint")
+    parts: tuple[Literal["questions", "protocol"], ...] = ("questions", "protocol")
+    return found is not None and any(found[part] != made_by[part] for part in parts)
 
 
 def _calibration(subject: Subject) -> Calibration:

@@ -10,7 +10,7 @@ from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.generation import READING, generate, read_answer
 from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.evaluation.scoring import Threshold
-from qtale_lightning.files import replacing
+from qtale_lightning.manifest import writing
 from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
 from qtale_lightning.stages.progress import progress
 
@@ -90,6 +90,6 @@ def save_answers(
             line["read"] = None if read is None else question.labels[read]
         lines.append(json.dumps(line, ensure_ascii=False))
     path = run_dir / FOLDER / predictions_file(run_dir, row).name
-    with replacing(path) as temporary:
+    with writing(run_dir, path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -6,13 +6,8 @@ from typing import Any
 
 import yaml
 
-from qtale_lightning.report.results import (
-    Evaluation,
-    load_results,
-    same_theta,
-    selected_row,
-    validation_series,
-)
+from qtale_lightning.report.results import Evaluation, load_results, same_theta
+from qtale_lightning.report.series import selected_row, validation_series
 
 KEYS = (
     *("bits", "engine", "theta", "execution_ratio", "flops_ratio", "average", "average_stderr"),

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 
 from qtale_lightning.files import replacing
+from qtale_lightning.report import markdown
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.tables import markdown_table
 from qtale_lightning.sweeps.figure import plot_parallel
 from qtale_lightning.sweeps.trial import RECORD
 
@@ -79,13 +79,13 @@ def _page(name: str, kept: list[dict[str, Any]], drawn: bool) -> str:
     open_ends = [record for record in kept if record["status"] != "finished"]
     finished = f"{len(kept) - len(open_ends)} runs finished"
     missing = "".join(
-        f"- {', '.join(f'{k}={v}' for k, v in record['parameters'].items())}: {record['status']}\n"
-        f"  `{record['command']}`\n"
+        f"- {markdown.escape(', '.join(f'{k}={v}' for k, v in record['parameters'].items()))}: {record['status']}\n"
+        f"  {markdown.code(record['command'])}\n"
         for record in open_ends
     )
     return (
         f"# Sweep {name}\n\n{finished}; {len(open_ends)} not.\n\n"
-        f"{markdown_table([*parameters, *(MEASURED[key] for key in measured)], lines)}\n\n"
+        f"{markdown.table([*parameters, *(MEASURED[key] for key in measured)], lines)}\n\n"
         "Validation questions, ± standard error over them; each run at the θ that it selected on calibration "
         "questions, unless the sweep sets θ. Layers executed are measured, FLOPs counted. `sweep.csv` holds the "
         "command that reproduces each run alone.\n"

@@ -1,6 +1,5 @@
 """What a table shows, as plain data: every number with its error and the rows that it comes from."""
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from qtale_lightning.evaluation import cost
+from qtale_lightning.fingerprint import comparable
+from qtale_lightning.manifest import read_object
 from qtale_lightning.report.notes import TASK_NAMES
 from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header
@@ -210,8 +211,8 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
 
 def _kv_bytes(answer: Answer, row: Evaluation) -> float:
     """Bytes of keys and values that a token leaves, by the layers that it executes on average."""
-    file = answer.run.directory.model() / "config.json"
-    config = SimpleNamespace(**json.loads(file.read_text(encoding="utf-8")))
+    run = answer.run.directory
+    config = SimpleNamespace(**read_object(run.root, run.model() / "config.json", run.remedy(run.model())))
     return cost.kv_bytes_per_token(config, row["execution_ratio_per_layer"])
 
 
@@ -232,12 +233,12 @@ def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
 
 
 def _protocols(answers: Sequence[Answer]) -> dict[str, Any]:
-    """The protocol of each data set, without the seed."""
+    """What of the protocol of each data set a score depends on."""
     found: dict[str, dict[str, Any]] = {}
     first: dict[str, Answer] = {}
     for answer in answers:
         assert answer.row is not None
-        protocol = {key: value for key, value in answer.row["protocol"].items() if key != "seed"}
+        protocol = comparable(answer.row["protocol"])
         data = answer.run.data
         other = first.setdefault(data, answer)
         if found.setdefault(data, protocol) != protocol:

@@ -31,7 +31,6 @@ from qtale_lightning.tables.plots import (
 )
 from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table, commit_of
-from qtale_lightning.yaml_files import read_yaml
 
 METHODS = {"full": "full", "dllm": "D-LLM", "qtale": "QTALE"}
 LAMBDA = "model.lambda_entropy"
@@ -259,8 +258,7 @@ def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None
 
 
 def _lambda(variant: Variant) -> float:
-    config = read_yaml(variant.runs[0].directory.config)
-    return float(config["model"]["lambda_entropy"])
+    return float(variant.runs[0].directory.read_config()["model"]["lambda_entropy"])
 
 
 Draw = Callable[[Table, list[Variant], str], Figure | None]

@@ -1,6 +1,7 @@
 """A table's content as Markdown, LaTeX, CSV and JSON."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 from qtale_lightning.files import replacing
+from qtale_lightning.report import markdown as md
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.tables import markdown_table
 from qtale_lightning.tables.bold import RULE
 
 PAPER = "the paper's"
@@ -18,7 +19,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "θ": r"$\theta$", "λ": r"$\lambda$",
     "₁": "$_1$", "₂": "$_2$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "…": r"\ldots{}", "≤": r"$\leq$",
-    "≥": r"$\geq$", "−": "$-$",
+    "≥": r"$\geq$", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
 }  # fmt: skip
 
 
@@ -27,13 +28,18 @@ def write_table(content: dict[str, Any], folder: Path) -> list[Path]:
     texts = {
         "md": markdown(content),
         "tex": latex(content),
-        "csv": frame(content).to_csv(index=False, lineterminator="\n"),
+        "csv": frame(content).map(_unread).to_csv(index=False, lineterminator="\n"),
         "json": json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n",
     }
     for kind, text in texts.items():
         with replacing(folder / f"table.{kind}") as temporary:
             temporary.write_text(text, encoding="utf-8")
     return [folder / f"table.{kind}" for kind in texts]
+
+
+def _unread(value: Any) -> Any:
+    """A value that no spreadsheet reads as a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def frame(content: dict[str, Any]) -> pd.DataFrame:
@@ -153,15 +159,15 @@ def markdown(content: dict[str, Any]) -> str:
     """The page."""
     headers, texts, best = cells(content)
     marked = [
-        [f"**{text}**" if mark else text for text, mark in zip(row, marks, strict=True)]
+        [md.bold(text) if mark else text for text, mark in zip(row, marks, strict=True)]
         for row, marks in zip(texts, best, strict=True)
     ]
-    parts = [f"# {_title(content)}", markdown_table(headers, marked)]
+    parts = [f"# {md.escape(_title(content))}", md.table(headers, marked)]
     if failed := failures(content):
-        parts.append("\n".join(f"- failed: {line}" for line in failed))
+        parts.append(md.bullets(f"failed: {line}" for line in failed))
     if content["differences"]:
         parts += [f"Paired differences, on the same questions; {NOISE}:", differences(content)]
-    parts += ["\n".join(f"- {note}" for note in footnotes(content)), f"```\n{content['command']}\n```"]
+    parts += [md.bullets(footnotes(content)), md.block(content["command"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,7 +184,7 @@ def differences(content: dict[str, Any]) -> str:
             apart = found["values"].get(column["key"])
             text.append(_apart(apart, column) if apart else "–")
         texts.append(text)
-    return markdown_table(["line", "against", "bits", *(column["header"] for column in columns)], texts)
+    return md.table(["line", "against", "bits", *(column["header"] for column in columns)], texts)
 
 
 def _apart(found: dict[str, Any], column: dict[str, Any]) -> str:
@@ -187,7 +193,7 @@ def _apart(found: dict[str, Any], column: dict[str, Any]) -> str:
         for key, sign in (("value", "+"), ("stderr", ""))
     )
     text = f"{value.replace('-', '−')} ± {error}"
-    return f"**{text}**" if found["significant"] else text
+    return md.bold(text) if found["significant"] else text
 
 
 def latex(content: dict[str, Any]) -> str:
@@ -204,14 +210,14 @@ def latex(content: dict[str, Any]) -> str:
         escape=False,
         column_format=alignment,
         caption=_tex(_title(content)),
-        label=f"tab:{content['table']}-{content['model']}",
+        label=re.sub(r"[^\w.:-]", "-", f"tab:{content['table']}-{content['model']}"),
     )
     notes = [*footnotes(content), content["command"]]
     return "".join(f"% {line}\n" for note in notes for line in note.splitlines()) + table
 
 
 def _tex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
 
 
 def _title(content: dict[str, Any]) -> str:

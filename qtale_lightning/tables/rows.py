@@ -1,17 +1,20 @@
 """Which evaluation row of a run answers a line of a table, and the commands that make the one that is missing."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.threshold import within_one_standard_error, within_tolerance
+from qtale_lightning.fingerprint import Fingerprint, of_model
+from qtale_lightning.manifest import listed, read_object
 from qtale_lightning.report.results import Evaluation, same_theta
 from qtale_lightning.report.selection import search_key
+from qtale_lightning.report.series import own_questions, own_rows
 from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
 from qtale_lightning.tables.runs import TableRun
 
+_SPLITS: tuple[Literal["calibration", "validation"], ...] = ("calibration", "validation")
 Kind = Literal["fit", "quantize", "sweep", "evaluate"]
 
 
@@ -49,28 +52,73 @@ class Command:
 def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
     """The validation row that answers a demand; None where an evaluation that decides it is missing.
 
+    Rows of another model than the one that is there, or of other questions than the run's own, answer nothing.
+
     Raises:
         ValueError: The precision is there in another group size, so that its rows aren't those asked for.
+        DamagedFileError: A file of the run isn't what it wrote.
     """
     results = run.results
     _check_groups(run, demand)
+    if not is_current(run, demand.bits, demand.engine):
+        return None
+    model = _model(run, demand.bits, demand.engine)
     at = {
         split: [
             row
-            for row in results["evaluation"]
-            if (row["bits"], row["engine"], row["split"]) == (demand.bits, demand.engine, split)
+            for row in own_rows(results, split)
+            if (row["bits"], row["engine"]) == (demand.bits, demand.engine) and _of(row, model)
         ]
-        for split in ("calibration", "validation")
+        for split in _SPLITS
     }
     theta = demand.theta
     if isinstance(theta, BudgetRule):
-        key = (demand.bits, demand.engine, theta.rule, theta.budget)
-        found = next((search for search in results.get("searches", []) if search_key(search) == key), None)
+        key, own = (
+            (demand.bits, demand.engine, theta.rule, theta.budget),
+            own_questions(results, "calibration"),
+        )
+        found = next(
+            (
+                search
+                for search in results.get("searches", [])
+                if search_key(search) == key and _of(search, model, own)
+            ),
+            None,
+        )
         return _at(at["validation"], found["theta"]) if found else None
     if isinstance(theta, GridRule):
         chosen = _choose(run, theta, at["calibration"])
         return _at(at["validation"], chosen["theta"]) if chosen else None
     return _at(at["validation"], theta)
+
+
+def _of(made: Mapping[str, Any], model: str, questions: str | None = None) -> bool:
+    """Whether a row or a search is of this model, and of these questions where they are known."""
+    found: Fingerprint | None = made.get("fingerprint")
+    return found is not None and found["model"] == model and questions in (None, found["questions"])
+
+
+def _model(run: TableRun, bits: float, engine: str) -> str:
+    """The digest of a model that is there, from the run's list of its files: stages see to it that they are sound."""
+    folder = run.directory.model(bits, engine)
+    return of_model(folder, listed(run.directory.root, folder))
+
+
+def is_current(run: TableRun, bits: float, engine: str) -> bool:
+    """Whether a precision is there; and if it says what it was made from, whether that is the run's model."""
+    folder = run.directory.model(bits, engine)
+    if not folder.is_dir():
+        return False
+    if bits == 16:
+        return True
+    made_from = _packed(run, bits, engine).get("made_from")
+    return made_from is None or made_from["model"] == _model(run, 16, "none")
+
+
+def _packed(run: TableRun, bits: float, engine: str) -> dict[str, Any]:
+    folder = run.directory.model(bits, engine)
+    file, remedy = folder / "config.json", run.directory.remedy(folder)
+    return read_object(run.directory.root, file, remedy, ["quantization_config"])["quantization_config"]
 
 
 def _at(rows: Sequence[Evaluation], theta: float | list[float] | None) -> Evaluation | None:
@@ -97,10 +145,9 @@ def _check_groups(run: TableRun, demand: Demand) -> None:
     if demand.bits == 16:
         return
     folder = run.directory.model(demand.bits, demand.engine)
-    if not (folder / "config.json").is_file():
+    if not folder.is_dir():
         return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    there, asked = config["quantization_config"]["group_size"], run.quantization.group_size
+    there, asked = _packed(run, demand.bits, demand.engine)["group_size"], run.quantization.group_size
     if there != asked:
         raise ValueError(
             f"{folder} has groups of {there}, --quantize.group_size {asked} is asked for: give "
@@ -124,7 +171,7 @@ def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
         commands.append(_fit(run, bits, first))
     open_demands = [d for d in demands if not _answered(run, d, first, fresh)]
     for engine, bits in by_engine.items():
-        unmade = [b for b in bits if not run.directory.model(b, engine).is_dir()]
+        unmade = [b for b in bits if not is_current(run, b, engine)]
         needed = [b for b in unmade if any((d.bits, d.engine) == (b, engine) for d in open_demands)]
         if needed and not (fresh and engine == first):
             commands.append(_stage("quantize", run, needed, engine, [], 0))
@@ -216,7 +263,7 @@ def _stage(
         ]
         arguments += ["--quantize.symmetric", str(made.symmetric).lower()]
         arguments += ["--quantize.refit_norm", str(made.refit_norm).lower()]
-    return Command(kind, run, engine, (*arguments, *options), evaluations)
+    return Command(kind, run, engine, (*arguments, *run.moved(), *options), evaluations)
 
 
 def _list(values: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """The runs that a table's lines need: their resolved configuration, and the folder where each is or will be."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +9,8 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.manifest import digest
+from qtale_lightning.origin import origin
 from qtale_lightning.plan import optimizer_steps, training_flops
 from qtale_lightning.precision import PRECISIONS
 from qtale_lightning.quantization.options import QuantizationOptions
@@ -26,7 +28,8 @@ class TableRun:
 
     Attributes:
         arguments: Of `fit`.
-        identity: Of its resolved configuration; a run that has it, wherever below `out`, is this run.
+        identity: Of its resolved configuration, base model and rows; a run that has it, wherever below `out`, is this.
+        places: By option, where its rows and its base model lie now.
         steps: Optimizer steps of its training.
         flops: Of its training, about.
     """
@@ -38,6 +41,7 @@ class TableRun:
     identity: str
     quantization: QuantizationOptions
     sweep: SweepOptions
+    places: Mapping[str, str]
     steps: int
     flops: float
 
@@ -48,27 +52,45 @@ class TableRun:
         there = self.directory.model().is_dir() and (root / "results.md").is_file()
         return there and "train" in self.results
 
+    def moved(self) -> list[str]:
+        """Options for a stage, that say where rows and base model lie now if its configuration has another place."""
+        config = self.directory.read_config() if self.directory.config.is_file() else {}
+        found = []
+        for option, place in self.places.items():
+            section, key = option.split(".")
+            there = config.get(section, {}).get(key)
+            if there is not None and str(Path(there).resolve()) != place:
+                found += [f"--{option}", place]
+        return found
+
     @property
     def results(self) -> Results:
         """What `results.json` says now; empty where it isn't there yet."""
         file = self.directory.root / FILE_NAME
         if not file.is_file():
             return load_or_new(self.directory.root)
-        found = file.stat()
-        return _read_once(self.directory.root, found.st_mtime_ns, found.st_ino)
+        return _read_once(self.directory.root, digest(file))
 
 
 @lru_cache(maxsize=256)
-def _read_once(root: Path, changed: int, inode: int) -> Results:
-    """A table asks for the same file many times; a written one is a new file."""
+def _read_once(root: Path, content: str) -> Results:
+    """A table asks for the same file many times."""
     return load_or_new(root)
 
 
 def known_runs(out: Path) -> dict[str, Path]:
-    """Folders of the runs below `out`, by the identity of their configuration."""
+    """Folders of the runs below `out`, by the identity of their configuration and of what they were made from.
+
+    Raises:
+        DamagedFileError: A run's configuration or results aren't what it wrote.
+    """
     found: dict[str, Path] = {}
-    for config in sorted([*out.glob("*/config.yaml"), *out.glob("*/*/config.yaml")]):
-        found.setdefault(identity(config.read_text(encoding="utf-8")), config.parent)
+    for file in sorted([*out.glob("*/config.yaml"), *out.glob("*/*/config.yaml")]):
+        config = RunDirectory(file.parent).read_config()
+        run = load_or_new(file.parent).get("run")
+        # Older runs don't say what they were made from: it is taken for what lies there now.
+        made_from = (run.get("made_from") if run else None) or origin(config)
+        found.setdefault(identity(config, made_from), file.parent)
     return found
 
 
@@ -112,6 +134,11 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
         identity=key,
         quantization=cli.quantization,
         sweep=cli.sweep,
+        places={
+            option: str(Path(place).resolve())
+            for option, place in {"data.root": cli.datamodule.root, "model.path": cli.model.path}.items()
+            if place is not None and Path(place).is_dir()
+        },
         steps=optimizer_steps(cli),
         flops=training_flops(cli),
     )
@@ -119,15 +146,13 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
 
 def _identities(cli: QTALECLI) -> list[str]:
     """Of the run as it would start here; and as it may have on another device, which precision was left to."""
-    text = cli.config_text()
-    if cli.precision_origin == "given":
-        return [identity(text)]
-    config = yaml.safe_load(text)
-    texts = [text]
-    for precision in PRECISIONS:
-        config["trainer"]["precision"] = precision
-        texts.append(yaml.safe_dump(config))
-    return [identity(text) for text in texts]
+    config = yaml.safe_load(cli.config_text())
+    made_from, trainer = origin(config), config["trainer"]
+    precisions = [trainer["precision"], *(() if cli.precision_origin == "given" else PRECISIONS)]
+    return [
+        identity({**config, "trainer": {**trainer, "precision": precision}}, made_from)
+        for precision in precisions
+    ]
 
 
 def _folder(out: Path, variant: str, name: str, key: str) -> Path:

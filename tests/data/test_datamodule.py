@@ -452,5 +452,5 @@ def test_resuming_with_another_order_of_rows_is_refused(
     tokenizer: PreTrainedTokenizerFast, uninterrupted: tuple[str, list[list[list[int]]], Path]
 ) -> None:
     run, _, folder = uninterrupted
-    with pytest.raises(ValueError, match=r"'global_batch': 4.*'global_batch': 2.*same --data options"):
+    with pytest.raises(ValueError, match=r"'global_batch': 4.*'global_batch': 2.*same rows, --data options"):
         fit(tokenizer, run, resume=folder / "batch" / "step=3.ckpt", batch_size=2)

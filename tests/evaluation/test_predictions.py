@@ -19,6 +19,7 @@ from qtale_lightning.evaluation.predictions import (
     save_predictions,
 )
 from qtale_lightning.evaluation.statistics import paired_difference
+from qtale_lightning.manifest import DamagedFileError
 
 METRICS = {"piqa": "acc_norm", "boolq": "acc"}
 ROW: dict[str, Any] = {
@@ -104,6 +105,19 @@ def test_nothing_stale_is_taken_for_a_rows_own(tmp_path: Path, change: dict[str,
     assert load_predictions(tmp_path, ROW) is None
 
 
+def test_a_rows_file_is_of_its_model_and_a_few_questions_have_one_of_their_own(tmp_path: Path) -> None:
+    made: dict[str, str] = {"model": "m", "questions": "q", "protocol": "p"}
+    row = ROW | {"fingerprint": made}
+    path = save_predictions(tmp_path, row, outcomes(0))
+    assert load_predictions(tmp_path, row) == outcomes(0)
+    other = ROW | {"fingerprint": made | {"model": "another"}}
+    assert predictions_file(tmp_path, other) == path, "it takes the old one's place"
+    assert load_predictions(tmp_path, other) is None
+    look = ROW | {"fingerprint": made | {"questions": "a few"}}
+    save_predictions(tmp_path, look, outcomes(1))
+    assert load_predictions(tmp_path, row) == outcomes(0)
+
+
 def test_a_row_from_a_file_is_a_row_from_memory(tmp_path: Path) -> None:
     """JSON knows no tuples."""
     save_predictions(tmp_path, ROW | {"protocol": {"tasks": ("piqa",)}}, outcomes(0))
@@ -151,7 +165,12 @@ def test_a_damaged_file_is_named_by_its_line(tmp_path: Path, damage: Any, messag
     lines = path.read_text(encoding="utf-8").splitlines()
     damage(lines)
     path.write_text("\n".join(lines), encoding="utf-8")
-    with pytest.raises(ValueError, match=message + r".*Remove the file, to score its row again"):
+    with pytest.raises(
+        DamagedFileError, match=r"isn't what this run wrote .*remove the file, to score its row again"
+    ):
+        load_predictions(tmp_path, ROW)
+    (tmp_path / "manifest.json").unlink()  # as of a run from before there was one
+    with pytest.raises(DamagedFileError, match=message + r".*remove the file, to score its row again"):
         load_predictions(tmp_path, ROW)
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from qtale_lightning.report import Results, save_results, write_figures
 from qtale_lightning.report.figures import PANELS, STYLES, plot_accuracy, plot_layers, plot_losses
-from qtale_lightning.report.results import validation_series
+from qtale_lightning.report.series import validation_series
 
 
 def drawn(figure: Figure, panel: int) -> list[np.ndarray]:
@@ -97,13 +97,22 @@ def test_losses_of_a_full_run_leaves_routing_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), [3, 2, 1])
 
 
-@pytest.mark.parametrize("header", ["epoch,train/loss\n0,1.0\n", "step,lr\n0,1.0\n"])
-def test_metrics_without_known_columns_are_refused(tmp_path: Path, header: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("step,lr\n0,1.0\n", "needs values of some of train/loss"),
+        (
+            "epoch,train/loss\n0,1.0\n",
+            "has no column 'step': `python -m qtale_lightning report .*` makes it anew",
+        ),
+        ("step,train/loss\n0,1.0,2.0\n1\n2,3.0,4.0,5.0\n", "is no table"),
+        ("step,train/loss\n0,1.0\n1,2.x\n", "has other values than numbers in train/loss"),
+    ],
+)
+def test_metrics_that_cant_be_drawn_are_named(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_text(header)
-    with pytest.raises(
-        ValueError, match=r"metrics\.csv: needs the column 'step' and values of some of train/loss"
-    ):
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"metrics\.csv:? {message}"):
         plot_losses(path)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from qtale_lightning.manifest import DamagedFileError
 from qtale_lightning.report import (
     Results,
     load_results,
@@ -20,7 +21,8 @@ from qtale_lightning.report import (
     validate,
 )
 from qtale_lightning.report.metadata import git_state
-from qtale_lightning.report.results import Evaluation, same_theta, selected_row, validation_series
+from qtale_lightning.report.results import Evaluation, same_theta
+from qtale_lightning.report.series import selected_row, validation_series
 
 Row = Callable[..., Evaluation]
 
@@ -106,7 +108,23 @@ def test_validation_names_the_key_and_the_fault(
         save_results(tmp_path, damaged)
     assert load_results(tmp_path) == qtale
     (tmp_path / "results.json").write_text(json.dumps(damaged))
-    with pytest.raises(ValueError, match=r"results\.json isn't a valid results file"):
+    with pytest.raises(
+        DamagedFileError, match=r"results\.json isn't what this run wrote .*: remove it and start"
+    ):
+        load_results(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(
+        DamagedFileError, match=r"(?s)results\.json isn't a valid results file.*Or remove it and start"
+    ):
+        load_results(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": 1', "[" * 100_000])
+def test_a_file_that_holds_no_results_is_named_with_the_way_out(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(
+        DamagedFileError, match=r"(?s)results\.json.*remove it and start the run's command again"
+    ):
         load_results(tmp_path)
 
 
@@ -238,7 +256,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_litter(
         with pytest.raises(OSError, match="read-only"):
             save_results(tmp_path, full)
     assert load_results(tmp_path) == qtale
-    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "results.json"]
 
 
 def test_what_json_cannot_hold_is_refused_before_writing(tmp_path: Path, row: Row) -> None:

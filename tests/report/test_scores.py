@@ -11,9 +11,10 @@ from qtale_lightning.report import Results, save_results, validate
 from qtale_lightning.report.compare import compare
 from qtale_lightning.report.figures import plot_accuracy
 from qtale_lightning.report.notes import noise_notes, protocol_lines
-from qtale_lightning.report.results import Evaluation, best_row
+from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header, score_text
-from qtale_lightning.report.tables import evaluation_frame, evaluation_table, markdown
+from qtale_lightning.report.series import best_row
+from qtale_lightning.report.tables import evaluation_frame, evaluation_table, page
 
 Row = Callable[..., Evaluation]
 
@@ -142,7 +143,7 @@ def test_the_page_says_why_there_is_no_average(mixed: Results) -> None:
     assert "no average: alpaca reports perplexity" in protocol_lines(mixed)
     assert any("NLL -0.1000" in note for note in noise_notes(mixed))
     assert not any("accuracy" in note for note in noise_notes(mixed))
-    assert "nan" not in markdown(mixed)
+    assert "nan" not in page(mixed)
 
 
 def test_figures_show_the_nll_alone(mixed: Results, qtale: Results) -> None:

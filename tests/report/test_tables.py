@@ -9,10 +9,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qtale_lightning.report import Results, print_summary, save_results, write_markdown, write_report
-from qtale_lightning.report.notes import cost_notes, noise_notes, protocol_lines
+from qtale_lightning.report import (
+    Results,
+    markdown,
+    print_summary,
+    save_results,
+    write_markdown,
+    write_report,
+)
+from qtale_lightning.report.notes import cost_notes, noise_notes
 from qtale_lightning.report.results import Evaluation
-from qtale_lightning.report.tables import evaluation_frame, markdown, markdown_table
+from qtale_lightning.report.tables import evaluation_frame, page
 
 Row = Callable[..., Evaluation]
 
@@ -59,7 +66,7 @@ def test_frame_leaves_calibration_rows_out_and_shows_full_runs(full: Results, ro
 
 
 def test_page_holds_every_row_with_its_errors(qtale: Results) -> None:
-    lines = markdown(qtale).splitlines()
+    lines = page(qtale).splitlines()
     for row in qtale["evaluation"]:
         start = f"| {row['bits']}-bit | {row['theta']:g} | {row['execution_ratio']:.3f} |"
         found = [line for line in lines if line.startswith(start)]
@@ -71,7 +78,7 @@ def test_page_holds_every_row_with_its_errors(qtale: Results) -> None:
 
 
 def test_page_says_what_ran_and_how_it_was_scored(qtale: Results) -> None:
-    text = markdown(qtale)
+    text = page(qtale)
     assert text.startswith("# smollm2-135m · qtale · csqa · seed 0\n")
     assert "`make train MODEL=smollm2-135m METHOD=qtale DATA=csqa`" in text
     assert "| commit | 0123456789abcdef0123456789abcdef01234567 |" in text
@@ -82,11 +89,11 @@ def test_page_says_what_ran_and_how_it_was_scored(qtale: Results) -> None:
     assert "Rule: 16-bit, 4-bit, 3-bit: lowest execution ratio within one standard error" in text
     assert "uncommitted" not in text
     qtale["run"]["git"] = {"commit": "abc", "dirty": True}
-    assert "| commit | abc (with uncommitted changes) |" in markdown(qtale)
+    assert "| commit | abc (with uncommitted changes) |" in page(qtale)
 
 
 def test_selected_and_best_rows_are_marked(qtale: Results) -> None:
-    rows = [line.split("|") for line in markdown(qtale).splitlines() if re.match(r"\| (16|4|3)-bit", line)]
+    rows = [line.split("|") for line in page(qtale).splitlines() if re.match(r"\| (16|4|3)-bit", line)]
     marks = {(cells[1].strip(), cells[2].strip()): cells[-2].strip() for cells in rows if len(cells) > 12}
     assert {key: mark for key, mark in marks.items() if mark} == {
         ("16-bit", "0.5"): "selected",
@@ -135,7 +142,7 @@ def test_full_runs_compare_precisions_only(full: Results) -> None:
     notes = noise_notes(full)
     assert [note.split(":")[0] for note in notes] == ["4-bit against 16-bit", "3-bit against 16-bit"]
     assert "-5.70 points" in notes[1]
-    text = markdown(full)
+    text = page(full)
     assert "Selected threshold" not in text
     assert "selected" not in text
     assert "routing entropy" not in text
@@ -146,32 +153,33 @@ def test_counted_and_measured_cost_are_told_apart(qtale: Results) -> None:
     assert note.startswith(
         "4-bit: 0.712 of the base model's FLOPs, counted; 82.0 s, measured (100.0 s at θ = 0"
     )
-    assert "Counted FLOPs and measured seconds are different things" in markdown(qtale)
+    assert "Counted FLOPs and measured seconds are different things" in page(qtale)
 
 
-def test_rows_scored_differently_are_called_out(qtale: Results) -> None:
-    assert not [line for line in protocol_lines(qtale) if "differs" in line]
-    qtale["evaluation"][0]["protocol"]["prompt_style"] = "choice"
+def test_rows_scored_differently_stand_apart(qtale: Results) -> None:
+    """Rows of a quick look, or asked otherwise, are neither in the table nor in the protocol, nor left out."""
+    assert "Other questions" not in page(qtale)
+    qtale["evaluation"][0]["protocol"] = {"prompt_style": "choice"}
     qtale["evaluation"][1]["examples"] = 100
-    del qtale["evaluation"][2]["protocol"]["bos"]
-    lines = [line for line in protocol_lines(qtale) if "differs" in line]
-    assert [line.rsplit(": ", 1)[1] for line in lines] == [
-        "100, 9,698",
-        "choice, cloze",
-        "True, not recorded",
-    ]
+    text = page(qtale)
+    assert "prompt_style: cloze" in text
+    own, others = text.split("## Other questions than the run's own")
+    assert "| 9,698 | 16-bit | 0.9 |" in others
+    assert "| 100 | 16-bit | 0.7 |" in others
+    assert "| 16-bit | 0.9 |" not in own
+    assert "| 16-bit | 0.7 |" not in own
 
 
 def test_a_run_that_has_only_trained_is_reported(tmp_path: Path, qtale: Results) -> None:
     qtale["evaluation"], qtale["selected"] = [], []
-    text = markdown(qtale)
+    text = page(qtale)
     assert "## Training" in text
     assert "Evaluation" not in text
     assert "1,987,654" in printed(qtale, 80)
 
 
 def test_markdown_table_aligns_figures_and_escapes_bars() -> None:
-    table = markdown_table(["what", "NLL"], [["a|b", "1.0"]])
+    table = markdown.table(["what", "NLL"], [["a|b", "1.0"]])
     assert table == "| what | NLL |\n| --- | ---: |\n| a\\|b | 1.0 |"
 
 
@@ -208,7 +216,7 @@ def test_report_writes_everything_and_prints_the_summary(
     assert write_report(tmp_path, console) == qtale
     written = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     plots = [f"plots/{name}.{kind}" for name in ("accuracy", "layers", "losses") for kind in ("pdf", "png")]
-    assert written == sorted(["metrics.csv", "results.json", "results.md", *plots])
+    assert written == sorted(["manifest.json", "metrics.csv", "results.json", "results.md", *plots])
     text = (tmp_path / "results.md").read_text("utf-8")
     assert re.findall(r"\]\((.*?)\)", text) == [plot for plot in plots if plot.endswith("png")]
     assert isinstance(console.file, io.StringIO)

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from qtale_lightning import stages
 from qtale_lightning.cli import QTALECLI
+from qtale_lightning.origin import origin
 from qtale_lightning.report.metadata import run_metadata
 from qtale_lightning.report.results import update_results
 from qtale_lightning.run import RunDirectory
@@ -21,8 +23,11 @@ def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
     def make(root: Path, method: str, *more: str, dtype: torch.dtype = torch.float32) -> RunDirectory:
         cli = QTALECLI(options("tiny", method, *more, "--out", str(root)), "test")
         run, module = cli.run, cli.model.fresh()
-        run.claim(cli.config_text())
-        update_results(run.root, "run", run_metadata("tiny", method, "facts", 0, "fit", "here"))
+        text = cli.config_text()
+        made_from = origin(yaml.safe_load(text)) | {"rows": cli.prepare_data().digests()}
+        run.claim(text, made_from)
+        made = run_metadata("tiny", method, "facts", 0, "fit", "here") | {"made_from": made_from}
+        update_results(run.root, "run", made)
         module.configure_model()
         torch.manual_seed(0)
         for layer in module.model.model.layers:

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.report.results import load_results
+from qtale_lightning.report.routing_figure import plot_routing
 from qtale_lightning.run import RunDirectory
 
 SMALL = ("--data.limit_validation", "40", "--data.limit_train", "64", "--data.calibration_rows", "8")
@@ -61,8 +63,13 @@ def test_another_threshold_and_precision_stand_beside(run: RunDirectory) -> None
     main(["inspect", str(run.root), "--questions", "6", "--bits", "4"])
     rows = load_results(run.root)["changes"]
     found = [(row["theta"], row["bits"], row["examples"]) for row in rows]
-    assert found == [(0.5, 16, 6), (0.5, 4, 6), (0.5, 3, 5), (0.2, 16, 7), (0.2, 4, 7)]
-    assert rows[3]["execution_ratio"] > rows[0]["execution_ratio"]
+    high = [(0.5, 16, 6), (0.5, 16, 5), (0.5, 4, 6), (0.5, 4, 5), (0.5, 3, 5)]
+    assert found == [*high, (0.2, 16, 7), (0.2, 4, 7)], "other questions take no place of theirs"
+    assert rows[5]["execution_ratio"] > rows[0]["execution_ratio"]
+    figure = plot_routing(load_results(run.root), pd.DataFrame())
+    assert figure is not None
+    lines = [len(axes.lines) for axes in figure.axes if axes.get_ylabel() == "decisions unlike 16 bits"]
+    assert lines == [2], "one for each precision"
     assert len(data_of(run.root / "inspect" / "theta-0.2.html")["texts"]) == 7
 
 

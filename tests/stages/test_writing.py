@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qtale_lightning.__main__ import main
+from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.report.results import load_results
 from qtale_lightning.stages.writing import FOLDER
 
@@ -39,7 +40,8 @@ def validation(run: Path) -> list[dict[str, Any]]:
 
 
 def written(run: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / FOLDER / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    (file,) = (run / FOLDER).glob(f"{name}*.jsonl")
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
 def test_each_task_is_measured_by_its_metric(run: Path) -> None:
@@ -133,7 +135,7 @@ def test_choices_answered_in_writing(run: Path, tmp_path: Path) -> None:
     score = found["accuracy"]["mmlu"]
     assert score["metric"] == "acc_generated"
     assert found["average"] == score["value"]
-    lines = written(run, "validation-16bit-none-theta-0.5")
+    lines = written(run, predictions_file(run, found).stem)
     assert len(lines) == score["examples"] == 6
     assert score["unreadable"] == sum(line["read"] is None for line in lines) / 6
     assert score["value"] == sum(line["read"] == line["reference"] for line in lines) / 6

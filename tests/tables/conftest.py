@@ -11,6 +11,7 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.predictions import Prediction, save_predictions
+from qtale_lightning.fingerprint import Fingerprint, of_model
 from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
 from qtale_lightning.run import RunDirectory
 
@@ -118,6 +119,7 @@ class FakeCommands:
                 search: Any = {
                     "bits": width, "engine": quantizer, "rule": rule, "budget": budget, "theta": theta,
                     "execution_ratio": budget, "passes": 3, "seconds": 1.0,
+                    "fingerprint": self._fingerprint(run, width, quantizer),
                 }  # fmt: skip
                 results["searches"] = [*results.get("searches", []), search]
                 save_results(run.root, results)
@@ -134,6 +136,10 @@ class FakeCommands:
             for theta in [None] if full else grid:
                 for split in ("validation",) if full else ("calibration", "validation"):
                     self._row(run, width, "none" if width == 16 else engine, theta, split)
+
+    @staticmethod
+    def _fingerprint(run: RunDirectory, bits: float, engine: str) -> Fingerprint:
+        return {"model": of_model(run.model(bits, engine)), "questions": "all", "protocol": "the same"}
 
     @staticmethod
     def _configuration(run: RunDirectory) -> dict[str, Any]:
@@ -165,6 +171,7 @@ class FakeCommands:
             "weight_bytes": int(1_000_000 * bits),
             "seconds": 1.5,
             "protocol": {"seed": seed, "prompt_style": "cloze"},
+            "fingerprint": self._fingerprint(run, bits, engine),
         }  # fmt: skip
         outcomes = [
             Prediction(task, i, 0, (-1.0, -2.0), {"value": float(r), "nll": 3.0 - r, "acc": r, "acc_norm": r})

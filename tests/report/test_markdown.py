@@ -1,0 +1,91 @@
+"""What Markdown shows is what it was given: judged by a parser of it."""
+
+from html import unescape
+from re import sub
+
+import pytest
+from markdown_it import MarkdownIt
+
+from qtale_lightning.report import markdown
+
+PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "[a link](javascript:alert(1)) ![an image](http://example.org/x.png)",
+    "[a][b] [c]: http://example.org",
+    "a | b | c",
+    "a \\| b",
+    "ends with a backslash \\",
+    "**bold** *it* __bold__ _it_ ~~gone~~",
+    "code `in ``ticks` and ``` fences",
+    "lines\n\n# a heading\n\n- a list",
+    "# a heading",
+    "- a list",
+    "+ a list",
+    "1. a list",
+    "12) a list",
+    "--- a rule",
+    "===",
+    "> a quotation",
+    "    indented",
+    "&lt;b&gt; &amp; &#35;",
+    "<!-- a comment",
+    "arc_easy acc_norm _a b_ a__b",
+    "https://example.org/a_b",
+    "[ ] a box",
+    "θ = 0.5 ± 0.1, −3 % · €",
+]
+
+
+def shown(text: str) -> str:
+    """The text of a page, without its elements."""
+    return unescape(sub(r"<[^>]*>", "", PARSER.render(text))).strip()
+
+
+def elements(text: str) -> set[str]:
+    return {
+        token.tag for token in PARSER.parse(text) for token in [token, *(token.children or [])] if token.tag
+    }
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_text_is_shown_as_it_is(text: str) -> None:
+    plain = " ".join(text.split())
+    assert shown(markdown.escape(text)) == plain
+    assert elements(markdown.escape(text)) == {"p"}
+    assert shown(f"# {markdown.escape(text)}") == plain
+    assert shown(markdown.bullets([text])) == plain
+    assert elements(markdown.bullets([text])) == {"ul", "li", "p"}
+    assert shown(markdown.bold(text)) == plain
+    assert elements(markdown.bold(text)) == {"p", "strong"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_code_is_shown_as_it_is(text: str) -> None:
+    assert shown(markdown.code(text)) == " ".join(text.split())
+    assert elements(markdown.code(text)) == {"p", "code"}
+    assert shown(markdown.block(text)) == text.strip()
+    assert elements(markdown.block(text)) == {"code"}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_cell_holds_its_text_and_no_more(text: str) -> None:
+    page = markdown.table(
+        ["what", "NLL"], [[text, "1.0"], [markdown.code(text), "2.0"], [markdown.bold(text), "3.0"]]
+    )
+    rows = [line for line in PARSER.render(page).splitlines() if line.startswith("<td")]
+    assert [unescape(sub(r"<[^>]*>", "", row)) for row in rows[1::2]] == ["1.0", "2.0", "3.0"]
+    assert len(rows) == 6
+    assert [unescape(sub(r"<[^>]*>", "", row)) for row in rows[::2]] == [" ".join(text.split())] * 3
+
+
+def test_what_needs_no_escape_has_none() -> None:
+    for text in (
+        "smollm2-135m · qtale · csqa · seed 0",
+        "prompt_style: cloze",
+        "[+0.10, +0.50]",
+        "a ≥ b & c",
+    ):
+        assert markdown.escape(text) == text
+    assert markdown.escape(markdown.bold("a")) == "**a**"
