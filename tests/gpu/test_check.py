@@ -221,7 +221,7 @@ def test_the_bundle_is_found_and_runs_from_where_it_is_unpacked(
     assert all(size > 0 for size in made.values())
     project = tmp_path / "bundle" / "1" / "project"
     for file in (
-        "qtale_lightning/compat.py",
+        "qtale_lightning/compat/__init__.py",
         "qtale_lightning/models/tiny/tokenizer.json",
         "experiments/base.yaml",
     ):
