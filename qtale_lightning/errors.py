@@ -229,7 +229,7 @@ def _library(error: BaseException) -> Explained:
 
 
 def _hub(error: BaseException) -> Explained:
-    return Explained(str(error), MACHINE)
+    return Explained(str(error), MACHINE if getattr(error, "of_the_machine", False) else INPUT)
 
 
 def _wandb(error: BaseException) -> Explained:

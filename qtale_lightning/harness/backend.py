@@ -118,7 +118,7 @@ def evaluate_tasks(lm: Any, names: Sequence[str], manager: Any, limit: int | Non
 def _load(manager: Any, names: Sequence[str]) -> Any:
     """What the manager's `load` returns, with rows from the hub in bounded time, or from the cache."""
     from qtale_lightning.hub.download import patience, reach
-    from qtale_lightning.hub.errors import HubError
+    from qtale_lightning.hub.errors import HubError, is_of_the_machine
     from qtale_lightning.hub.rows import reason_without
 
     if any(not name.endswith(LOCAL) for name in names):
@@ -131,7 +131,8 @@ def _load(manager: Any, names: Sequence[str]) -> Any:
             raise
         raise HubError(
             f"lm-evaluation-harness can't have the rows of its tasks ({', '.join(names)}): {reason} Or give "
-            "--data.root FOLDER to ask questions of local files."
+            "--data.root FOLDER to ask questions of local files.",
+            is_of_the_machine(error),
         ) from error
 
 

@@ -24,7 +24,15 @@ AGAIN = "Run the same command again: what was downloaded is kept."
 
 
 class HubError(ConnectionError):
-    """Something can't be had from the hub; the message says why, and what to do."""
+    """Something can't be had from the hub; the message says why, and what to do.
+
+    Attributes:
+        of_the_machine: Whether the network or the disk is at fault, not what was asked for.
+    """
+
+    def __init__(self, message: str, of_the_machine: bool = False) -> None:
+        super().__init__(message)
+        self.of_the_machine = of_the_machine
 
 
 class SilenceError(Exception):
@@ -43,7 +51,8 @@ def explained(repository: Repository) -> Iterator[None]:
     except HubError:
         raise
     except (httpx.HTTPError, HFValidationError, OSError, RevisionResolutionError, SilenceError) as error:
-        raise HubError(paragraph(repository, *reason_of(repository, error))) from error
+        message = paragraph(repository, *reason_of(repository, error))
+        raise HubError(message, is_of_the_machine(error)) from error
 
 
 def paragraph(repository: Repository, reason: str, mend: str) -> str:
@@ -64,6 +73,13 @@ def root(error: BaseException) -> BaseException:
     while cause is not None and not is_of_the_network(cause):
         cause = cause.__cause__
     return cause or error
+
+
+def is_of_the_machine(error: BaseException) -> bool:
+    """Whether the network, the hub or the disk is at fault."""
+    cause = root(error)
+    full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
+    return full or is_transient(cause) or isinstance(cause, httpx.TransportError | SilenceError)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -72,6 +72,7 @@ def test_a_hub_that_never_answers_ends_in_a_message(
     with pytest.raises(HubError, match=r"sent nothing for .* seconds.*Run the same command again") as refusal:
         snapshot(repository(), WANTED)
     assert time.monotonic() - started < 5
+    assert refusal.value.of_the_machine
     assert "\n" not in str(refusal.value)
     assert [record for record in caplog.records if "waiting for" in record.message]
 
@@ -173,6 +174,7 @@ def test_refusals_are_told_apart(
         f"the model 'thing' can't be had (model {name} of the Hugging Face hub, at {commit}"
     )
     assert message.endswith("Or give a folder.")
+    assert not refusal.value.of_the_machine
     assert "\n" not in message
     for part in words:
         assert part in message
