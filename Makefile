@@ -12,6 +12,17 @@ ARGS   ?=
 PYTHON ?= python3.11
 
 VENV   := .venv
+
+# One that nobody knows would change nothing, and silently: model=tiny would train another model.
+VARIABLES := MODEL METHOD PRESET DEVICES DATA SEED SEEDS OUT ARGS PYTHON VENV RUN TASKS TABLE SWEEP LOCAL JOBS COUNT
+GIVEN     := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
+upper      = $(shell echo '$(1)' | tr a-z A-Z)
+$(foreach name,$(filter-out $(VARIABLES),$(GIVEN)),\
+  $(if $(filter $(VARIABLES),$(call upper,$(name))),$(error unknown variable $(name): write $(call upper,$(name))),\
+    $(if $(findstring _,$(name)),,$(warning $(name) is no variable of this Makefile ($(VARIABLES)): only programs see it))))
+
+# A value as one word of the shell, whatever is in it.
+quote = '$(subst ','\'',$(1))'
 QTALE  := $(VENV)/bin/python -m qtale_lightning
 # As many tests at a time as there are processors, and at most four; each file's in one process, which shares what they
 # start from (a finished run, a model).
@@ -20,7 +31,8 @@ BASE   := $(if $(PRESET),--config experiments/paper/$(PRESET).yaml,\
           --config experiments/base.yaml --config experiments/models/$(MODEL).yaml)
 CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) \
           --config experiments/methods/$(METHOD).yaml \
-          --data.tasks $(DATA) --seed_everything $(SEED) --out $(OUT) $(ARGS)
+          --data.tasks $(call quote,$(DATA)) --seed_everything $(SEED) --out $(call quote,$(OUT)) $(ARGS)
+TABLED := $(TABLE) --model $(MODEL) --data $(call quote,$(DATA)) --seeds $(SEEDS) --out $(call quote,$(OUT)) $(ARGS)
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
 # benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
 BENCHES := train_step linear latency router quantize evaluate llamacpp
@@ -46,6 +58,7 @@ help: ## this list
 	@echo "  TABLE   $(TABLES)"
 	@echo "  SEEDS   of a table, joined by commas   [$(SEEDS)]"
 	@echo "  OUT     folder of the run directories   [$(OUT)]"
+	@echo "  RUN     folder of a finished run"
 	@echo "  ARGS    anything for the command line: \`$(QTALE) fit --help\` shows it"
 	@echo "  PYTHON  interpreter that makes .venv   [$(PYTHON)]"
 
@@ -71,29 +84,30 @@ train: choice setup ## fine-tune, quantize, sweep the threshold, report; resumes
 	$(QTALE) fit $(CONFIG)
 
 doctor: choice setup ## what this machine has of what is needed, and what MODEL would lack here
-	$(QTALE) doctor --model $(MODEL) --data.tasks $(DATA) --out $(OUT) $(ARGS)
+	$(QTALE) doctor --model $(MODEL) --data.tasks $(call quote,$(DATA)) --out $(call quote,$(OUT)) $(ARGS)
 
 plan: choice setup ## what such a run would cost, without loading weights
 	$(QTALE) plan $(CONFIG)
 
 run-given:
-	@test -n "$(RUN)" || { echo "error: name the run: make lm-eval RUN=outputs/… TASKS=arc_easy,piqa"; exit 2; }
+	@test -n $(call quote,$(RUN)) || { echo "error: name the run: make lm-eval RUN=outputs/… TASKS=arc_easy,piqa"; exit 2; }
 
 lm-eval: run-given setup ## a finished run (RUN=<folder>) by lm-evaluation-harness (TASKS=arc_easy,…; ARGS="--bits 4 --theta 0.3")
-	$(QTALE) lm-eval $(RUN) $(if $(TASKS),--tasks $(TASKS)) $(ARGS)
+	$(QTALE) lm-eval $(call quote,$(RUN)) $(if $(TASKS),--tasks $(call quote,$(TASKS))) $(ARGS)
 
 table-given:
 	@test -f experiments/tables/$(TABLE).yaml || { echo "error: TABLE=$(TABLE): choose one of $(TABLES)"; exit 2; }
 
 table: table-given setup ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing, resumes; ARGS=--plan only says what
-	$(QTALE) table $(TABLE) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --out $(OUT) $(ARGS)
+	$(QTALE) table $(TABLED)
 
 figures: table-given setup ## figures of a table's finished runs, with the same variables as the table
-	$(QTALE) figures $(TABLE) --model $(MODEL) --data $(DATA) --seeds $(SEEDS) --out $(OUT) $(ARGS)
+	$(QTALE) figures $(TABLED)
 
 sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 without (JOBS=2 COUNT=8 RUN=<folder>); SWEEP=entity/project/id joins one
 	@test -n "$(SWEEP)" || { echo "error: name the sweep: make sweep SWEEP=… of $(SWEEPS)"; exit 2; }
-	MODEL=$(MODEL) METHOD=$(METHOD) DATA=$(DATA) SEED=$(SEED) OUT=$(OUT) RUN=$(RUN) $(VENV)/bin/python -m qtale_lightning.sweeps \
+	MODEL=$(MODEL) METHOD=$(METHOD) DATA=$(call quote,$(DATA)) SEED=$(SEED) OUT=$(call quote,$(OUT)) RUN=$(call quote,$(RUN)) \
+	  $(VENV)/bin/python -m qtale_lightning.sweeps \
 	  $(if $(findstring /,$(SWEEP)),join $(SWEEP),start sweeps/$(SWEEP).yaml) $(if $(LOCAL),--local) $(if $(JOBS),--jobs $(JOBS)) \
 	  $(if $(COUNT),--count $(COUNT)) $(if $(ARGS),-- $(ARGS))
 
