@@ -43,7 +43,7 @@ TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor plan lm-eval test test-fast lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
+.PHONY: help setup train doctor plan lm-eval test test-fast test-faults lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -116,6 +116,9 @@ test: setup ## all tests; QTALE_DATA=<folder> adds those on real rows
 
 test-fast: setup ## the tests that take no seconds each: the daily round
 	$(PYTEST) -m "not slow"
+
+test-faults: setup ## faults injected for real, TRIALS of each [20]: killed processes, full disks, damaged files, and a count of what was lost
+	QTALE_FAULT_TRIALS=$(or $(TRIALS),20) $(PYTEST) tests/faults
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .
