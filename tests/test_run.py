@@ -164,7 +164,7 @@ def test_a_cut_configuration_is_named_and_runs_with_no_other_settings(tmp_path: 
     ):
         run.require_config()
     (tmp_path / "manifest.json").unlink()  # as of a run from before there was one
-    with pytest.raises(DamagedFileError, match=r"config\.yaml .*: remove it and start"):
+    with pytest.raises(DamagedFileError, match=r"config\.yaml.*: remove it and start"):
         run.claim(text())
 
 
@@ -172,7 +172,7 @@ def test_a_cut_configuration_is_named_and_runs_with_no_other_settings(tmp_path: 
 def test_what_is_no_configuration_is_named(tmp_path: Path, content: str) -> None:
     run = RunDirectory(tmp_path)
     run.config.write_text(content, encoding="utf-8")
-    with pytest.raises(DamagedFileError, match=r"config\.yaml .*: remove it and start"):
+    with pytest.raises(DamagedFileError, match=r"config\.yaml.*: remove it and start"):
         run.require_config()
 
 
