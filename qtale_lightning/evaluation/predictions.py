@@ -133,7 +133,10 @@ def load_predictions(run_dir: str | Path, row: Mapping[str, Any]) -> list[Predic
     number = 1
     try:
         first, *rest = path.read_text(encoding="utf-8").splitlines() or [""]
-        if json.loads(first) != json.loads(json.dumps(_key(row))):
+        named = json.loads(first)
+        if not isinstance(named, dict) or "theta" not in named:
+            raise ValueError("it names no row")
+        if named != json.loads(json.dumps(_key(row))):
             return None
         outcomes = []
         for number, line in enumerate(rest, start=2):

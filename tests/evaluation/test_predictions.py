@@ -149,6 +149,10 @@ def no_header(lines: list[str]) -> None:
     lines[0] = "{"
 
 
+def another_header(lines: list[str]) -> None:
+    lines[0] = "{}"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -158,6 +162,7 @@ def no_header(lines: list[str]) -> None:
         (no_scores, r"theta-0\.3\.jsonl:3: scores: Field required"),
         (no_number, r"theta-0\.3\.jsonl:3: label: "),
         (no_header, r"theta-0\.3\.jsonl:1: "),
+        (another_header, r"theta-0\.3\.jsonl:1: it names no row"),
     ],
 )
 def test_a_damaged_file_is_named_by_its_line(tmp_path: Path, damage: Any, message: str) -> None:
