@@ -26,8 +26,8 @@ from qtale_lightning.configuration import (
     DESCRIPTION,
     RunConfiguration,
     add_run_options,
-    check_files,
     usage,
+    with_files,
 )
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
@@ -62,7 +62,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
     precision_origin: Origin
 
     def __init__(self, args: list[str], prog: str) -> None:
-        check_files(args)
+        args = with_files(args)
         disable_progress_bar()  # transformers', one for every load and save
         super().__init__(
             QTALEModule,

@@ -6,16 +6,16 @@ Importing PyTorch, Lightning and transformers takes seconds; this module needs n
 import ast
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, get_loader, set_loader
 
 from qtale_lightning import checks
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.experiments import find
 from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
@@ -30,16 +30,26 @@ DESCRIPTION = "Configuration of a QTALE run."
 _FILES = ("-c", "--config", "--model", "--data", "--trainer", "--quantize", "--sweep")
 
 
-def check_files(args: Sequence[str]) -> None:
-    """Refuse configuration files that aren't plain YAML; a parser's own message doesn't name them (ValueError)."""
-    for argument, following in zip_longest(args, args[1:], fillvalue=""):
-        option, _, value = argument.partition("=")
-        path = Path(value or following).expanduser()
-        if option in _FILES and path.is_file():
+def with_files(args: Sequence[str]) -> list[str]:
+    """Arguments whose configuration files are where they were found (`experiments.find`).
+
+    Raises:
+        ValueError: One isn't plain YAML; a parser's own message wouldn't name it.
+    """
+    found = [*args]
+    for index, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        at = index if equals else index + 1
+        if option not in _FILES or at >= len(args):
+            continue
+        path = find(value if equals else args[at])
+        found[at] = f"{option}={path}" if equals else str(path)
+        if path.is_file():
             content = read_yaml(path)
             if not isinstance(content, dict):
                 kind = "empty" if content is None else f"a {type(content).__name__}"
                 raise ValueError(f"{path} is {kind}, not a configuration of options and values (key: value)")
+    return found
 
 
 def _load_checked(text: str) -> Any:
@@ -84,6 +94,13 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_class_arguments(SweepOptions, "sweep")
     for target in ("model.seed", "data.seed"):
         parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+
+def section_help(section: str) -> str:
+    """What the options of ``--quantize`` or ``--sweep`` are, as `fit --help` says it."""
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments({"quantize": QuantizationOptions, "sweep": SweepOptions}[section], section)
+    return parser.format_help().strip()
 
 
 class RunConfiguration:
@@ -161,7 +178,7 @@ class PlannedRun(RunConfiguration):
     """A configuration that is only looked at: parsed as ``fit`` parses it, in a fraction of the time."""
 
     def __init__(self, args: list[str], prog: str) -> None:
-        check_files(args)
+        args = with_files(args)
         parser = ArgumentParser(prog=prog, usage=usage(prog), description=DESCRIPTION, exit_on_error=False)
         parser.add_argument(
             "-c",
