@@ -150,7 +150,9 @@ def quantize(args: list[str]) -> None:
 
     cli = _configured(run, options, "quantize")
     cli.check()
-    stages.quantize(run, cli.prepare_data(), cli.quantization)
+    data = cli.prepare_data()
+    cli.check_calibration()
+    stages.quantize(run, data, cli.quantization)
 
 
 @_alone

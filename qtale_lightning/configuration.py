@@ -4,6 +4,7 @@ Importing PyTorch, Lightning and transformers takes seconds; this module needs n
 """
 
 import ast
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +160,11 @@ class RunConfiguration:
             raise ValueError(
                 f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
             )
+        if not self.model.train_all and self.model.lora_options["rank"] > config.hidden_size:
+            raise ValueError(
+                f"--model.lora_rank {self.model.lora_options['rank']} is above the width {config.hidden_size} of "
+                f"{self.model.name}, whose weights have no higher rank: give a smaller one, or --model.train_all true"
+            )
         if routed:
             self.sweep.check_budgets(start / config.num_hidden_layers)
         metrics = self.datamodule.asking.metrics("calibration")
@@ -172,6 +178,19 @@ class RunConfiguration:
     def check_training(self) -> None:
         """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
         checks.check_trainer(self.config["trainer"], self.config["validations"])
+
+
+# What a class of the trainer's options is made with: `fit` alone knows those classes.
+_PART = re.compile(r"--trainer\.(callbacks|logger|plugins|profiler|strategy)[.+]")
+
+
+def _without_parts(args: Sequence[str]) -> list[str]:
+    """Arguments without those, each with its value, which may be joined by = or stand behind it."""
+    return [
+        argument
+        for before, argument in zip(["", *args], args, strict=False)
+        if not _PART.match(argument) and not (_PART.match(before) and "=" not in before)
+    ]
 
 
 class PlannedRun(RunConfiguration):
@@ -192,7 +211,7 @@ class PlannedRun(RunConfiguration):
         parser.add_class_arguments(ModelSettings, "model")
         parser.add_class_arguments(DataSettings, "data")
         add_run_options(parser)
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(_without_parts(args))
         self.config_init = parser.instantiate(self.config)
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
@@ -230,5 +249,7 @@ def trainer_options() -> dict[str, tuple[Any, Any]]:
 
 
 def _seed(seed: bool | int) -> int:
-    """``--seed_everything`` as the number that module and data use."""
+    """``--seed_everything`` as the number that module and data use (ValueError: no generator takes it)."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed_everything {seed} must be from 0 to {2**32 - 1}")
     return int(seed)
