@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,6 +129,7 @@ def _alone(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 
     @wraps(command)
     def run_alone(args: list[str]) -> None:
+        args = [*map(expanduser, args[:1]), *args[1:]]
         if {"-h", "--help"} & {*args} or not args or not Path(args[0], "config.yaml").is_file():
             return command(args)  # which says what is wrong, or how it is called
 
@@ -141,19 +144,21 @@ def _alone(command: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
 @_alone
 def quantize(args: list[str]) -> None:
     """AWQ of a finished run."""
-    run, _, options = _parsed(_of_a_run("quantize"), args)
+    run, _, options = _parsed(_of_a_run("quantize", section="quantize"), args)
 
     from qtale_lightning import stages
 
     cli = _configured(run, options, "quantize")
     cli.check()
-    stages.quantize(run, cli.prepare_data(), cli.quantization)
+    data = cli.prepare_data()
+    cli.check_calibration()
+    stages.quantize(run, data, cli.quantization)
 
 
 @_alone
 def sweep(args: list[str]) -> None:
     """Sweep the precisions that are there over θ."""
-    run, _, options = _parsed(_of_a_run("sweep"), args)
+    run, _, options = _parsed(_of_a_run("sweep", section="sweep"), args)
 
     from qtale_lightning import stages
     from qtale_lightning.report import write_report
@@ -202,11 +207,11 @@ def lm_eval(args: list[str]) -> None:
     parser.add_argument("--tasks", help="tasks joined by commas, ours or the harness's; by default the run's")
     parser.add_argument("--bits", type=_bits, default=16, help="precision, of those that the run has")
     parser.add_argument("--theta", type=_probability, help="threshold; by default the model's own")
-    parser.add_argument("--limit", type=int, help="questions of each task, the first ones; by default all")
-    parser.add_argument("--batch-size", help="requests in a batch, or auto; by default 8 on a CPU, else auto")
+    parser.add_argument("--limit", type=_count, help="questions of each task, the first ones; by default all")
+    parser.add_argument(
+        "--batch-size", type=_batch, help="requests in a batch, or auto; by default 8 on a CPU, else auto"
+    )
     run, own, options = _parsed(parser, args)
-    if own.limit is not None and own.limit < 1:
-        raise ValueError(f"--limit {own.limit} must be positive")
 
     from qtale_lightning import harness
 
@@ -234,7 +239,7 @@ def inspect(args: list[str]) -> None:
         "--theta", type=_probability, help="threshold of all precisions; by default the model's own"
     )
     parser.add_argument(
-        "--questions", type=int, default=200, help="validation questions to measure changes on"
+        "--questions", type=_count, default=200, help="validation questions to measure changes on"
     )
     parser.add_argument("--text", action="append", help="a text of your own, instead of validation questions")
     run, own, options = _parsed(parser, args)
@@ -268,9 +273,13 @@ def report(args: list[str]) -> None:
 def compare(args: list[str]) -> None:
     """Several runs in one table and figure."""
     parser = _parser("compare")
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="runs' directories")
+    parser.add_argument("runs", metavar="RUN", type=expanduser, nargs="+", help="runs' directories")
     parser.add_argument(
-        "--to", metavar="FOLDER", required=True, help="the folder that the comparison goes to"
+        "--to",
+        metavar="FOLDER",
+        type=expanduser,
+        required=True,
+        help="the folder that the comparison goes to",
     )
     own = parser.parse_args(args)
 
@@ -340,12 +349,23 @@ def _parser(command: str, epilog: str | None = None) -> argparse.ArgumentParser:
         description=COMMANDS[command].__doc__,
         epilog=epilog,
         allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
-def _of_a_run(command: str, overridable: bool = True) -> argparse.ArgumentParser:
-    """The parser of a command on a run's directory."""
+def _of_a_run(command: str, overridable: bool = True, section: str = "") -> argparse.ArgumentParser:
+    """The parser of a command on a run's directory.
+
+    Args:
+        command: Its name.
+        overridable: Whether it takes options of `fit`.
+        section: Those of them that its help shows.
+    """
     others = "Other options override the run's configuration: `fit --help` lists them."
+    if section:
+        from qtale_lightning.configuration import section_help
+
+        others = f"{section_help(section)}\n{others}"
     parser = _parser(command, others if overridable else None)
     parser.add_argument("run", metavar="RUN", help="a run's directory")
     return parser
@@ -376,7 +396,21 @@ def _configured(run: RunDirectory, options: list[str], command: str) -> QTALECLI
 def _bits(text: str) -> float:
     """A precision: whole where it is."""
     bits = float(text)
-    return int(bits) if bits == int(bits) else bits
+    if not 0 < bits < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of bits")
+    return int(bits) if bits.is_integer() else bits
+
+
+def _count(text: str) -> int:
+    """A number of things, at least one."""
+    if (count := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return count
+
+
+def _batch(text: str) -> str:
+    """A batch's size as lm-evaluation-harness takes it."""
+    return text if text.startswith("auto") else str(_count(text))
 
 
 def _probability(text: str) -> float:

@@ -26,8 +26,8 @@ from qtale_lightning.configuration import (
     DESCRIPTION,
     RunConfiguration,
     add_run_options,
-    check_files,
     usage,
+    with_files,
 )
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
@@ -62,7 +62,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
     precision_origin: Origin
 
     def __init__(self, args: list[str], prog: str) -> None:
-        check_files(args)
+        args = with_files(args)
         disable_progress_bar()  # transformers', one for every load and save
         super().__init__(
             QTALEModule,
@@ -172,12 +172,25 @@ class QTALECLI(RunConfiguration, LightningCLI):
 
     def check_rows(self) -> None:
         """Refuse rows that are too few to train or quantize on; :meth:`prepare_data` comes before (ValueError)."""
-        data, quantization = self.datamodule, self.quantization
         _ = self.schedule  # refuses rows that are fewer than a batch
-        validated = -(-len(data.questions("calibration")) // data.batch_size)
+        validated = -(-len(self.datamodule.questions("calibration")) // self.datamodule.batch_size)
         checks.limited(self.config["trainer"], "limit_val_batches", validated)
+        self.check_calibration()
+        if self.sweep.searches and self.model.method != "full":
+            from qtale_lightning.evaluation.branches import computed_tokens
+            from qtale_lightning.evaluation.budget import TOLERANCE
+
+            questions = self.datamodule.questions("calibration")
+            tokens, first = computed_tokens(questions, self.model.routing_options["reserved_tokens"])
+            start = self.model.routing_options["start_layer"] / self.model.shape.num_hidden_layers
+            least = start + (1 - start) * first / tokens
+            self.sweep.check_budgets(least - TOLERANCE, "layers without a router and reserved tokens")
+
+    def check_calibration(self) -> None:
+        """Refuse rows that are too few to quantize on; :meth:`prepare_data` comes before (ValueError)."""
+        quantization = self.quantization
         if quantization.bits and quantization.calibrates:
-            sequences = data.calibration_sequences(quantization.sequences)
+            sequences = self.datamodule.calibration_sequences(quantization.sequences)
             checks.check_calibration(sequences, self.reserved_tokens, MIN_TOKENS)
 
     @property

@@ -4,18 +4,19 @@ Importing PyTorch, Lightning and transformers takes seconds; this module needs n
 """
 
 import ast
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, get_loader, set_loader
+from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, get_loader, set_loader
 
 from qtale_lightning import checks
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.experiments import find
 from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
@@ -30,16 +31,26 @@ DESCRIPTION = "Configuration of a QTALE run."
 _FILES = ("-c", "--config", "--model", "--data", "--trainer", "--quantize", "--sweep")
 
 
-def check_files(args: Sequence[str]) -> None:
-    """Refuse configuration files that aren't plain YAML; a parser's own message doesn't name them (ValueError)."""
-    for argument, following in zip_longest(args, args[1:], fillvalue=""):
-        option, _, value = argument.partition("=")
-        path = Path(value or following).expanduser()
-        if option in _FILES and path.is_file():
+def with_files(args: Sequence[str]) -> list[str]:
+    """Arguments whose configuration files are where they were found (`experiments.find`).
+
+    Raises:
+        ValueError: One isn't plain YAML; a parser's own message wouldn't name it.
+    """
+    found = [*args]
+    for index, argument in enumerate(args):
+        option, equals, value = argument.partition("=")
+        at = index if equals else index + 1
+        if option not in _FILES or at >= len(args):
+            continue
+        path = find(value if equals else args[at])
+        found[at] = f"{option}={path}" if equals else str(path)
+        if path.is_file():
             content = read_yaml(path)
             if not isinstance(content, dict):
                 kind = "empty" if content is None else f"a {type(content).__name__}"
                 raise ValueError(f"{path} is {kind}, not a configuration of options and values (key: value)")
+    return found
 
 
 def _load_checked(text: str) -> Any:
@@ -84,6 +95,13 @@ def add_run_options(parser: ArgumentParser) -> None:
     parser.add_class_arguments(SweepOptions, "sweep")
     for target in ("model.seed", "data.seed"):
         parser.link_arguments("seed_everything", target, compute_fn=_seed)
+
+
+def section_help(section: str) -> str:
+    """What the options of ``--quantize`` or ``--sweep`` are, as `fit --help` says it."""
+    parser = ArgumentParser(usage=SUPPRESS, add_help=False)
+    parser.add_class_arguments({"quantize": QuantizationOptions, "sweep": SweepOptions}[section], section)
+    return parser.format_help().strip()
 
 
 class RunConfiguration:
@@ -142,6 +160,11 @@ class RunConfiguration:
             raise ValueError(
                 f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
             )
+        if not self.model.train_all and self.model.lora_options["rank"] > config.hidden_size:
+            raise ValueError(
+                f"--model.lora_rank {self.model.lora_options['rank']} is above the width {config.hidden_size} of "
+                f"{self.model.name}, whose weights have no higher rank: give a smaller one, or --model.train_all true"
+            )
         if routed:
             self.sweep.check_budgets(start / config.num_hidden_layers)
         metrics = self.datamodule.asking.metrics("calibration")
@@ -157,11 +180,24 @@ class RunConfiguration:
         checks.check_trainer(self.config["trainer"], self.config["validations"])
 
 
+# What a class of the trainer's options is made with: `fit` alone knows those classes.
+_PART = re.compile(r"--trainer\.(callbacks|logger|plugins|profiler|strategy)[.+]")
+
+
+def _without_parts(args: Sequence[str]) -> list[str]:
+    """Arguments without those, each with its value, which may be joined by = or stand behind it."""
+    return [
+        argument
+        for before, argument in zip(["", *args], args, strict=False)
+        if not _PART.match(argument) and not (_PART.match(before) and "=" not in before)
+    ]
+
+
 class PlannedRun(RunConfiguration):
     """A configuration that is only looked at: parsed as ``fit`` parses it, in a fraction of the time."""
 
     def __init__(self, args: list[str], prog: str) -> None:
-        check_files(args)
+        args = with_files(args)
         parser = ArgumentParser(prog=prog, usage=usage(prog), description=DESCRIPTION, exit_on_error=False)
         parser.add_argument(
             "-c",
@@ -175,7 +211,7 @@ class PlannedRun(RunConfiguration):
         parser.add_class_arguments(ModelSettings, "model")
         parser.add_class_arguments(DataSettings, "data")
         add_run_options(parser)
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(_without_parts(args))
         self.config_init = parser.instantiate(self.config)
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]
 
@@ -213,5 +249,7 @@ def trainer_options() -> dict[str, tuple[Any, Any]]:
 
 
 def _seed(seed: bool | int) -> int:
-    """``--seed_everything`` as the number that module and data use."""
+    """``--seed_everything`` as the number that module and data use (ValueError: no generator takes it)."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed_everything {seed} must be from 0 to {2**32 - 1}")
     return int(seed)

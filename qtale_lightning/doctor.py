@@ -2,15 +2,15 @@
 
 import argparse
 from collections.abc import Iterable, Iterator
+from os.path import expanduser
 from pathlib import Path
 
 from qtale_lightning.configuration import PlannedRun
 from qtale_lightning.evaluation.cost import parameter_counts
+from qtale_lightning.experiments import find
 from qtale_lightning.machine import Finding, Mark, free_disk, free_memory, hub, hub_cache, in_words, machine
 from qtale_lightning.models.locations import Location, locate
 from qtale_lightning.plan import training_bytes
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def doctor(args: list[str]) -> int:
@@ -26,7 +26,7 @@ def doctor(args: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="a model of experiments/models: its weights, memory and rows, too")
-    parser.add_argument("--out", default="outputs", help="folder of the runs")
+    parser.add_argument("--out", type=expanduser, default="outputs", help="folder of the runs")
     own, options = parser.parse_known_args(args)
     if own.model is None and options:
         parser.error(f"{' '.join(options)}: options of a run need --model NAME")
@@ -38,7 +38,9 @@ def doctor(args: list[str]) -> int:
 
 def planned(model: str, options: list[str]) -> PlannedRun:
     """A model's usual configuration: that of ``make train MODEL=…``, where its files are at hand."""
-    files = [EXPERIMENTS / file for file in ("base.yaml", f"models/{model}.yaml", "methods/qtale.yaml")]
+    files = [
+        find(f"experiments/{file}") for file in ("base.yaml", f"models/{model}.yaml", "methods/qtale.yaml")
+    ]
     configs = [part for file in files if file.is_file() for part in ("--config", str(file))]
     return PlannedRun(
         [*configs, "--model.name", model, *options], "python -m qtale_lightning doctor --model NAME"

@@ -44,6 +44,20 @@ class Tree:
         return cls(prompts, shared, choices + sum(lengths) - shared * (len(lengths) - 1))
 
 
+def computed_tokens(questions: Sequence[EncodedPrompt], reserved: int) -> tuple[int, int]:
+    """Tokens that scoring computes, and how many of them are reserved: among the first of what they see."""
+    tokens = first = 0
+    for tree in trees(questions):
+        tokens += tree.size
+        first += min(tree.shared, reserved)
+        for prompt, pairs in tree.prompts.items():
+            first += max(0, min(len(prompt), reserved) - tree.shared)
+            for q, c in pairs:
+                end = len(prompt) + len(questions[q].continuations[c]) - 1
+                first += max(0, min(end, reserved) - len(prompt))
+    return tokens, first
+
+
 def trees(questions: Sequence[EncodedPrompt]) -> list[Tree]:
     """Of one question each, or of several where these share at least half of the longest of their prompts."""
     found: list[Tree] = []

@@ -51,13 +51,13 @@ class SweepOptions:
         """Whether θ is searched for budgets, and not chosen from the grid."""
         return self.rule in ("budget", "layer-budget")
 
-    def check_budgets(self, unrouted: float) -> None:
-        """Refuse budgets below the share of layers without a router, which execute always (ValueError)."""
+    def check_budgets(self, unrouted: float, why: str = "layers without a router") -> None:
+        """Refuse budgets below the share of layers that executes always, and for which reason it does (ValueError)."""
         for budget in self.budgets if self.searches else ():
             if not budget >= unrouted:
                 raise ValueError(
-                    f"--sweep.budgets {budget} can't be reached: layers without a router are {unrouted:.3f} of all "
-                    "(--model.start_layer)"
+                    f"--sweep.budgets {budget} can't be reached: {why} are {unrouted:.3f} of all "
+                    "(--model.start_layer, --model.reserved_tokens): give more"
                 )
 
     def grid(self) -> list[float]:

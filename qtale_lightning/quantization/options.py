@@ -83,6 +83,8 @@ class QuantizationOptions:
             try:
                 if not math.isfinite(bits):
                     raise ValueError("bits must be a number")
+                if float(f"{bits:g}") != bits:  # as files are named
+                    raise ValueError(f"{bits!r} has too many digits: give an average such as 3.5")
                 if bits == int(bits):
                     check_quantizable(shapes, int(bits), self.group_size)
                 else:

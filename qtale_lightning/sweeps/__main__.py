@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from qtale_lightning import errors
+from qtale_lightning.experiments import find
 from qtale_lightning.files import replacing
 from qtale_lightning.sweeps import remote
 from qtale_lightning.sweeps.definition import SweepDefinition, read_sweep
@@ -47,7 +48,7 @@ def start(arguments: list[str]) -> int:
     own, options = parser.parse_args(arguments[:at]), arguments[at + 1 :]
     if own.count is not None and own.count < 1:
         raise ValueError(f"--count {own.count} must be at least 1 (COUNT=… of make)")
-    sweep = read_sweep(own.file).resolved(os.environ, options)
+    sweep = read_sweep(find(own.file)).resolved(os.environ, options)
     if not own.local:
         folder = Trial.parse(sweep.arguments({})).to
         return _start_remote(sweep, folder, own.project, own.count)
@@ -123,7 +124,7 @@ def table(arguments: list[str]) -> int:
     """The table and figure of a sweep's folder."""
     if len(arguments) != 1 or arguments[0].startswith("-"):
         raise ValueError("table takes the folder of a sweep: table outputs/sweeps/lambda2-…")
-    folder = Path(arguments[0])
+    folder = Path(arguments[0]).expanduser()
     kept = folder / "sweep.yaml"
     name = read_yaml(kept)["name"] if kept.is_file() else folder.name
     print(write_table(folder, name))

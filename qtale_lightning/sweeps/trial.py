@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Trial:
         own, _, given = _split(arguments)
         if len(own) < 2 or not own[0].startswith("--to=") or own[1].startswith("-"):
             raise ValueError(f"a trial is called as: {usage}")
-        stages, fixed = tuple(own[1].split(",")), tuple(own[2:])
+        stages, fixed = tuple(own[1].split(",")), tuple(map(expanduser, own[2:]))
         if stages != ("fit",) and (not fixed or fixed[0].startswith("-")):
             raise ValueError(f"name the finished run that {own[1]} works on: {usage}")
         parameters = {}
@@ -69,7 +70,7 @@ class Trial:
                 raise ValueError(f"the sweep's argument {argument!r} isn't of the form --key=value")
             if name != STRAY:
                 parameters[name] = "null" if value == "None" else value  # as YAML says it
-        return cls(Path(own[0].removeprefix("--to=")), stages, fixed, parameters)
+        return cls(Path(own[0].removeprefix("--to=")).expanduser(), stages, fixed, parameters)
 
     @property
     def label(self) -> str:

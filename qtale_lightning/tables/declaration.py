@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
+from qtale_lightning.experiments import names
 from qtale_lightning.quantization.options import Engine
 from qtale_lightning.report.fields import Bits, Fraction
 from qtale_lightning.yaml_files import read_yaml
@@ -229,11 +230,6 @@ def _lines(cell: Cell) -> list[Line]:
     return lines
 
 
-def names() -> list[str]:
-    """The declared tables."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
-
-
 def load_declaration(path: Path) -> Declaration:
     """Reads and checks a declaration.
 
@@ -242,7 +238,9 @@ def load_declaration(path: Path) -> Declaration:
         ValueError: It isn't YAML (with the line), or a key is wrong (with the file and the key).
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} isn't there: choose one of {', '.join(names()) or 'no table'}")
+        raise FileNotFoundError(
+            f"{path} isn't there: choose one of {', '.join(names('tables')) or 'no table'}"
+        )
     content = read_yaml(path)
     try:
         return Declaration.model_validate(content)

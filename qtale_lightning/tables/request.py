@@ -3,9 +3,11 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
-from qtale_lightning.tables.declaration import FOLDER, names
+from qtale_lightning.experiments import find, names
+from qtale_lightning.tables.declaration import FOLDER
 
 
 @dataclass(frozen=True)
@@ -45,16 +47,18 @@ def parse(command: str, arguments: Sequence[str]) -> Asked:
         allow_abbrev=False,
         description="Other options are those of `fit`, for every run of the table.",
     )
-    parser.add_argument("name", help=f"a table of {FOLDER} ({', '.join(names())}), or a file like them")
+    parser.add_argument(
+        "name", help=f"a table of {FOLDER} ({', '.join(names('tables'))}), or a file like them"
+    )
     parser.add_argument("--model", required=True, help="a model of experiments/models")
     parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
     parser.add_argument("--seeds", default="0", help="seeds joined by commas")
-    parser.add_argument("--out", type=Path, default=Path("outputs"), help="the runs' folder")
+    parser.add_argument("--out", type=expanduser, default="outputs", help="the runs' folder")
     parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
     own, options = parser.parse_known_args(list(arguments))
     try:
         seeds = tuple(dict.fromkeys(int(seed) for seed in own.seeds.split(",")))
     except ValueError:
         raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
-    file = Path(own.name) if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml"
-    return Asked(file, Request(own.model, own.data, seeds, own.out, tuple(options)), own.plan)
+    file = find(own.name if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml")
+    return Asked(file, Request(own.model, own.data, seeds, Path(own.out), tuple(options)), own.plan)

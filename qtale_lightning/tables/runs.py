@@ -9,6 +9,7 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
+from qtale_lightning.experiments import find, names
 from qtale_lightning.manifest import digest
 from qtale_lightning.origin import origin
 from qtale_lightning.plan import optimizer_steps, training_flops
@@ -18,8 +19,6 @@ from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
 from qtale_lightning.run import RunDirectory, identity
 from qtale_lightning.tables.declaration import Line, Option
 from qtale_lightning.tables.request import Request
-
-EXPERIMENTS = Path("experiments")
 
 
 @dataclass(frozen=True)
@@ -104,11 +103,10 @@ def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str,
         FileNotFoundError: There is no such model.
         ValueError: The configuration can't work.
     """
-    models = sorted(file.stem for file in (EXPERIMENTS / "models").glob("*.yaml"))
-    if request.model not in models:
-        raise FileNotFoundError(f"--model {request.model}: choose one of {', '.join(models)}")
+    if request.model not in names("models"):
+        raise FileNotFoundError(f"--model {request.model}: choose one of {', '.join(names('models'))}")
     files = ("base.yaml", f"models/{request.model}.yaml", f"methods/{line.method}.yaml")
-    arguments = [part for file in files for part in ("--config", str(EXPERIMENTS / file))]
+    arguments = [part for file in files for part in ("--config", str(find(f"experiments/{file}")))]
     arguments += request.options
     for key, value in line.options:
         arguments += [f"--{key}", _argument(value)]

@@ -4,8 +4,8 @@ import pytest
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import branches
-from qtale_lightning.evaluation.branches import Tree, batches, trees
-from qtale_lightning.evaluation.scoring import score
+from qtale_lightning.evaluation.branches import Tree, batches, computed_tokens, trees
+from qtale_lightning.evaluation.scoring import score, score_thresholds
 from qtale_lightning.models import RoutedLlamaForCausalLM
 from tests.evaluation.test_scoring import TOLERANCE, dense, differences, one_by_one, routed
 
@@ -48,6 +48,23 @@ def test_what_is_shared_is_computed_once(
     answers = sum(len(answer) - 1 for question in few_shot for answer in question.continuations)
     assert together.size + single.size == 30 + sum(len(prompt) - 30 for prompt in distinct) + 4 + answers
     assert score(routed, few_shot).tokens == together.size + single.size
+
+
+@pytest.mark.parametrize("reserved", [1, 2, 3, 5, 31, 60])
+def test_reserved_tokens_are_counted_as_the_model_does(
+    routed: RoutedLlamaForCausalLM,
+    few_shot: list[EncodedPrompt],
+    reserved: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that what can't be reached by skipping is known without a model."""
+    questions = [*few_shot, asked((1,), answers=3)]
+    free = []
+    monkeypatch.setattr(routed.config, "reserved_tokens", reserved)
+    score_thresholds(routed, questions, [0.5], observe=lambda routing: free.append(int(routing.free.sum())))
+    tokens, first = computed_tokens(questions, reserved)
+    assert tokens == score(routed, questions).tokens
+    assert tokens - first == sum(free)
 
 
 def test_a_short_beginning_is_not_worth_a_tree() -> None:

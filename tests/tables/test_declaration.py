@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from qtale_lightning.tables.declaration import FOLDER, BudgetRule, load_declaration, names
+from qtale_lightning.experiments import names
+from qtale_lightning.tables.declaration import FOLDER, BudgetRule, load_declaration
 
 Declared = Callable[[str], Path]
 HEAD = "title: t\ncells:\n"
@@ -68,7 +69,7 @@ def test_an_unknown_table_is_refused_with_those_that_are_there(monkeypatch: pyte
 
 def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert names() == [
+    assert names("tables") == [
         "ablation", "cost", "csqa", "fairness", "generality", "low-bit", "quantizers", "sensitivity"
     ]  # fmt: skip
     fairness = load_declaration(FOLDER / "fairness.yaml")
