@@ -15,25 +15,18 @@ HOSTILE = "<script>a</script> | `b` *c* $d$ 5 % \\input{e} #f ~g ^h\n\nnew line"
 
 @pytest.fixture
 def content() -> dict[str, Any]:
-    columns = [
-        {
-            "key": "average",
-            "header": HOSTILE,
-            "kind": "average",
-            "data": "",
-            "better": "higher",
-            "factor": 100,
-            "digits": 1,
-        }
-    ]
+    column = {"key": "average", "header": HOSTILE, "kind": "average", "data": "", "better": "higher"}
+    columns = [column | {"factor": 100, "digits": 1}]
     row = {
-        "name": HOSTILE, "method": HOSTILE, "setting": HOSTILE, "bits": 4, "engine": "native", "group": "", "options": {},
+        "name": HOSTILE, "method": HOSTILE, "setting": HOSTILE, "bits": 4, "engine": "native",
+        "group": "", "options": {},
         "values": {"average": {"value": 0.5, "stderr": 0.1, "over": "questions", "seeds": [0.5], "best": True}},
         "paper": {}, "failed": {}, "sources": [],
     }  # fmt: skip
     failed = row | {"name": "=cmd|'/c calc'!A1", "values": {}, "failed": {"facts, seed 0": HOSTILE}}
     return {
-        "table": HOSTILE, "title": HOSTILE, "model": HOSTILE, "data": [HOSTILE], "seeds": [0], "command": f"```\n{HOSTILE}",
+        "table": HOSTILE, "title": HOSTILE, "model": HOSTILE, "data": [HOSTILE], "seeds": [0],
+        "command": f"```\n{HOSTILE}",
         "commits": [HOSTILE], "hardware": [HOSTILE], "protocols": {HOSTILE: {HOSTILE: HOSTILE}}, "questions": [20],
         "compare": ["bits"], "notes": [HOSTILE], "columns": columns, "rows": [row, failed],
         "differences": [{"row": 1, "against": 0, "values": {}}],
