@@ -25,6 +25,8 @@ _ABSENT = ""  # stands for no file among the digests of one that is being writte
 class DamagedFileError(ValueError):
     """A file isn't what the run wrote; the message names it and what to do."""
 
+    of_the_machine = True  # not of what was asked
+
 
 @contextmanager
 def writing(root: Path, target: Path) -> Iterator[Path]:

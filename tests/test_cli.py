@@ -9,8 +9,11 @@ import torch
 import yaml
 
 from qtale_lightning.__main__ import main
+from qtale_lightning.cli import QTALECLI
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.module import QTALEModule
+from qtale_lightning.report.metadata import run_metadata
+from qtale_lightning.report.results import load_results, update_results
 
 Options = Callable[..., list[str]]
 Refusal = Callable[..., str]
@@ -520,6 +523,21 @@ def test_a_directory_of_another_configuration(fit: Refusal, tmp_path: Path) -> N
     assert str(run) in message
     assert "--out" in message
     assert (run / "config.yaml").read_text(encoding="utf-8") == text
+
+
+def test_other_rows_than_a_run_began_with(fit: Refusal, tmp_path: Path, options: Options) -> None:
+    """Refused by their task and split, whatever the options say; what is in the run stays."""
+    cli = QTALECLI(options("tiny", "qtale", *SMALL, "--out", str(tmp_path / "out")), "test")
+    rows = cli.prepare_data().digests()
+    began_with = {"base": None, "files": None, "rows": {**rows, "validation": {"facts": "others"}}}
+    metadata = run_metadata("tiny", "qtale", "facts", 0, "fit", "here")
+    cli.run.claim(cli.config_text())
+    update_results(cli.run.root, "run", metadata | {"made_from": began_with})
+    message = fit()
+    assert "began with other validation rows of facts (--data.root)" in message
+    assert str(cli.run.root) in message
+    assert "--out" in message
+    assert load_results(cli.run.root)["run"]["made_from"] == began_with
 
 
 def test_nothing_to_resume(fit: Refusal, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,40 @@ def test_a_resumed_run_sees_the_batches_that_were_left_with_workers(
 ) -> None:
     run, seen, folder = uninterrupted
     assert fit(tokenizer, run, resume=folder / "batch" / "step=13.ckpt", num_workers=1) == seen[13:]
+
+
+def test_resuming_with_other_rows_of_the_same_number_is_refused(
+    tokenizer: PreTrainedTokenizerFast, uninterrupted: tuple[str, list[list[list[int]]], Path]
+) -> None:
+    run, seen, folder = uninterrupted
+    with pytest.raises(ValueError, match=r"'content': '\w+'.*'content': '\w+'.*same rows"):
+        fit(tokenizer, run, resume=folder / "batch" / "step=3.ckpt", seed=1)
+    old = torch.load(folder / "batch" / "step=3.ckpt", weights_only=True)
+    for state in old.values():
+        if isinstance(state, dict) and "order" in state:
+            del state["order"]["content"]  # as of before rows were known by it
+    torch.save(old, folder / "old.ckpt")
+    assert fit(tokenizer, run, resume=folder / "old.ckpt") == seen[3:]
+
+
+def test_rows_are_known_by_content_wherever_they_lie(
+    local_root: Path, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    def known(folder: Path, **options: Any) -> dict[tuple[str, str], str]:
+        data = facts_data(tokenizer, tasks="piqa,boolq", root=str(folder), calibration_rows=4, **options)
+        data.setup()
+        return {(split, task): found for split, by in data.digests().items() for task, found in by.items()}
+
+    moved = shutil.copytree(local_root, tmp_path_factory.mktemp("moved") / "rows")
+    before = known(local_root)
+    assert len(set(before.values())) == 6, "three splits of two tasks"
+    assert known(moved, batch_size=3) == before
+    file = moved / "boolq" / "validation.jsonl"
+    file.write_text(file.read_text().replace("is 3 even", "is 3 odd"))
+    after = known(moved)
+    assert [key for key in before if before[key] != after[key]] == [("validation", "boolq")]
+    fewer = known(local_root, limit_validation=5)
+    assert {key[0] for key in before if before[key] != fewer[key]} == {"validation"}
 
 
 def test_resuming_with_another_order_of_rows_is_refused(

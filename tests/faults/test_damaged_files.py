@@ -86,7 +86,7 @@ def said(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         main(argv)
     except SystemExit as ended:
         output = capsys.readouterr().err
-        return " ".join(output.split()) if ended.code else ""
+        return " ".join(output.split()) if ended.code == 1 else ""  # what isn't the user's fault
     except BaseException as error:
         return f"Traceback: {error!r}"
     return ""

@@ -1,12 +1,15 @@
 """What Markdown shows is what it was given: judged by a parser of it."""
 
+import io
 from html import unescape
+from pathlib import Path
 from re import sub
 
 import pytest
 from markdown_it import MarkdownIt
+from rich.console import Console
 
-from qtale_lightning.report import markdown
+from qtale_lightning.report import Results, markdown, save_results, write_report
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = [
@@ -89,3 +92,32 @@ def test_what_needs_no_escape_has_none() -> None:
     ):
         assert markdown.escape(text) == text
     assert markdown.escape(markdown.bold("a")) == "**a**"
+
+
+def test_a_report_shows_results_as_they_are(qtale: Results, tmp_path: Path) -> None:
+    """Whoever writes into results.json writes text, not markup: of the page, of a figure, of a terminal."""
+    hostile = "<script>alert(1)</script> | [a](javascript:b) `c` $x^$ *d*\n\n# e [bold]f"
+    plain = " ".join(hostile.split())
+    assert "run" in qtale
+    qtale["run"] |= {
+        "model": hostile,
+        "command": hostile,
+        "hardware": hostile,
+        "versions": {hostile: hostile},
+    }
+    for choice in qtale["selected"]:
+        choice["rule"] = hostile
+    for row in qtale["evaluation"]:
+        row["protocol"] = {hostile: hostile}
+        row["engine"] = hostile if row["bits"] != 16 else row["engine"]
+        row["accuracy"] = {hostile: row["accuracy"]["piqa"]}
+    for choice in qtale["selected"]:
+        choice["engine"] = hostile if choice["bits"] != 16 else "none"
+    save_results(tmp_path, qtale)
+    console = Console(file=io.StringIO(), width=300)
+    write_report(tmp_path, console)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "<script" not in PARSER.render(text)
+    assert elements(text) & {"script", "a", "em"} == set()
+    assert shown(text).count(plain) > 5
+    assert "[bold]f" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -11,7 +11,8 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.predictions import Prediction, save_predictions
-from qtale_lightning.fingerprint import Fingerprint, of_model
+from qtale_lightning.fingerprint import Fingerprint, of_model, of_split
+from qtale_lightning.origin import origin
 from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
 from qtale_lightning.run import RunDirectory
 
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 QUESTIONS = 120
 OPTIONS = ["--trainer.max_steps", "4", "--sweep.thresholds", "[0.5,0.1]", "--wandb", "disabled"]
 LAYERS = 6
+ROWS = {split: {"all": "of them"} for split in ("train", "calibration", "validation")}
 TEXTS = {"alpaca": "perplexity", "samsum": "rougeL"}
 
 
@@ -55,13 +57,15 @@ class FakeCommands:
     def _fit(self, options: list[str]) -> None:
         cli = QTALECLI(options, "fit")
         run = cli.run
-        run.claim(cli.config_text())
+        made_from: Any = origin(yaml.safe_load(cli.config_text())) | {"rows": ROWS}
+        run.claim(cli.config_text(), made_from)
         results = load_or_new(run.root)
         results["run"] = {
             "model": cli.model.name,
             "method": cli.model.method,
             "data": cli.datamodule.label,
             "seed": cli.model.seed,
+            "made_from": made_from,
             "git": {"commit": "0123456789", "dirty": False},
             "versions": {},
             "hardware": "a machine",
@@ -139,7 +143,8 @@ class FakeCommands:
 
     @staticmethod
     def _fingerprint(run: RunDirectory, bits: float, engine: str) -> Fingerprint:
-        return {"model": of_model(run.model(bits, engine)), "questions": "all", "protocol": "the same"}
+        model = of_model(run.model(bits, engine))
+        return {"model": model, "questions": of_split(ROWS["validation"]), "protocol": "the same"}
 
     @staticmethod
     def _configuration(run: RunDirectory) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """What is there is used again: the second time, after an interruption, and by another table."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qtale_lightning.report.results import load_results, save_results
 from qtale_lightning.tables.command import table
 from tests.tables.files import folder
 
@@ -29,7 +32,7 @@ def test_the_second_time_nothing_runs_and_the_files_are_the_same(arguments: Argu
 
 
 def test_interrupted_and_started_again_it_ends_with_the_same_table(
-    arguments: Arguments, commands: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: Arguments, commands: Any, tmp_path: Path
 ) -> None:
     given = arguments("fairness")
     table(given, commands)
@@ -40,13 +43,76 @@ def test_interrupted_and_started_again_it_ends_with_the_same_table(
         commands.stops = stop
         with pytest.raises(KeyboardInterrupt):
             table(again, commands)
-        assert "goes on where this one was" in capsys.readouterr().out
     commands.stops = None
     table(again, commands)
     assert len(commands.started) == count, "nothing ran twice"
     found = files(folder(again, "fairness"))
     assert found["table.csv"] == whole["table.csv"]
     assert found["table.md"].replace(b"/again", b"/out") == whole["table.md"]
+
+
+def test_rows_of_another_model_are_measured_again(arguments: Arguments, commands: Any) -> None:
+    table(arguments("csqa"), commands)
+    commands.started.clear()
+    file = Path(arguments("csqa")[4]) / "tiny-qtale-facts-s0" / "model-awq-4bit" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"changed": True}))
+    table(arguments("csqa"), commands)
+    assert commands.kinds() == ["sweep"]
+    assert "[4]" in commands.started[0]
+
+
+def test_a_packed_model_of_another_export_is_made_again(arguments: Arguments, commands: Any) -> None:
+    table(arguments("csqa"), commands)
+    commands.started.clear()
+    root = Path(arguments("csqa")[4]) / "tiny-qtale-facts-s0"
+    file = root / "model-awq-4bit" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["made_from"] = {"model": "another"}
+    file.write_text(json.dumps(config))
+    table(arguments("csqa"), commands)
+    assert commands.kinds() == ["quantize"]
+
+
+def test_rows_of_a_quick_look_answer_nothing(arguments: Arguments, commands: Any) -> None:
+    table(arguments("csqa"), commands)
+    commands.started.clear()
+    root = Path(arguments("csqa")[4]) / "tiny-full-facts-s0"
+    results = load_results(root)
+    look: Any = [
+        {**row, "examples": 3, "average": 0.9, "fingerprint": {**row["fingerprint"], "questions": "a few"}}
+        for row in results["evaluation"]
+    ]
+    before = (folder(arguments("csqa"), "csqa") / "table.csv").read_bytes()
+    save_results(root, {**results, "evaluation": [*look, *results["evaluation"]]})
+    table(arguments("csqa"), commands)
+    assert commands.started == []
+    assert (folder(arguments("csqa"), "csqa") / "table.csv").read_bytes() == before
+
+
+def rows_at(root: Path, text: str = "which?") -> list[str]:
+    (root / "arc_easy").mkdir(parents=True, exist_ok=True)
+    row = {"question": text, "answerKey": "A", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
+    for split in ("train", "validation"):
+        (root / "arc_easy" / f"{split}.jsonl").write_text(json.dumps(row))
+    return ["--data", "arc_easy", "--data.root", str(root)]
+
+
+def test_rows_may_move_and_others_make_other_runs(
+    arguments: Arguments, commands: Any, tmp_path: Path
+) -> None:
+    table(arguments("csqa", *rows_at(tmp_path / "a")), commands)
+    assert commands.kinds() == ["fit"] * 3
+    commands.started.clear()
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    moved = ["--data", "arc_easy", "--data.root", str(tmp_path / "b")]
+    table(arguments("csqa", *moved), commands)
+    assert commands.started == []
+    table(arguments("csqa", *moved, "--sweep.thresholds", "[0.5,0.1,0.3]"), commands)
+    assert commands.kinds() == ["sweep"]
+    assert all(str(tmp_path / "b") in started for started in commands.started), "where the rows lie now"
+    commands.started.clear()
+    table(arguments("csqa", *rows_at(tmp_path / "b", "which, then?")), commands)
+    assert commands.kinds() == ["fit"] * 3, "other rows are other runs"
 
 
 def test_a_run_of_the_same_configuration_is_used_again(
