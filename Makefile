@@ -26,7 +26,7 @@ quote = '$(subst ','\'',$(1))'
 QTALE  := $(VENV)/bin/python -m qtale_lightning
 # As many tests at a time as there are processors, and at most four; each file's in one process, which shares what they
 # start from (a finished run, a model).
-PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := $(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 BASE   := $(if $(PRESET),--config experiments/paper/$(PRESET).yaml,\
           --config experiments/base.yaml --config experiments/models/$(MODEL).yaml)
 CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) \
@@ -118,7 +118,7 @@ test-fast: setup ## the tests that take no seconds each: the daily round
 	$(PYTEST) -m "not slow"
 
 test-faults: setup ## faults injected for real, TRIALS of each [20]: killed processes, full disks, damaged files, and a count of what was lost
-	QTALE_FAULT_TRIALS=$(or $(TRIALS),20) $(PYTEST) tests/faults
+	QTALE_FAULT_TRIALS=$(or $(TRIALS),20) $(PYTEST) tests/faults tests/callbacks/test_checkpoints.py
 
 lint: setup ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -21,9 +21,14 @@ EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 Options = Callable[..., list[str]]
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     torch.set_num_threads(1)
-    config.addinivalue_line("filterwarnings", "ignore:LightningCLI's args parameter")  # argv is pytest's here
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: beside the last of them, others still have something to do."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def measured(target: Path, name: str) -> dict[str, Any]:
     return dict(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in NOT_QUICK])
 def test_quick_run_writes_its_measurements(
     bench: Bench, capsys: pytest.CaptureFixture[str], name: str
@@ -90,6 +91,7 @@ def finished_run(tmp_path: Path, options: Callable[..., list[str]]) -> Path:
     return tmp_path / "tiny-qtale-facts-s0"
 
 
+@pytest.mark.slow
 def test_calibration_compares_on_a_finished_run(bench: Bench, finished_run: Path) -> None:
     target = bench("calibration", str(finished_run), "--quick", "--thresholds", "0.5")
     (row,) = measured(target, "calibration")["rows"]

@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.data.sampler import LengthBatchSampler
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.report.results import load_results
+
+pytestmark = pytest.mark.slow
 
 
 def trained_tokens(replicas: int, batches: int) -> int:

@@ -25,6 +25,8 @@ from qtale_lightning.run import RunDirectory
 from qtale_lightning.settings import METHODS
 from tests.tolerance import close, depth
 
+pytestmark = pytest.mark.slow
+
 # dllm trains every weight, as the tiny model does by default; the others train LoRA, which is merged afterwards.
 TRAIN_ALL = {"full": False, "dllm": True, "qtale": False}
 GROUP = 32

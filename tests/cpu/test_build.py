@@ -28,6 +28,7 @@ def in_a_process(cache: Path, **environment: str) -> tuple[bool, str]:
     return done.stdout.strip() == "True", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
 def test_built_once_and_found_again(tmp_path: Path) -> None:
     works, log = in_a_process(tmp_path)

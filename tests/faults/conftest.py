@@ -9,7 +9,7 @@ import pytest
 from tests.faults.starter import Starter
 
 TRIALS = int(os.environ.get("QTALE_FAULT_TRIALS", "0"))
-_COUNTED = pytest.StashKey[list[tuple[str, int, int]]]()
+COUNTED = "faults"
 
 Count = Callable[[str, int, int], None]
 
@@ -22,15 +22,23 @@ def trials() -> Callable[[int], int]:
 
 @pytest.fixture
 def count(request: pytest.FixtureRequest) -> Count:
-    """``count(fault, trials, lost)`` adds a line to the table of the session."""
-    counted = request.config.stash.setdefault(_COUNTED, [])
-    return lambda fault, tried, lost: counted.append((fault, tried, lost))
+    """``count(fault, trials, lost)`` adds a line to the table of the session, whichever process tests run in."""
+    kept = request.node.user_properties
+    return lambda fault, tried, lost: kept.append((COUNTED, (fault, tried, lost)))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if counted := config.stash.get(_COUNTED, []):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.getreports(outcome)]
+    found = [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == COUNTED
+    ]
+    if found:
         terminalreporter.section("faults")
-        for fault, tried, lost in counted:
+        for fault, tried, lost in found:
             terminalreporter.write_line(f"| {fault} | {tried} | {lost} |")
 
 

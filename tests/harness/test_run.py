@@ -22,6 +22,8 @@ from qtale_lightning.quantization.recipe import round_to_nearest
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
 
+pytestmark = pytest.mark.slow
+
 needs_harness = pytest.mark.skipif(
     not any(d.name in ("lm_eval", "lm-eval") for d in metadata.distributions()),
     reason="needs requirements-lm-eval.txt",

@@ -16,6 +16,8 @@ from qtale_lightning.report import write_markdown
 from qtale_lightning.report.results import load_results, save_results
 from qtale_lightning.run import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--data.limit_validation", "60", "--data.limit_train", "150", "--data.calibration_rows", "60")
 SWEEP = ("--sweep.thresholds", "[0.6,0.3]", "--quantize.engine", "rtn", "--quantize.bits", "[4]")
 PRECISIONS = [(16, "none"), (4, "rtn")]

@@ -31,6 +31,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_an_agents_run_and_the_local_runners_are_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

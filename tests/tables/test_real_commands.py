@@ -8,8 +8,12 @@ import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.locks import INHERITED
+from qtale_lightning.quantization.engines import ENGINES
+from qtale_lightning.report import figures as report_figures
 from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -48,6 +52,13 @@ def arguments(generality: Path, tmp_path_factory: pytest.TempPathFactory) -> Arg
         return [name, "--model", "tiny", "--out", str(out), *SMALL, *more]
 
     return given
+
+
+@pytest.fixture(autouse=True)
+def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests run for real, and takes most of a small run's time: its own figures, and AutoAWQ's search."""
+    monkeypatch.setattr(report_figures, "write_figures", lambda run_dir: [])
+    monkeypatch.setitem(ENGINES, "autoawq", ENGINES["rtn"])
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / FOLDER).glob("*.yaml")))
