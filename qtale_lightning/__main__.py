@@ -404,7 +404,7 @@ def _bits(text: str) -> float:
 def _count(text: str) -> int:
     """A number of things, at least one."""
     if (count := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+        raise argparse.ArgumentTypeError(f"{text} must be positive")
     return count
 
 

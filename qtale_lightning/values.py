@@ -11,12 +11,21 @@ Item = TypeVar("Item")
 
 
 class Numbers(tuple[Item, ...]):
-    """Numbers of an option: ``[4, 3]``, ``4,3`` or one alone, on the command line as in YAML."""
+    """Numbers of an option: ``[4, 3]``, ``4,3`` or one alone, on the command line as in YAML; whole ones stay whole."""
 
     @staticmethod
     def read(value: Any) -> "Numbers[int | float]":
         """From what was written (ValueError)."""
         return Numbers(map(_number, _items(value)))
+
+
+class Floats(tuple[Item, ...]):
+    """As `Numbers`, none of them whole: what is written as 0 is read as 0.0, and named so in files."""
+
+    @staticmethod
+    def read(value: Any) -> "Floats[float]":
+        """From what was written (ValueError)."""
+        return Floats(map(float, Numbers.read(value)))
 
 
 class Names(tuple[Item, ...]):
@@ -43,6 +52,7 @@ class UserPath(str):
 
 
 register_type(Numbers, list, Numbers.read)
+register_type(Floats, list, Floats.read)
 register_type(Names, list, Names.read)
 register_type(UserPath, str, UserPath.read)
 

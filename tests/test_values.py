@@ -9,13 +9,14 @@ import pytest
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from qtale_lightning.values import Names, Numbers, UserPath, not_negative, positive, share
+from qtale_lightning.values import Floats, Names, Numbers, UserPath, not_negative, positive, share
 
 
 class Options:
     def __init__(
         self,
         bits: Numbers[int | float] = Numbers((4, 3)),  # noqa: B008
+        thetas: Floats[float] = Floats((0.5,)),  # noqa: B008
         names: Names[str] = Names(("a",)),  # noqa: B008
         path: UserPath | None = None,
     ) -> None:
@@ -52,6 +53,13 @@ def test_numbers_are_a_list_one_alone_or_joined_by_commas(
 ) -> None:
     options, dumped = parse(bits=written)
     assert list(options.bits) == dumped["bits"] == read
+
+
+def test_whole_numbers_stay_whole_where_they_are_meant_to(parse: Callable[..., Any]) -> None:
+    """Files are named by both."""
+    options, dumped = parse(bits="[4, 3.5]", thetas="[1, 0, 0.3]")
+    assert repr(list(options.bits)) == repr(dumped["bits"]) == "[4, 3.5]"
+    assert repr(list(options.thetas)) == repr(dumped["thetas"]) == "[1.0, 0.0, 0.3]"
 
 
 @pytest.mark.parametrize("written", ["four", "[4, four]", "true", "{a: 1}"])

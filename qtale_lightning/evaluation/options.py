@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qtale_lightning.values import Numbers
+from qtale_lightning.values import Floats
 
 Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
 
@@ -27,9 +27,9 @@ class SweepOptions:
         ValueError: An option has a value that can't be; the message names it.
     """
 
-    thresholds: Numbers[float] = Numbers((0.5, 0.3, 0.2, 0.1, 0.03, 0.005))  # noqa: RUF009 (a tuple)
+    thresholds: Floats[float] = Floats((0.5, 0.3, 0.2, 0.1, 0.03, 0.005))  # noqa: RUF009 (a tuple)
     rule: Rule = "one-standard-error"
-    budgets: Numbers[float] = Numbers()  # noqa: RUF009
+    budgets: Floats[float] = Floats()  # noqa: RUF009
     margin: float | None = None
 
     def __post_init__(self) -> None:
