@@ -432,7 +432,7 @@ def test_a_malformed_row(fit: Refusal, tmp_path: Path) -> None:
 
 
 def test_rows_that_the_network_would_have_to_bring(fit: Refusal) -> None:
-    message = fit("--data.tasks", "piqa", status=1)
+    message = fit("--data.tasks", "piqa")
     assert all(words in message for words in ("baber/piqa", "--data.root FOLDER", "--data.tasks facts"))
 
 
@@ -464,7 +464,7 @@ def test_rows_too_few_to_calibrate_on(fit: Refusal, tmp_path: Path) -> None:
 
 def test_a_model_that_cant_be_reached(fit: Refusal) -> None:
     """One paragraph with the ways out: a folder, a download elsewhere."""
-    message = fit(model="llama2-7b", status=1)
+    message = fit(model="llama2-7b")
     for words in (
         "'llama2-7b'",
         "--model.path",

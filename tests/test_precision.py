@@ -64,7 +64,7 @@ def test_processors(
     assert precision.native_bfloat16() == native
     assert precision.inference_dtype("cpu") == ("auto" if native else torch.float32)
     if not native:  # what our operations are compiled for
-        assert build._unsuited() is not None
+        assert build.unavailable() is not None
 
 
 @pytest.mark.parametrize(
