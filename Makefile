@@ -14,7 +14,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 
 # One that nobody knows would change nothing, and silently: model=tiny would train another model.
-VARIABLES := MODEL METHOD PRESET DEVICES DATA SEED SEEDS OUT ARGS PYTHON VENV RUN TASKS TABLE SWEEP LOCAL JOBS COUNT
+VARIABLES := MODEL METHOD PRESET DEVICES DATA SEED SEEDS OUT ARGS PYTHON VENV RUN TASKS TABLE SWEEP LOCAL JOBS COUNT TRIALS
 GIVEN     := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 upper      = $(shell echo '$(1)' | tr a-z A-Z)
 $(foreach name,$(filter-out $(VARIABLES),$(GIVEN)),\
