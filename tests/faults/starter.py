@@ -76,7 +76,9 @@ def _child(asked: dict[str, Any]) -> None:
         os.dup2(log, descriptor)
     os.environ |= asked["environment"]
     tempfile.tempdir = None  # which is chosen on first use, by the environment of then
+    # As a terminal would start it: a job in the background inherits that Ctrl-C is ignored.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     status = 1
     try:
         from qtale_lightning.__main__ import main
