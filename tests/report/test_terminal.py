@@ -73,7 +73,7 @@ def test_a_table_that_fits_is_one(qtale: Results) -> None:
 
 def test_a_page_is_printed_with_its_tables_and_all_else_as_it_stands() -> None:
     table = markdown.table(
-        ["method", *(f"column {n}" for n in range(9))], [["a|b", *["**12.34 ± 5.67**"] * 9]]
+        ["method", *(f"column {n}" for n in range(9))], [["a|b", *[markdown.bold("12.34 ± 5.67")] * 9]]
     )
     console = Console(file=io.StringIO(), width=80)
     print_page(f"# A page\n\n{table}\n\n- a note of [brackets]\n\n```\nmake table TABLE=x\n```\n", console)

@@ -89,10 +89,19 @@ def test_an_agent_without_a_server_ends(server: dict[str, Any], monkeypatch: pyt
 
 
 def test_an_agent_is_busy_while_a_run_of_its_lives() -> None:
-    assert not remote._runs_something(os.getpid())
-    with subprocess.Popen(["sleep", "60"]) as process:
-        assert remote._runs_something(os.getpid())
-        process.kill()
+    agent = (
+        "read start; sleep 60 & run=$!; echo started; read stop; kill $run; wait $run; echo ended; read end"
+    )
+    with subprocess.Popen(
+        ["sh", "-c", agent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert not remote._runs_something(process.pid)
+        for said, busy in (("started", True), ("ended", False)):
+            process.stdin.write("\n")
+            assert process.stdout.readline() == f"{said}\n"
+            assert remote._runs_something(process.pid) == busy
 
 
 @pytest.mark.parametrize(("mode", "login"), [("offline", True), ("disabled", True), ("online", False)])
