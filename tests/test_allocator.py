@@ -29,6 +29,7 @@ def kept(argument: str) -> float:
     return float(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's settings, on Linux")
 def test_freed_memory_stays_in_the_process() -> None:
     assert kept("default") < 0.1

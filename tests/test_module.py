@@ -166,6 +166,8 @@ def train(
     return module
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each part keeps its checkpoints apart
+@pytest.mark.slow
 @pytest.mark.parametrize(("interrupt", "accumulate"), [(3, 1), (6, 1), (7, 1), (4, 2)])
 def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, accumulate: int) -> None:
     """Interrupted within the first epoch of six batches, at its end, and within the second: bit for bit the same."""

@@ -104,6 +104,7 @@ def test_plans_need_no_weights(preset: str, method: str, capsys: pytest.CaptureF
     assert f"{preset}, {method}, csqa" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_same_files_run_a_tiny_model(preset: str, tmp_path: Path) -> None:
     main(["fit", *files(preset), *TINY, "--out", str(tmp_path)])
@@ -112,6 +113,7 @@ def test_the_same_files_run_a_tiny_model(preset: str, tmp_path: Path) -> None:
     assert {row["bits"] for row in results["selected"]} == {16, 4, 3}
 
 
+@pytest.mark.slow
 def test_sharded_over_two_processes(tmp_path: Path) -> None:
     """fsdp: bfloat16 base, float32 LoRA and routers; then everything after training, on one of them."""
     more = ("--trainer.devices", "2", "--trainer.accumulate_grad_batches", "4", "--quantize.bits", "[]")

@@ -50,6 +50,7 @@ def test_a_plan_imports_nothing_heavy(options: Options) -> None:
     assert not HEAVY & imported("-m", "qtale_lightning", "plan", *options("llama2-7b", "qtale"))
 
 
+@pytest.mark.slow
 def test_importing_the_package_registers_its_models_with_transformers() -> None:
     code = (
         "import qtale_lightning, transformers\n"

@@ -76,6 +76,7 @@ tracker.log_metrics({"train/loss": 1.5}, 3)
 """
 
 
+@pytest.mark.slow
 def test_a_home_without_anything_gives_an_offline_record(tmp_path: Path) -> None:
     """The default of a newcomer, whose process ends W&B's run by ending itself."""
     home, run = tmp_path / "home", tmp_path / "run"
@@ -179,6 +180,7 @@ def test_the_way_to_upload_an_offline_record_is_said(
     assert f"wandb sync '{folder}'" in caplog.text
 
 
+@pytest.mark.slow
 def test_an_offline_record_holds_configuration_metrics_and_tables(
     options: Callable[..., list[str]], tmp_path: Path
 ) -> None:

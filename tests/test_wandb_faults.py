@@ -79,6 +79,7 @@ def test_what_is_logged_arrives(endpoint: Endpoint, tmp_path: Path, caplog: pyte
     assert "not uploaded" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_server_that_fails_at_the_start_leaves_an_offline_record(
     fault: Fault,
@@ -109,6 +110,7 @@ def test_training_goes_on_without_wandbs_own_process(
     assert f"W&B: not uploaded: wandb sync {session.folder}" in caplog.text
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_wandbs_own_process_stands_still(
     endpoint: Endpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -143,6 +145,7 @@ print(time.monotonic() - before, flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_during_a_run_keeps_no_process(tmp_path: Path) -> None:
     """As processes of their own, all at once: each ends with status 0, and says how to upload what it has."""
     with serving() as one, serving() as two, serving() as three, serving() as four:

@@ -163,6 +163,7 @@ def copy(whole: tuple[Path, list[str]], tmp_path: Path) -> RunDirectory:
 # ------------------------------------------------------------------------------------------- killed and resumed
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_its_validations_ends_as_if_it_had_not_been(
     whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:

@@ -42,6 +42,7 @@ def test_built_once_and_found_again(tmp_path: Path) -> None:
     assert library.stat().st_mtime_ns == built
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")
 @pytest.mark.parametrize(
     ("compiler", "reason"), [("no-such-compiler", "install g++"), ("false", "weren't built")]
@@ -53,6 +54,7 @@ def test_without_a_working_compiler(compiler: str, reason: str, tmp_path: Path) 
     assert not any(tmp_path.glob("qtale_lightning/*"))
 
 
+@pytest.mark.slow
 def test_the_switch(tmp_path: Path) -> None:
     assert in_a_process(tmp_path, **{build.SWITCH: "0"})[0] is False
     assert not any(tmp_path.iterdir())
@@ -71,6 +73,7 @@ def test_other_processors_and_systems(
     assert "Linux" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_the_compiler_says(tmp_path: Path) -> None:
     """Its first error, not the headers that lead to it."""
     if build.unavailable():

@@ -420,6 +420,9 @@ def uninterrupted(
     return request.param, seen, folder
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`"
+)  # resumed without what saves, on purpose
 @pytest.mark.parametrize(
     ("saved", "step"),
     [
@@ -442,6 +445,9 @@ def test_a_resumed_run_sees_the_batches_that_were_left(
     assert fit(tokenizer, run, resume=folder / saved / f"step={step}.ckpt") == seen[step:]
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Be aware that when using `ckpt_path`"
+)  # resumed without what saves, on purpose
 def test_a_resumed_run_sees_the_batches_that_were_left_with_workers(
     tokenizer: PreTrainedTokenizerFast, uninterrupted: tuple[str, list[list[list[int]]], Path]
 ) -> None:

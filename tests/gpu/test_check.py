@@ -85,6 +85,7 @@ def scripted(load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Mod
     return command
 
 
+@pytest.mark.slow
 def test_a_failed_stage_stops_no_other(
     scripted: ModuleType, load: Load, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

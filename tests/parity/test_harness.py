@@ -261,6 +261,7 @@ def test_dense_scores_are_the_harness_s(
     assert_equal(without_routers(dense), tokenizer, made, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_routed_scores_are_the_harness_s(
     routed: RoutedLlamaForCausalLM,
@@ -360,6 +361,7 @@ def smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
         pytest.skip(f"needs SmolLM2's weights: {error}")
 
 
+@pytest.mark.slow
 def test_real_rows(
     real_rows: Prompts, smollm2: tuple[LlamaForCausalLM, PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:
@@ -368,6 +370,7 @@ def test_real_rows(
     assert_equal(without_routers(dense), tokenizer, real_rows, found, most_ties=0.05)
 
 
+@pytest.mark.slow
 def test_real_rows_routed(
     real_rows: Prompts, smollm2: tuple[LlamaForCausalLM, PreTrainedTokenizerBase], tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +60,7 @@ def configured(arguments: list[str]) -> QTALECLI | str:
     return cli
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(given=st.dictionaries(st.sampled_from(OPTIONS), values, min_size=1, max_size=3))
 def test_a_configuration_is_accepted_or_refused(

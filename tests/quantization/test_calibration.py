@@ -192,6 +192,7 @@ def test_hidden_states_are_kept_of_one_layer_only(make_model: MakeModel, rows: T
         assert not any(state() is not None for state in states[:-2])
 
 
+@pytest.mark.slow
 def test_one_layers_moments_at_a_time(make_model: MakeModel, rows: Tensor) -> None:
     """Counted when a layer's last input is about to be summed, and when the layer is done."""
     model = make_model(layers=3)

@@ -124,6 +124,7 @@ def test_nothing_to_plot_is_an_error(full: Results) -> None:
         plot_accuracy(full)
 
 
+@pytest.mark.slow
 def test_figures_are_written_as_png_and_pdf(tmp_path: Path, qtale: Results, metrics_csv: Path) -> None:
     assert metrics_csv.parent == tmp_path
     save_results(tmp_path, qtale)

@@ -94,6 +94,7 @@ def test_runs_without_such_numbers_have_no_such_figure(qtale: Results, full: Res
     assert plot_routing(qtale, pd.DataFrame({"step": [1], "train/loss": [2.0]})) is None
 
 
+@pytest.mark.slow
 def test_the_figure_is_one_of_a_runs_plots(inspected: Results, metrics: pd.DataFrame, tmp_path: Path) -> None:
     save_results(tmp_path, inspected)
     metrics.to_csv(tmp_path / "metrics.csv", index=False)

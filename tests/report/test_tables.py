@@ -207,6 +207,7 @@ def test_page_embeds_the_plots_that_are_there(tmp_path: Path, qtale: Results) ->
     assert re.findall(r"\]\((.*?)\)", text) == ["plots/layers.png"]
 
 
+@pytest.mark.slow
 def test_report_writes_everything_and_prints_the_summary(
     tmp_path: Path, qtale: Results, metrics_csv: Path
 ) -> None:

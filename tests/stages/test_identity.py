@@ -98,6 +98,7 @@ def test_what_is_there_from_the_same_stays_and_says_so(
     assert "4 bits: there already, of this model, rows and options" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "says"),
     [
@@ -126,6 +127,7 @@ def test_other_options_make_it_anew_and_its_figures_go(
     assert len(rows(run)) == 4
 
 
+@pytest.mark.slow
 def test_other_calibration_sequences_and_another_base_make_it_anew(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -207,6 +209,7 @@ def test_a_quick_sweep_selects_nothing(run: RunDirectory, capsys: pytest.Capture
     assert "other validation questions than this run's own" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_searches_of_other_questions_take_no_place_and_are_not_taken(run: RunDirectory) -> None:
     budget = [
         "sweep",
@@ -243,6 +246,7 @@ def local(root: Path) -> tuple[str, ...]:
     return ("--data.tasks", "arc_easy", "--data.root", str(root), "--data.calibration_rows", "16")
 
 
+@pytest.mark.slow
 def test_corrected_questions_are_measured_and_moved_ones_known(
     make_run: Callable[..., RunDirectory], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from tests.tables.files import folder, row_of, rows
 Arguments = Callable[..., list[str]]
 
 
+@pytest.mark.slow
 def test_the_plan_is_said_and_nothing_runs(
     arguments: Arguments, commands: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -38,6 +39,7 @@ def test_options_of_a_cell_get_a_readable_folder(arguments: Arguments, commands:
     assert (tmp_path / "out" / "lambda_entropy=2.0" / "tiny-qtale-facts-s0" / "config.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_what_failed_is_said_and_the_rest_is_there(
     arguments: Arguments, commands: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,6 +58,7 @@ def test_what_failed_is_said_and_the_rest_is_there(
     assert not any(row["failed"] for row in rows(given, "quantizers"))
 
 
+@pytest.mark.slow
 def test_a_budget_like_another_line_is_what_that_line_measured(arguments: Arguments, commands: Any) -> None:
     given = arguments("fairness")
     table(given, commands)
@@ -66,6 +69,7 @@ def test_a_budget_like_another_line_is_what_that_line_measured(arguments: Argume
         assert dllm == pytest.approx(qtale, abs=0.0005), "a budget has three digits"
 
 
+@pytest.mark.slow
 def test_a_line_like_one_that_failed_fails(arguments: Arguments, commands: Any) -> None:
     commands.fails = ("fit", "experiments/methods/qtale.yaml")
     given = arguments("fairness")
@@ -77,6 +81,7 @@ def test_a_line_like_one_that_failed_fails(arguments: Arguments, commands: Any) 
     assert row_of(found, "D-LLM", 4)["values"]["nll"]
 
 
+@pytest.mark.slow
 def test_other_groups_than_asked_for_are_refused_before_anything_runs(
     arguments: Arguments, commands: Any
 ) -> None:

@@ -15,6 +15,7 @@ Arguments = Callable[..., list[str]]
 Declared = Callable[[str], Path]
 
 
+@pytest.mark.slow
 def test_numbers_are_traceable(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
     given = arguments("csqa", "--seeds", "0,1")
     table(given, commands)
@@ -66,6 +67,7 @@ def test_the_papers_values_stand_beside_ours(arguments: Arguments, commands: Any
     ]
 
 
+@pytest.mark.slow
 def test_differences_are_to_the_first_of_a_group(arguments: Arguments, commands: Any) -> None:
     given = arguments("fairness")
     table(given, commands)

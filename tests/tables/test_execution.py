@@ -65,6 +65,7 @@ def test_a_stopped_table_stops_its_process(tmp_path: Path, stand_in: Callable[[s
         os.kill(child, 0)
 
 
+@pytest.mark.slow
 def test_real_commands_make_a_table(
     arguments: Arguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,6 +98,7 @@ def test_real_commands_make_a_table(
     assert {one.name: one.read_bytes() for one in folder.glob("table.*")} == first
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_table(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
     table(arguments("csqa"), commands)
     folder = tmp_path / "out/tables/csqa-tiny-facts"

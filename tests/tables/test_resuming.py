@@ -19,6 +19,7 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(path.iterdir()) if file.is_file()}
 
 
+@pytest.mark.slow
 def test_the_second_time_nothing_runs_and_the_files_are_the_same(arguments: Arguments, commands: Any) -> None:
     given = arguments("csqa", "--seeds", "0,1")
     table(given, commands)
@@ -31,6 +32,7 @@ def test_the_second_time_nothing_runs_and_the_files_are_the_same(arguments: Argu
     assert files(folder(given, "csqa")) == first
 
 
+@pytest.mark.slow
 def test_interrupted_and_started_again_it_ends_with_the_same_table(
     arguments: Arguments, commands: Any, tmp_path: Path
 ) -> None:
@@ -51,6 +53,7 @@ def test_interrupted_and_started_again_it_ends_with_the_same_table(
     assert found["table.md"].replace(b"/again", b"/out") == whole["table.md"]
 
 
+@pytest.mark.slow
 def test_rows_of_another_model_are_measured_again(arguments: Arguments, commands: Any) -> None:
     table(arguments("csqa"), commands)
     commands.started.clear()
@@ -61,6 +64,7 @@ def test_rows_of_another_model_are_measured_again(arguments: Arguments, commands
     assert "[4]" in commands.started[0]
 
 
+@pytest.mark.slow
 def test_a_packed_model_of_another_export_is_made_again(arguments: Arguments, commands: Any) -> None:
     table(arguments("csqa"), commands)
     commands.started.clear()
@@ -73,6 +77,7 @@ def test_a_packed_model_of_another_export_is_made_again(arguments: Arguments, co
     assert commands.kinds() == ["quantize"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_quick_look_answer_nothing(arguments: Arguments, commands: Any) -> None:
     table(arguments("csqa"), commands)
     commands.started.clear()
@@ -97,6 +102,7 @@ def rows_at(root: Path, text: str = "which?") -> list[str]:
     return ["--data", "arc_easy", "--data.root", str(root)]
 
 
+@pytest.mark.slow
 def test_rows_may_move_and_others_make_other_runs(
     arguments: Arguments, commands: Any, tmp_path: Path
 ) -> None:
@@ -115,6 +121,7 @@ def test_rows_may_move_and_others_make_other_runs(
     assert commands.kinds() == ["fit"] * 3, "other rows are other runs"
 
 
+@pytest.mark.slow
 def test_a_run_of_the_same_configuration_is_used_again(
     arguments: Arguments, commands: Any, tmp_path: Path
 ) -> None:

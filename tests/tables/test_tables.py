@@ -14,6 +14,7 @@ Arguments = Callable[..., list[str]]
 TABLES = sorted(file.stem for file in (Path(__file__).parents[2] / FOLDER).glob("*.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_a_declared_table_is_made(name: str, arguments: Arguments, commands: Any, tmp_path: Path) -> None:
     given = arguments(name)
@@ -28,6 +29,7 @@ def test_a_declared_table_is_made(name: str, arguments: Arguments, commands: Any
     assert tex.split(r"\begin{table}")[1].isascii(), "pdflatex reads it"
 
 
+@pytest.mark.slow
 def test_every_figure_has_its_formats_and_caption(
     arguments: Arguments, commands: Any, tmp_path: Path
 ) -> None:
@@ -46,6 +48,7 @@ def test_every_figure_has_its_formats_and_caption(
         assert "Commit: 0123456789." in caption
 
 
+@pytest.mark.slow
 def test_data_sets_have_columns_of_their_own(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
     table(arguments("generality"), commands)
     page = (tmp_path / "out/tables/generality-tiny-mmlu+alpaca+samsum/table.md").read_text(encoding="utf-8")
@@ -55,6 +58,7 @@ def test_data_sets_have_columns_of_their_own(arguments: Arguments, commands: Any
     assert len(commands.started) == 9, "three methods, three data sets"
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_twice(arguments: Arguments, commands: Any, tmp_path: Path) -> None:
     file = tmp_path / "small.yaml"
     file.write_text(
@@ -81,6 +85,7 @@ def test_figures_of_nothing_say_what_to_do(arguments: Arguments) -> None:
         figures(arguments("csqa"))
 
 
+@pytest.mark.slow
 def test_figures_of_a_part_say_what_is_left_out(
     arguments: Arguments, commands: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
