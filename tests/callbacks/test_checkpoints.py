@@ -196,6 +196,7 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(options: dict[str, Any
         shutil.rmtree(tmp_path / str(kill_at))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_keeps_its_best_checkpoint(
     whole: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_run_that_was_moved_keeps_its_best_checkpoint(
     assert same(outcome(tmp_path / "new"), outcome(whole[0]))
 
 
+@pytest.mark.slow
 def test_a_run_told_to_end_in_its_last_moment_doesnt_begin_what_follows(tmp_path: Path) -> None:
     """Lightning looks for SIGTERM between steps only."""
 
@@ -306,6 +308,7 @@ def test_where_no_validation_was_due_one_is_made_at_the_end(tmp_path: Path) -> N
     assert torch.load(RunDirectory(tmp_path).best, weights_only=True)["global_step"] == 12
 
 
+@pytest.mark.slow
 def test_where_there_is_no_validation_the_last_state_is_exported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

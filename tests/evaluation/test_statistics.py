@@ -91,6 +91,7 @@ def test_the_same_answers_differ_by_nothing() -> None:
     assert not paired_difference(values, values).significant
 
 
+@pytest.mark.slow
 def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
     """95 % of 200 draws, so 190 ± 3.1; 4 standard errors, and the percentile interval's small shortfall at n = 60."""
     truth = 0.6

@@ -62,6 +62,7 @@ def test_what_passes_is_tried_again(hub: LoopbackHub, fault: int | str) -> None:
     assert (folder / "weights.bin").read_bytes() == FILES["weights.bin"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["/api/", "/resolve/", "weights.bin"])
 def test_a_hub_that_never_answers_ends_in_a_message(
     hub: LoopbackHub, where: str, caplog: pytest.LogCaptureFixture
@@ -77,6 +78,7 @@ def test_a_hub_that_never_answers_ends_in_a_message(
     assert [record for record in caplog.records if "waiting for" in record.message]
 
 
+@pytest.mark.slow
 def test_a_download_that_stalls_ends_in_a_message_and_is_kept(hub: LoopbackHub) -> None:
     """Each try is answered, but brings nothing: an answer alone is no progress."""
     body = FILES["weights.bin"]

@@ -254,6 +254,7 @@ def test_task_files_ask_the_prompts(made: Prompts, tmp_path: Path) -> None:
         assert asked == [pair for p in prompts for pair in zip(p.contexts, p.continuations, strict=True)]
 
 
+@pytest.mark.slow
 def test_dense_scores_are_the_harness_s(
     dense: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts, tmp_path: Path
 ) -> None:
@@ -285,6 +286,7 @@ def test_decisions_are_mixed(
     assert all(0.1 < share < 0.9 for share in execution[2:]), execution
 
 
+@pytest.mark.slow
 def test_a_threshold_in_the_configuration_is_the_harness_s(
     routed: RoutedLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts, tmp_path: Path
 ) -> None:

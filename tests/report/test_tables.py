@@ -224,6 +224,7 @@ def test_report_writes_everything_and_prints_the_summary(
     assert "Selected threshold" in console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_thresholds_by_layer_are_shown_by_their_range(tmp_path: Path, qtale: Results, row: Row) -> None:
     """In every table, in the figures, and as no number in the frame."""
     theta = [0.05, 0.3123, 0.612]

@@ -15,6 +15,8 @@ from qtale_lightning.report.results import load_results
 from qtale_lightning.report.series import other_rows, own_rows, validation_series
 from qtale_lightning.run import RunDirectory
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--data.limit_validation", "30", "--data.limit_train", "80", "--data.calibration_rows", "20")
 SWEEP = ("--sweep.thresholds", "[0.6,0.3]", "--quantize.engine", "rtn", "--quantize.bits", "[4]")
 

@@ -57,6 +57,7 @@ def test_questions_are_traced_at_every_precision_there_is(run: RunDirectory) -> 
     assert four["decisions_changed"] < four["paths_changed"]
 
 
+@pytest.mark.slow
 def test_another_threshold_and_precision_stand_beside(run: RunDirectory) -> None:
     main(["inspect", str(run.root), "--questions", "5"])
     main(["inspect", str(run.root), "--questions", "7", "--theta", "0.2", "--bits", "4"])

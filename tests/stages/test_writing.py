@@ -14,6 +14,8 @@ from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.report.results import load_results
 from qtale_lightning.stages.writing import FOLDER
 
+pytestmark = pytest.mark.slow
+
 Options = Callable[..., list[str]]
 
 

@@ -40,6 +40,7 @@ def test_numbers_are_traceable(arguments: Arguments, commands: Any, tmp_path: Pa
     assert float(record["nll"]) == pytest.approx(value["value"])
 
 
+@pytest.mark.slow
 def test_one_seed_has_its_error_over_questions(arguments: Arguments, commands: Any) -> None:
     given = arguments("csqa")
     table(given, commands)
