@@ -39,7 +39,7 @@ from qtale_lightning.evaluation import cost
 from qtale_lightning.evaluation.branches import trees
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.harness import HarnessUnavailableError, harness_model
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route, routed_config
 from qtale_lightning.models.sources import load_base, load_tokenizer
 
 FOUR_CHOICES = ("arc_easy", "arc_challenge", "openbookqa")
@@ -47,11 +47,11 @@ GOAL = 4.0
 TIE = 1e-4
 
 
-def routed_model(dense: LlamaForCausalLM, name: str, start_layer: int) -> RoutedLlamaForCausalLM:
+def routed_model(dense: LlamaForCausalLM, name: str, start_layer: int) -> RoutedForCausalLM:
     """The dense one's weights, shared, and random routers from a layer on."""
     shared = {id(parameter): parameter for parameter in dense.parameters()}
     options = {"start_layer": start_layer, "router_width": ROUTER_WIDTH.get(name, 512)}
-    config = RoutedLlamaConfig(**dense.config.to_dict() | {"model_type": "routed_llama"} | options)
+    config = routed_config(dense.config, **options)
     torch.manual_seed(0)
     model = route(copy.deepcopy(dense, shared), config)
     for layer in model.model.layers[start_layer:]:
@@ -107,7 +107,7 @@ def differing(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> int:
 
 
 def measured(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     peer: Any,
     tokenizer: Any,
     prompts: Sequence[Prompt],

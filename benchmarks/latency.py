@@ -30,8 +30,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qtale_lightning.evaluation import cost
-from qtale_lightning.models import RoutedCache, RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
-from qtale_lightning.models.sources import load_base, planned_config
+from qtale_lightning.models import RoutedCache, RoutedConfig, RoutedForCausalLM, Routing, route, routed_config
+from qtale_lightning.models.sources import base_config, load_base
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
@@ -49,7 +49,7 @@ def dense_model(name: str, layers: int | None, device: str = "cpu") -> LlamaForC
     """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
     if layers is None:
         return load_base(name, dtype=torch.bfloat16).to(device).eval()  # type: ignore[arg-type]
-    config = planned_config(name)
+    config = base_config(name)
     config.num_hidden_layers = layers
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
@@ -63,11 +63,11 @@ def dense_model(name: str, layers: int | None, device: str = "cpu") -> LlamaForC
     return model
 
 
-def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedLlamaForCausalLM:
+def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedForCausalLM:
     """A routed model with the dense one's weights, a router in every layer; the weights share memory."""
     shared = {id(parameter): parameter for parameter in dense.parameters()}
-    options = {"model_type": "routed_llama", "start_layer": 0, "router_width": ROUTER_WIDTH.get(name, 512)}
-    config = RoutedLlamaConfig(**dense.config.to_dict() | options)
+    options = {"start_layer": 0, "router_width": ROUTER_WIDTH.get(name, 512)}
+    config = routed_config(dense.config, **options)
     return route(copy.deepcopy(dense, shared), config).eval()
 
 
@@ -81,7 +81,7 @@ def decisions(
     generator = torch.Generator().manual_seed(seed)
     if length > 1:
         order = torch.rand(layers, batch, length, generator=generator)
-        order[:, :, : RoutedLlamaConfig.reserved_tokens] = -1
+        order[:, :, : RoutedConfig.reserved_tokens] = -1
         ranks = order.flatten(1).argsort(-1).argsort(-1)
         chosen = (ranks < ratio * batch * length).view(layers, batch, length)
     else:

@@ -34,8 +34,8 @@ from latency import CONTEXT, decisions, dense_model, routed_model
 from torch import Tensor
 from transformers import DynamicCache
 
+from qtale_lightning.architectures import known_model
 from qtale_lightning.models import RoutedCache, Routing
-from qtale_lightning.models.sources import preset
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
@@ -48,7 +48,7 @@ PEER = "llama.cpp Q4_1"
 
 def gguf_file() -> Path | None:
     """The file that the installed package carries; None without it."""
-    known = preset(MODEL).package
+    known = known_model(MODEL)[1].package
     assert known is not None
     spec = importlib.util.find_spec(known[0])
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / known[1]

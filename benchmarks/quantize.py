@@ -40,8 +40,8 @@ from transformers import LlamaForCausalLM
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
 from qtale_lightning.evaluation.scoring import score
-from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
-from qtale_lightning.models.sources import load_base, load_tokenizer, planned_config
+from qtale_lightning.models import RoutedForCausalLM, route, routed_config
+from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import ENGINES
@@ -83,7 +83,7 @@ def measured(run: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def search(
-    model: RoutedLlamaForCausalLM, batches: Sequence[Batch], engine: Engine, bits: float, group_size: int
+    model: RoutedForCausalLM, batches: Sequence[Batch], engine: Engine, bits: float, group_size: int
 ) -> tuple[Recipe, Tensor | None]:
     """What an engine makes of a width, or of an average: a recipe, and where it fits one, the final norm's weight."""
     shapes = linear_shapes(model)
@@ -95,7 +95,7 @@ def search(
     return recipe, refit_final_norm(model, recipe, batches) if refits else None
 
 
-def layer_bytes(model: RoutedLlamaForCausalLM) -> int:
+def layer_bytes(model: RoutedForCausalLM) -> int:
     """One layer in float32: its linears' weights, and the second moments of its four inputs."""
     layer = decoder_layers(model)[0]
     weights = sum(linear.weight.numel() for linear in layer.linears.values())
@@ -105,10 +105,10 @@ def layer_bytes(model: RoutedLlamaForCausalLM) -> int:
 
 def memory_of(name: str, group_size: int) -> tuple[float, float]:
     """Extra bytes of a native search, and the limit, on one layer of a preset's shape: both in MB."""
-    config = planned_config(name)
+    config = base_config(name)
     config.num_hidden_layers = 1
-    options = {"model_type": "routed_llama", "start_layer": 1}
-    model = route(LlamaForCausalLM(config), RoutedLlamaConfig(**config.to_dict() | options))
+    options = {"start_layer": 1}
+    model = route(LlamaForCausalLM(config), routed_config(config, **options))
     model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]
     batches = [{"input_ids": torch.randint(config.vocab_size, (8, 128))} for _ in range(4)]
     _, _, grown = measured(partial(search, model, batches, "native", 4, group_size))
@@ -136,10 +136,10 @@ def main() -> None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
 
-    def load() -> RoutedLlamaForCausalLM:
+    def load() -> RoutedForCausalLM:
         base = load_base(args.model, dtype=getattr(torch, args.dtype))
-        without_routers = {"model_type": "routed_llama", "start_layer": base.config.num_hidden_layers}
-        return route(base, RoutedLlamaConfig(**base.config.to_dict() | without_routers)).eval()
+        without_routers = {"start_layer": base.config.num_hidden_layers}
+        return route(base, routed_config(base.config, **without_routers)).eval()
 
     tokenizer = load_tokenizer(args.model)
     data = CommonsenseDataModule(
@@ -157,7 +157,7 @@ def main() -> None:
     held_out = padded_batches([q.contexts[q.label] + q.continuations[q.label] for q in chosen])
 
     @torch.inference_mode()
-    def logits(model: RoutedLlamaForCausalLM) -> Tensor:
+    def logits(model: RoutedForCausalLM) -> Tensor:
         return torch.cat(
             [model(**batch).logits[batch["attention_mask"].bool()].float() for batch in held_out]
         )
@@ -167,7 +167,7 @@ def main() -> None:
     metrics = data.protocol()["metrics"]
 
     def row(
-        model: RoutedLlamaForCausalLM, bits: float, engine: str, number: int, seconds: float, grown: int
+        model: RoutedForCausalLM, bits: float, engine: str, number: int, seconds: float, grown: int
     ) -> dict[str, Any]:
         found = logits(model)
         delta = found - exact

@@ -20,15 +20,15 @@ from typing import Any
 import torch
 from common import claim, interleaved, median_ratio, parser, report
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation import cost
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedForCausalLM, Routing, route, routed_config
 from qtale_lightning.models.attention import Packed
 from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.router import Router, execute_probability
-from qtale_lightning.models.sources import load_base, load_tokenizer, planned_config
+from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
@@ -37,15 +37,15 @@ MODELS = ("smollm2-135m", "llama3.2-1b", "llama2-7b")
 ARITHMETIC = ("float32", "bfloat16")
 
 
-def one_layer(name: str) -> RoutedLlamaForCausalLM:
+def one_layer(name: str) -> RoutedForCausalLM:
     """A preset's model with one decoder layer, a small vocabulary and random weights in bfloat16."""
-    config = planned_config(name)
+    config = base_config(name)
     config.num_hidden_layers, config.vocab_size = 1, 8
-    routed = {"model_type": "routed_llama", "start_layer": 0, "router_width": 1}
+    routed = {"start_layer": 0, "router_width": 1}
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        return RoutedLlamaForCausalLM(RoutedLlamaConfig(**config.to_dict() | routed)).eval()
+        return AutoModelForCausalLM.from_config(routed_config(config, **routed)).eval()
     finally:
         torch.set_default_dtype(default)
 
@@ -92,7 +92,7 @@ def probabilities(routing: Routing) -> Tensor:
 
 
 @torch.no_grad()
-def differing(model: RoutedLlamaForCausalLM, batches: list[Any], theta: float) -> tuple[float, float, int]:
+def differing(model: RoutedForCausalLM, batches: list[Any], theta: float) -> tuple[float, float, int]:
     """Share of decisions that bfloat16 takes differently, mean |Δp(execute)|, and the number of decisions."""
     routers = [layer.router for layer in model.model.layers if layer.router is not None]
     decisions, flips, moved = 0, 0, 0.0
@@ -141,11 +141,11 @@ def main() -> None:
     for name in models:
         for tokens in args.tokens:
             rows += shares(name, args.widths, tokens, args.repeats)
-    model: RoutedLlamaForCausalLM | None = None
+    model: RoutedForCausalLM | None = None
     if args.quick:
         base = load_base("tiny", dtype=torch.bfloat16)
-        routed = {"model_type": "routed_llama", "start_layer": 2, "router_width": 32}
-        model = route(base, RoutedLlamaConfig(**base.config.to_dict() | routed)).eval()
+        routed = {"start_layer": 2, "router_width": 32}
+        model = route(base, routed_config(base.config, **routed)).eval()
         batches = encoded(load_tokenizer("tiny"), "facts", None, 4)
     elif args.run is not None and args.data is not None:
         run = RunDirectory(args.run)

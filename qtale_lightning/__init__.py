@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING
 from qtale_lightning.lazy import lazily
 
 if TYPE_CHECKING:
-    from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing
+    from qtale_lightning.models import RoutedConfig, RoutedForCausalLM, Routing
 
 __version__ = "0.1.0"
 
-__all__ = ["RoutedLlamaConfig", "RoutedLlamaForCausalLM", "Routing", "__version__"]
+__all__ = ["RoutedConfig", "RoutedForCausalLM", "Routing", "__version__"]
 
-__getattr__ = lazily(
-    __name__, {f"{__name__}.models": ["RoutedLlamaConfig", "RoutedLlamaForCausalLM", "Routing"]}
-)
+__getattr__ = lazily(__name__, {f"{__name__}.models": ["RoutedConfig", "RoutedForCausalLM", "Routing"]})
 
 
 def _runs_as_command() -> bool:
@@ -33,5 +31,5 @@ def _runs_as_command() -> bool:
 
 
 if not _runs_as_command():
-    import qtale_lightning.models.modeling
+    import qtale_lightning.models.families
     import qtale_lightning.quantization.checkpoint  # noqa: F401

@@ -13,11 +13,10 @@ from typing import Any
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, get_loader, set_loader
 
 from qtale_lightning import checks
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.data.settings import DataSettings
-from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.experiments import find
-from qtale_lightning.quantization.mappings import LINEARS
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.settings import ModelSettings, WandbMode
@@ -151,9 +150,9 @@ class RunConfiguration:
         """Refuse what can't work before anything expensive starts (ValueError)."""
         config = self.model.shape
         routed = self.model.method != "full"
-        shapes = linear_shapes(config)
+        shapes = architecture_of(config).shapes(config)
         layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
-        named = {f"{layer}.{name}": shapes[name.split(".")[1]] for layer in layers for name in LINEARS}
+        named = {f"{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
         self.quantization.check(named, self.reserved_tokens)
         start = self.model.routing_options["start_layer"]
         if not 0 <= start < config.num_hidden_layers:

@@ -1,4 +1,4 @@
-"""The LightningModule: a frozen LLaMA with trainable routers and LoRA, and QTALE's losses."""
+"""The LightningModule: a frozen base model with trainable routers and LoRA, and QTALE's losses."""
 
 import time
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
+from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
 from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs, router_statistics
@@ -18,7 +18,8 @@ from qtale_lightning.models.adapters import (
     merge_lora,
     trainable_state,
 )
-from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models.families import route, routed_config
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sharding import shard
 from qtale_lightning.models.sources import find_commit, load_base, load_tokenizer
@@ -26,7 +27,7 @@ from qtale_lightning.settings import ModelSettings
 
 
 class QTALEModule(ModelSettings, L.LightningModule):
-    """Fine-tunes a routed LLaMA: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
+    """Fine-tunes a routed model: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
 
     The options are those of :class:`~qtale_lightning.settings.ModelSettings`.
     """
@@ -36,7 +37,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
         # Non-strict, since a checkpoint has no frozen weights; load_state_dict checks what it has.
         self.strict_loading = False
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.model: RoutedLlamaForCausalLM
+        self.model: RoutedForCausalLM
         self._tuner: Any = None
         self.routing_record: dict[str, dict[str, Any]] = {}  # of the last validation, see RoutingDiagnostics
 
@@ -75,20 +76,15 @@ class QTALEModule(ModelSettings, L.LightningModule):
         """A module of the same configuration, and the same commit, its model not loaded yet."""
         return type(self)(**self._arguments | {"revision": self.revision})
 
-    def routed_config(self, base: LlamaConfig) -> RoutedLlamaConfig:
-        """A base architecture with this method's routers."""
-        options = self.routing(base.num_hidden_layers)
-        return RoutedLlamaConfig(**{**base.to_dict(), "model_type": RoutedLlamaConfig.model_type, **options})
-
     def attach(self, base: Any) -> None:
-        """Make ``base``, a LLaMA, the model that is trained: routers, LoRA, and what is frozen."""
-        self.model = route(base, self.routed_config(base.config))
+        """Make ``base``, a model of a declared family, the one that is trained: routers, LoRA, and what is frozen."""
+        self.model = route(base, routed_config(base.config, **self.routing(base.config.num_hidden_layers)))
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning would keep it there
 
-    def merge(self) -> RoutedLlamaForCausalLM:
+    def merge(self) -> RoutedForCausalLM:
         """Fold LoRA into the model, in place, and return it; nothing can be trained afterwards."""
         if self._tuner is not None:
             merge_lora(self._tuner)

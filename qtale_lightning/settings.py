@@ -3,16 +3,13 @@
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
-from qtale_lightning.models.presets import architecture, preset
 from qtale_lightning.values import Names, UserPath, not_negative, positive, share
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
 METHODS = ("full", "dllm", "qtale")
-
-# What LoRA can be attached to in a LLaMA-family decoder layer.
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class ModelSettings:
@@ -21,7 +18,7 @@ class ModelSettings:
     Defaults are the paper's or D-LLM's where they are known; the others are ours and say so.
 
     Args:
-        name: The model: tiny, smollm2-135m, llama2-7b, llama3.1-8b, llama3.2-1b or llama3.2-3b.
+        name: The model, one of those that qtale_lightning/architectures names: smollm2-135m, gemma3-270m, llama2-7b, …
         path: A local folder or hub id to load its weights from, instead of the preset's own source.
         revision: Commit, branch or tag of the hub's repository. By default the preset's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
@@ -77,7 +74,7 @@ class ModelSettings:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()  # of the LightningModule, where this is one
         self._arguments = arguments
-        preset(name)
+        family, _ = known_model(name)
         if method not in METHODS:
             raise ValueError(
                 f"unknown method {method!r} (--model.method): choose one of {', '.join(METHODS)}"
@@ -101,8 +98,9 @@ class ModelSettings:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"
             )
-        if unknown := set(lora_targets) - set(PROJECTIONS):
-            known = ", ".join(PROJECTIONS)
+        projections = [linear.rpartition(".")[2] for linear in family.linears]
+        if unknown := set(lora_targets) - set(projections):
+            known = ", ".join(projections)
             raise ValueError(
                 f"--model.lora_targets {sorted(unknown)}: no such projections; choose from {known}"
             )
@@ -127,10 +125,10 @@ class ModelSettings:
 
     @property
     def shape(self) -> SimpleNamespace:
-        """The architecture that is trained, in the fields of RoutedLlamaConfig that costs are counted from."""
-        base = {"tie_word_embeddings": False, **architecture(self.name, self.path)}
+        """The architecture that is trained, in the fields of RoutedConfig that costs are counted from."""
+        base = planned_config(self.name, self.path)
         return SimpleNamespace(**base, **self.routing(base["num_hidden_layers"]))
 
     def routing(self, layers: int) -> dict[str, int]:
-        """The routers of a model of so many layers, in the fields of RoutedLlamaConfig; ``full`` has none."""
+        """The routers of a model of so many layers, in the fields of RoutedConfig; ``full`` has none."""
         return self.routing_options | ({"start_layer": layers} if self.method == "full" else {})

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from qtale_lightning import doctor, machine
 from qtale_lightning.__main__ import main
-from qtale_lightning.models.presets import PRESETS
+from qtale_lightning.architectures import known_model
 
 
 @pytest.fixture(autouse=True)
@@ -162,11 +162,9 @@ def test_weights_in_a_folder(tmp_path: Path) -> None:
 
 
 def test_weights_in_the_cache(tmp_path: Path) -> None:
-    preset = PRESETS["llama3.2-1b"]
-    assert preset.hub is not None
-    folder = (
-        tmp_path / "hub" / f"models--{preset.hub.replace('/', '--')}" / "snapshots" / str(preset.revision)
-    )
+    _, model = known_model("llama3.2-1b")
+    assert model.hub is not None
+    folder = tmp_path / "hub" / f"models--{model.hub.replace('/', '--')}" / "snapshots" / str(model.revision)
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
     found = find("llama3.2-1b")["weights of llama3.2-1b"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
+from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.report.results import load_results
@@ -59,7 +59,7 @@ class Run:
     def thresholds(self) -> tuple[float | None, ...]:
         return (None,) if self.method == "full" else THRESHOLDS
 
-    def model(self, folder: str = "model") -> RoutedLlamaForCausalLM:
+    def model(self, folder: str = "model") -> RoutedForCausalLM:
         return AutoModelForCausalLM.from_pretrained(self.root / folder).eval()
 
     def checkpoint(self, name: str = "best") -> dict[str, Any]:
@@ -110,7 +110,7 @@ def probe() -> Tensor:
     return torch.randint(3, 768, (3, 20), generator=torch.Generator().manual_seed(0))
 
 
-def logits(model: RoutedLlamaForCausalLM, threshold: float | None = None) -> Tensor:
+def logits(model: RoutedForCausalLM, threshold: float | None = None) -> Tensor:
     with torch.no_grad():
         return model(probe(), routing=Routing(threshold=threshold)).logits
 

@@ -19,9 +19,9 @@ Options = Callable[..., list[str]]
 
 
 def test_every_model_and_method_has_a_file() -> None:
-    from qtale_lightning.models.sources import PRESETS
+    from qtale_lightning.architectures import known_models
 
-    assert set(MODELS) == set(PRESETS)
+    assert set(MODELS) == set(known_models())
     assert {file.stem for file in (EXPERIMENTS / "methods").glob("*.yaml")} == set(METHODS)
 
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qtale_lightning.__main__ import main
+from qtale_lightning.architectures import known_models
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.models import RoutedLlamaForCausalLM
-from qtale_lightning.models.sources import PRESETS, planned_config
+from qtale_lightning.models.families import routed_config
+from qtale_lightning.models.sources import base_config
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.settings import METHODS
 
@@ -56,13 +57,13 @@ def count(model: torch.nn.Module, only: str = "") -> int:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", PRESETS)
+@pytest.mark.parametrize("model", known_models())
 def test_planned_parameters_are_those_of_the_model(
     model: str, method: str, plan: Plan, options: Options
 ) -> None:
-    module = QTALECLI(options(model, method), "fit").model
+    module, base = QTALECLI(options(model, method), "fit").model, base_config(model)
     with torch.device("meta"):
-        made = RoutedLlamaForCausalLM(module.routed_config(planned_config(model)))
+        made = AutoModelForCausalLM.from_config(routed_config(base, **module.routing(base.num_hidden_layers)))
     rows = plan(model, method)
     assert number(rows["parameters"]) == count(made)
     assert number(rows["of these routers"]) == count(made, ".router.")

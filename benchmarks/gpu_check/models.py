@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route, routed_config
 
 BATCH, LENGTH = 4, 24
 ARCHITECTURE: dict[str, Any] = {
@@ -26,10 +26,10 @@ def dense(device: str, dtype: torch.dtype, layers: int = 6) -> LlamaForCausalLM:
     return _moved(LlamaForCausalLM(LlamaConfig(**ARCHITECTURE, num_hidden_layers=layers)), device, dtype)
 
 
-def routed(device: str, dtype: torch.dtype) -> RoutedLlamaForCausalLM:
+def routed(device: str, dtype: torch.dtype) -> RoutedForCausalLM:
     """The same weights with routers; the first layer has none, two tokens are reserved."""
-    config = RoutedLlamaConfig(**ARCHITECTURE, num_hidden_layers=6, router_width=64, start_layer=1)
     base = dense("cpu", torch.float32)
+    config = routed_config(base.config, router_width=64, start_layer=1)
     torch.manual_seed(1)
     model = route(copy.deepcopy(base), config)
     for layer in model.model.layers:
@@ -62,7 +62,7 @@ def padding(side: str) -> Tensor:
     return (place < lengths if side == "right" else place >= LENGTH - lengths).long()
 
 
-def gates(model: RoutedLlamaForCausalLM, share: float) -> dict[int, Tensor]:
+def gates(model: RoutedForCausalLM, share: float) -> dict[int, Tensor]:
     """Random decisions ``(B, T)`` by layer, on the CPU."""
     generator = torch.Generator().manual_seed(5)
     return {i: torch.rand(BATCH, LENGTH, generator=generator) < share for i in model.config.routed_layers}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qtale_lightning.data.tokenization import EncodedPrompt
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 
 TREE_TOKENS = 2048  # of a tree with several questions: all of them are keys in the attention of each
@@ -149,7 +149,7 @@ class Branches:
         asked[self._where] = True
         return Routing(branch=self._branch, asked=asked, keep=keep)
 
-    def loglikelihoods(self, model: RoutedLlamaForCausalLM, routing: Routing) -> list[float]:
+    def loglikelihoods(self, model: RoutedForCausalLM, routing: Routing) -> list[float]:
         """Log-likelihood of each pair's choice after its prompt, in one pass."""
         hidden = model.model(
             self._ids,

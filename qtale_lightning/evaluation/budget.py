@@ -11,7 +11,7 @@ import numpy as np
 
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.router import EXECUTE, SKIP
 from qtale_lightning.models.routing import Routing
 
@@ -80,7 +80,7 @@ class Calibration:
 
     def __init__(
         self,
-        model: RoutedLlamaForCausalLM,
+        model: RoutedForCausalLM,
         questions: Sequence[EncodedPrompt],
         nll: Callable[[Scores], float],
         bar: Callable[[Sequence[Theta]], AbstractContextManager[Callable[[int], None]]],

@@ -1,9 +1,9 @@
-"""Counted cost of a LLaMA-family model with routed layers: FLOPs, parameters and bytes. Nothing is measured.
+"""Counted cost of a model of a declared family with routed layers: FLOPs, parameters and bytes. Nothing is measured.
 
 A multiply-add counts as 2 FLOPs. Only matrix products are counted (linears, attention scores and values,
 routers, `lm_head`); norms, activations, softmax, rotary embeddings and bias additions are not.
 
-Configurations are Hugging Face's (`hidden_size`, `intermediate_size`, …) plus two fields of routed models:
+Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus two fields of routed models:
 `router_width` (absent or None: no routers) and `start_layer`, the first layer that has a router.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qtale_lightning.architectures import architecture_of, head_width
 from qtale_lightning.quantization.rtn import check_quantizable
 
 FULL_BITS = 16  # unquantized weights: bfloat16
@@ -45,19 +46,8 @@ class ParameterCounts:
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
-    """Weight shapes `(out, in)` of one decoder layer's linears."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    queries = config.num_attention_heads * _head_dim(config)
-    keys = config.num_key_value_heads * _head_dim(config)
-    return {
-        "q_proj": (queries, hidden),
-        "k_proj": (keys, hidden),
-        "v_proj": (keys, hidden),
-        "o_proj": (hidden, queries),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
+    """Weight shapes `(out, in)` of one decoder layer's linears, by their own names."""
+    return {name.rpartition(".")[2]: shape for name, shape in architecture_of(config).shapes(config).items()}
 
 
 def routed_layers(config: Any) -> range:
@@ -76,7 +66,7 @@ def layer_flops(config: Any, context: float) -> float:
         context: keys that the token attends to, its own included: (T + 1) / 2 on average in T tokens.
     """
     weights = sum(outputs * inputs for outputs, inputs in linear_shapes(config).values())
-    return 2.0 * weights + 4.0 * context * config.num_attention_heads * _head_dim(config)
+    return 2.0 * weights + 4.0 * context * config.num_attention_heads * head_width(config)
 
 
 def router_flops(config: Any) -> float:
@@ -122,8 +112,8 @@ def flops_ratio(config: Any, execution: Sequence[float], context: float, head: b
 def parameter_counts(config: Any) -> ParameterCounts:
     """Counts a model's parameters by kind; tied embeddings once."""
     layers, hidden, shapes = config.num_hidden_layers, config.hidden_size, linear_shapes(config)
-    biased = ["q_proj", "k_proj", "v_proj", "o_proj"] if getattr(config, "attention_bias", False) else []
-    biased += ["gate_proj", "up_proj", "down_proj"] if getattr(config, "mlp_bias", False) else []
+    family = architecture_of(config)
+    biased = [name.rpartition(".")[2] for name in family.biased(config)]
     embeddings = config.vocab_size * hidden
     routers = 0
     if routed_layers(config):
@@ -133,7 +123,8 @@ def parameter_counts(config: Any) -> ParameterCounts:
     return ParameterCounts(
         linears={name: layers * outputs * inputs for name, (outputs, inputs) in shapes.items()},
         biases=layers * sum(shapes[name][0] for name in biased),
-        norms=(2 * layers + 1) * hidden,
+        norms=(layers * len(family.norms) + 1) * hidden
+        + layers * len(family.head_norms) * head_width(config),
         embeddings=embeddings,
         head=0 if config.tie_word_embeddings else embeddings,
         routers=routers,
@@ -172,11 +163,7 @@ def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    return sum(execution) * 2 * config.num_key_value_heads * _head_dim(config) * KV_BYTES
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return sum(execution) * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
 
 
 def _check_execution(config: Any, execution: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qtale_lightning.evaluation.scoring import Threshold
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 
 READING = (
@@ -20,7 +20,7 @@ _LABEL = re.compile(r"\((\w+)\)(?=\s|$)|(\w+)[.):](?=\s|$)|(\w+)$")
 
 @torch.inference_mode()
 def generate(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -71,7 +71,7 @@ def generate(
 
 
 def _continue(
-    model: RoutedLlamaForCausalLM, ids: Tensor, mask: Tensor, settings: GenerationConfig, routing: Routing
+    model: RoutedForCausalLM, ids: Tensor, mask: Tensor, settings: GenerationConfig, routing: Routing
 ) -> Tensor:
     """New tokens ``(B, new)`` after ``ids`` and ``mask (B, T)``; a model's own sampling settings are left aside."""
     own, model.generation_config = model.generation_config, settings

@@ -12,7 +12,8 @@ from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.branches import Branches, batches, trees
 from qtale_lightning.finite import NonFiniteError
 from qtale_lightning.metrics import ExecutionRatio
-from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from qtale_lightning.models.config import RoutedConfig
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 
 Threshold = float | Sequence[float] | None
@@ -38,7 +39,7 @@ class Scores:
 
 
 def score(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     questions: Sequence[EncodedPrompt],
     threshold: Threshold = None,
     batch_tokens: int | None = None,
@@ -50,7 +51,7 @@ def score(
 
 @torch.inference_mode()
 def score_thresholds(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     questions: Sequence[EncodedPrompt],
     thresholds: Sequence[Threshold],
     batch_tokens: int | None = None,
@@ -112,7 +113,7 @@ def score_thresholds(
     ]
 
 
-def _resume_at(config: RoutedLlamaConfig, thresholds: Sequence[Threshold]) -> list[int]:
+def _resume_at(config: RoutedConfig, thresholds: Sequence[Threshold]) -> list[int]:
     """The layer at which each θ's pass may resume from the one before it: the first where the two differ."""
     values = [config.thresholds(config.threshold if theta is None else theta) for theta in thresholds]
     last = config.num_hidden_layers - 1

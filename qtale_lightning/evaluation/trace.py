@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qtale_lightning.evaluation.accuracy import standard_error
-from qtale_lightning.models.modeling import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from qtale_lightning.models.config import RoutedConfig
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.router import execute_probability
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.paths import path_codes, path_statistics
@@ -66,7 +67,7 @@ class Trace:
 
 @torch.inference_mode()
 def trace(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     texts: Sequence[Text],
     threshold: float | None = None,
     forced: Sequence[Trace] | None = None,
@@ -123,7 +124,7 @@ def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
         yield batch
 
 
-def _nll(model: RoutedLlamaForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+def _nll(model: RoutedForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
     """Of each target after its state, ``(B, T)`` in nats from states ``(B, T, D)``; logits of 512 tokens at a time."""
     pairs = zip(hidden.flatten(0, 1).split(512), targets.flatten().split(512), strict=True)
     values = [
@@ -139,7 +140,7 @@ def changed_decisions(reference: Sequence[Trace], traces: Sequence[Trace]) -> li
 
 
 def measure_changes(
-    config: RoutedLlamaConfig,
+    config: RoutedConfig,
     texts: Sequence[Text],
     reference: Sequence[Trace],
     own: Sequence[Trace],
@@ -180,7 +181,7 @@ def measure_changes(
 
 def document(
     title: str,
-    config: RoutedLlamaConfig,
+    config: RoutedConfig,
     theta: float,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[Text],

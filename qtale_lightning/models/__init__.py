@@ -1,4 +1,4 @@
-"""The routed LLaMA: routers, routed layers, their two executions, cache, adapters and model sources."""
+"""The routed model: routers, routed layers, their two executions, cache, adapters and model sources."""
 
 from typing import TYPE_CHECKING
 
@@ -6,30 +6,30 @@ from qtale_lightning.lazy import lazily
 
 if TYPE_CHECKING:
     from qtale_lightning.models.cache import RoutedCache
-    from qtale_lightning.models.modeling import (
-        RoutedLlamaConfig,
-        RoutedLlamaForCausalLM,
-        RoutedLlamaModel,
-        route,
-    )
+    from qtale_lightning.models.config import RoutedConfig
+    from qtale_lightning.models.families import route, routed_config
+    from qtale_lightning.models.modeling import RoutedForCausalLM, RoutedModel
     from qtale_lightning.models.router import Router
     from qtale_lightning.models.routing import Routing
 
 __all__ = [
     "RoutedCache",
-    "RoutedLlamaConfig",
-    "RoutedLlamaForCausalLM",
-    "RoutedLlamaModel",
+    "RoutedConfig",
+    "RoutedForCausalLM",
+    "RoutedModel",
     "Router",
     "Routing",
     "route",
+    "routed_config",
 ]
 
 __getattr__ = lazily(
     __name__,
     {
         f"{__name__}.cache": ["RoutedCache"],
-        f"{__name__}.modeling": ["RoutedLlamaConfig", "RoutedLlamaForCausalLM", "RoutedLlamaModel", "route"],
+        f"{__name__}.config": ["RoutedConfig"],
+        f"{__name__}.families": ["route", "routed_config"],
+        f"{__name__}.modeling": ["RoutedForCausalLM", "RoutedModel"],
         f"{__name__}.router": ["Router"],
         f"{__name__}.routing": ["Routing"],
     },

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from qtale_lightning import cpu
 from qtale_lightning.compat import kernels
 from qtale_lightning.models.cache import RoutedCacheLayer
-from qtale_lightning.models.packing import Packing, Subset
+from qtale_lightning.models.packing import Packing, Reach, Subset
 
 # Tokens of a sequence, on average, from which sequences attend one after the other on a CPU.
 MANY_TOKENS = 16
@@ -72,12 +72,14 @@ class Packed:
         cache: The layer's.
         queries: Which executing tokens are asked for; None: all.
         visible: Which keys the queries may see, bool ``(B, 1, L', L)``; None: all before them. Not with a cache.
+        reach: How far back the queries may see; None: to the beginning.
     """
 
     packing: Packing
     cache: RoutedCacheLayer | None
     queries: Subset | None = None
     visible: Tensor | None = None
+    reach: Reach | None = None
 
     def asked(self, x: Tensor) -> Tensor:
         """Of flat tokens ``(1, N, …)``."""
@@ -85,6 +87,9 @@ class Packed:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See :class:`Attention`; keys and values join the cache."""
+        places = None if self.reach is None else self.reach.keys
+        if self.cache is not None and places is not None:
+            places = self.cache.remember(places, self.packing)
         if self._attends_next(query, key, value):
             assert self.cache is not None
             return self.cache.attend_next(query, key, value, self.packing, scaling)
@@ -101,6 +106,10 @@ class Packed:
             mask = self.queries.mask(
                 self.cache.past(self.packing) if self.cache is not None else None, key.shape[2]
             )
+        if self._is_bounded:
+            assert self.reach is not None
+            assert places is not None
+            mask = self.reach.mask(places)
         if self.visible is not None:
             mask = self.visible if mask is None else self.visible & mask
         if length == 1:
@@ -117,9 +126,15 @@ class Packed:
         )
         return queries.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
 
+    @property
+    def _is_bounded(self) -> bool:
+        """Whether some query can't see the beginning of its sequence."""
+        return self.reach is not None and self.reach.binds
+
     def _attends_next(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether this is decoding, a token a sequence at most, where the CPU's operation takes it."""
         alone = self.packing.length == 1 and self.queries is None and self.visible is None
+        alone = alone and not self._is_bounded
         fits = query.shape[-1] % cpu.LANES == 0 and query.shape[-1] <= cpu.WIDEST_HEAD
         return self.cache is not None and alone and fits and cpu.ready(query, key, value)
 
@@ -129,7 +144,7 @@ class Packed:
         On a GPU that needs a kernel, made for half precision; on a CPU it pays where sequences are long enough.
         """
         ragged = self.packing.index is not None and self.queries is None and self.visible is None
-        if not ragged or (self.cache is not None and self.cache.longest):
+        if not ragged or self._is_bounded or (self.cache is not None and self.cache.longest):
             return False
         if key.is_cuda:
             return kernels.takes_variable_lengths(key)
@@ -169,10 +184,34 @@ def _variable_length(
     return kernels.variable_length_attention(query, key, value, ends, max(counts), scaling)
 
 
-def _refuse(*_: Any, **__: Any) -> NoReturn:
-    raise ValueError("routed attention runs inside a routed layer only: call the model, not its attention")
+def routed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float | None = 0.0,
+    attend: Attention | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a routed layer as transformers' `AttentionInterface` calls it, inside a family's own forward.
+
+    Query ``(B, H, T, d)``, key and value ``(B, H_kv, T, d)`` give ``(B, T, H, d)``; ``attend`` is what the routed layer
+    hands through. Masks and windows are its own.
+
+    Raises:
+        ValueError: It was called by anything else.
+    """
+    if attend is None:
+        raise ValueError(
+            "routed attention runs inside a routed layer only: call the model, not its attention"
+        )
+    query, key, value = (heads.transpose(1, 2) for heads in (query, key, value))
+    return attend(query, key, value, scaling, float(dropout or 0.0)), None
 
 
 # Hugging Face's model makes no mask for an attention that it doesn't know: routed layers make their own.
 ATTENTION = "routed"
-AttentionInterface.register(ATTENTION, _refuse)
+AttentionInterface.register(ATTENTION, routed_attention)

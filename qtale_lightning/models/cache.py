@@ -1,11 +1,11 @@
 """The cache of a routed model: a token that skips a layer leaves no key and no value there."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qtale_lightning import cpu
-from qtale_lightning.models.packing import Packing
+from qtale_lightning.models.packing import NOWHERE, Packing
 
 _GROWTH = 64  # slots added at a time while decoding, so that not every token copies the cache
 
@@ -16,6 +16,7 @@ class RoutedCacheLayer(CacheLayerMixin):
     Attributes:
         keys, values: Buffers ``(B, H, capacity, d)``; slots at and behind a sequence's length are unused.
         lengths: Tokens kept of each sequence, B of them.
+        places: Of kept tokens in their sequences ``(B, capacity)``, in a layer with a window.
     """
 
     is_sliding = False
@@ -23,6 +24,7 @@ class RoutedCacheLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.lengths: tuple[int, ...] = ()
+        self.places: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty buffers for keys like ``key_states (B, H, *, d)``."""
@@ -43,8 +45,8 @@ class RoutedCacheLayer(CacheLayerMixin):
         missing = capacity - self.keys.shape[2]
         if missing > 0:
             missing += spare
-            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, missing))
-            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, missing))
+            self.keys = nn.functional.pad(self.keys, (0, 0, 0, missing))
+            self.values = nn.functional.pad(self.values, (0, 0, 0, missing))
 
     def update(  # type: ignore[override]
         self, key_states: Tensor, value_states: Tensor, packing: Packing
@@ -85,6 +87,26 @@ class RoutedCacheLayer(CacheLayerMixin):
         queries = torch.tensor(past, device=keys.device)[:, None] + torch.arange(new, device=keys.device)
         mask = torch.arange(end, device=keys.device) <= queries[:, :, None]
         return keys, values, mask[:, None]
+
+    def remember(self, places: Tensor, packing: Packing) -> Tensor:
+        """Keep the places ``(B, L)`` of tokens that are about to be appended; return those of all keys ``(B, K)``.
+
+        Unused slots of what is returned are behind every query.
+        """
+        batch, new = places.shape
+        past = self.lengths or (0,) * batch
+        starts = torch.tensor(past, device=places.device)
+        if self.places is None:
+            self.places = places.new_full((batch, 0), NOWHERE)
+        end = max(past) + new
+        if (missing := end - self.places.shape[1]) > 0:
+            self.places = nn.functional.pad(self.places, (0, missing + _GROWTH), value=NOWHERE)
+        slots = starts[:, None] + torch.arange(new, device=places.device)
+        self.places.scatter_(1, slots, places)
+        counts = torch.tensor(packing.counts, device=places.device)
+        used = torch.arange(end, device=places.device) < (starts + counts)[:, None]
+        longest = max(kept + count for kept, count in zip(past, packing.counts, strict=True))
+        return torch.where(used, self.places[:, :end], NOWHERE)[:, :longest]
 
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
@@ -130,6 +152,8 @@ class RoutedCacheLayer(CacheLayerMixin):
             assert self.values is not None
             index = index.to(self.keys.device)
             self.keys, self.values = self.keys[index], self.values[index]
+            if self.places is not None:
+                self.places = self.places[index]
             self.lengths = tuple(self.lengths[i] for i in index.tolist())
 
     def memory(self) -> int:

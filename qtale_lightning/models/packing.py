@@ -126,6 +126,46 @@ class Subset:
         return (torch.arange(keys, device=last.device) <= last[:, :, None]).unsqueeze(1)
 
 
+# The place of a slot that holds no key: behind every query.
+NOWHERE = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far back a layer's queries may see, by the tokens' places in their sequences, executing or not.
+
+    Attributes:
+        window: Tokens that one sees, itself among them.
+        queries: Places of those whose output is asked for, in rows ``(B, L')``.
+        keys: Places of executing tokens, in rows ``(B, L)``; unused slots are `NOWHERE`.
+        binds: Whether a sequence may be longer than the window.
+    """
+
+    window: int
+    queries: Tensor
+    keys: Tensor
+    binds: bool
+
+    @classmethod
+    def of(
+        cls, window: int, places: Tensor, packing: Packing, queries: Subset | None, binds: bool
+    ) -> "Reach":
+        """Of places ``(B, T)`` and what is packed of them."""
+        keys = _rows_of(places, packing)
+        return cls(window, keys if queries is None else _rows_of(places, queries.packing), keys, binds)
+
+    def mask(self, keys: Tensor) -> Tensor:
+        """Which keys each query may see, bool ``(B, 1, L', K)``, of places ``(B, K)``: at and before its own."""
+        query = self.queries[:, :, None]
+        return ((keys[:, None] <= query) & (keys[:, None] > query - self.window)).unsqueeze(1)
+
+
+def _rows_of(places: Tensor, packing: Packing) -> Tensor:
+    """Places of packed tokens in rows ``(B, L)``."""
+    rows = packing.to_rows(packing.gather(places + 1))  # unused slots are zero
+    return torch.where(rows == 0, NOWHERE, rows - 1)
+
+
 def branch_mask(queries: Tensor, keys: Tensor) -> Tensor:
     """Which tokens may see which, bool ``(B, L, K)``, of their branches, ``(B, L, levels)`` and ``(B, K, levels)``."""
     visible = torch.ones((), dtype=torch.bool, device=keys.device)

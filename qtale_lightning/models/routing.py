@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qtale_lightning.models.packing import Packing, Subset, branch_mask
+from qtale_lightning.models.packing import Packing, Reach, Subset, branch_mask
 from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
 
 Execution = Literal["masked", "packed"]
@@ -41,6 +41,8 @@ class Routing:
         tokens: Real (not padding) tokens of this call, bool ``(B, T)``. Set by the model.
         free: Tokens that routers decide about: real and behind the reserved initial ones, bool ``(B, T)``. Set by
             the model.
+        places: Of real tokens in their sequences, from 0, int64 ``(B, T)``. Set by the model.
+        length: Of the longest sequence so far, with what a cache holds and padding. Set by the model.
         logits: Layer → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
         gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
         thresholds: Routed layer → its θ. Set by the model.
@@ -59,11 +61,13 @@ class Routing:
     resume: int = 0
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     free: Tensor = field(default_factory=lambda: torch.empty(0))
+    places: Tensor = field(default_factory=lambda: torch.empty(0))
+    length: int = 0
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     thresholds: Mapping[int, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
-    _attention_bias: Tensor | None = None
+    _attention_bias: dict[int | None, Tensor] = field(default_factory=dict)
     _packing: Packing | None = None
     _visible: Tensor | None = None
 
@@ -73,7 +77,8 @@ class Routing:
         self.logits = {layer: logits for layer, logits in self.logits.items() if layer in kept}
         self.gates = {layer: gate for layer, gate in self.gates.items() if layer in kept}
         self.states = {layer: state for layer, state in self.states.items() if layer <= self.resume}
-        self._attention_bias = self._packing = self._visible = None
+        self._packing = self._visible = None
+        self._attention_bias = {}
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
@@ -128,19 +133,28 @@ class Routing:
             self._visible = mask.unsqueeze(1)
         return mask.unsqueeze(1)
 
-    def attention_bias(self, dtype: torch.dtype) -> Tensor:
-        """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for every layer."""
-        if self._attention_bias is None:
+    def reach(self, packing: Packing, queries: Subset | None, window: int | None) -> Reach | None:
+        """How far back those that are asked for may see in a layer with a window; None: to the beginning."""
+        if window is None:
+            return None
+        return Reach.of(window, self.places, packing, queries, self.length > window)
+
+    def attention_bias(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
+        """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for layers of a window."""
+        if window not in self._attention_bias:
             length = self.tokens.shape[1]
             causal = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).tril()
             allowed = causal & self.tokens[:, None, None, :]
             if self.branch is not None:
                 allowed = allowed & branch_mask(self.branch, self.branch).unsqueeze(1)
+            if window is not None and self.length > window:
+                back = self.places[:, :, None] - self.places[:, None, :]
+                allowed = allowed & (back < window).unsqueeze(1)
             # Finite, as in Hugging Face: a padding query that may see nothing must not become NaN.
-            self._attention_bias = torch.zeros(
+            self._attention_bias[window] = torch.zeros(
                 allowed.shape, dtype=dtype, device=allowed.device
             ).masked_fill_(~allowed, torch.finfo(dtype).min)
-        return self._attention_bias
+        return self._attention_bias[window]
 
     def stacked_logits(self) -> Tensor:
         """Logits of all routed layers, in order, ``(R, B, T, 2)``."""

@@ -8,10 +8,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 
 
-def shard(model: RoutedLlamaForCausalLM, mesh: DeviceMesh) -> None:
+def shard(model: RoutedForCausalLM, mesh: DeviceMesh) -> None:
     """Shard the decoder layers over the devices of a mesh of one dimension, in place.
 
     Embeddings, norms and head stay whole on every device: they are frozen, so that nothing of them is exchanged, and

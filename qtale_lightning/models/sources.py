@@ -7,12 +7,14 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     GgufConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from qtale_lightning.architectures import known_model
+from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.locations import (
     CONFIG,
     TOKENIZER,
@@ -23,10 +25,8 @@ from qtale_lightning.models.locations import (
     locate,
     source_name,
 )
-from qtale_lightning.models.presets import PRESETS, preset
 
 __all__ = [
-    "PRESETS",
     "ModelUnavailableError",
     "check_source",
     "check_tokens",
@@ -34,12 +34,10 @@ __all__ = [
     "known_commit",
     "load_base",
     "load_tokenizer",
-    "planned_config",
-    "preset",
     "source_name",
 ]
 
-# What must agree between a preset and the weights that a path holds. The vocabulary is the folder's own: many
+# What must agree between a known model and the weights that a path holds. The vocabulary is the folder's own: many
 # fine-tunes have a padding token more.
 _SHAPE = (
     "hidden_size",
@@ -47,12 +45,14 @@ _SHAPE = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
+    "head_dim",
 )
 
 
-def planned_config(name: str) -> LlamaConfig:
-    """The architecture of a preset, without touching weights or network."""
-    return LlamaConfig(**preset(name).architecture)
+def base_config(name: str) -> PreTrainedConfig:
+    """The configuration of a model that is known by name, without touching weights or network."""
+    family, model = known_model(name)
+    return classes_of(family.model_type).plain.config_class(**model.config)
 
 
 def load_tokenizer(
@@ -84,26 +84,26 @@ def load_base(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     revision: str | None = None,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """The pretrained model, dense; ``tiny`` is initialised at random from ``seed``.
 
     Args:
-        name: The preset.
-        path: A folder or hub id to take it from, instead of the preset's own source.
+        name: One of `architectures`.
+        path: A folder or hub id to take it from, instead of the model's own source.
         dtype: Of the weights.
         seed: Of random weights.
-        revision: Commit, branch or tag of the hub's repository; None is the preset's commit, or main with a path.
+        revision: Commit, branch or tag of the hub's repository; None is the model's commit, or main with a path.
 
     Raises:
         HubError: It can't be had; the message says what to do.
         ModelUnavailableError: There is no such folder, or no model in it.
-        ValueError: An unknown model, or a path that holds another architecture than the preset's.
+        ValueError: An unknown model, or a path that holds a model of other sizes or another family.
     """
     source = locate(name, path, revision)
     if source is None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(planned_config(name))
+            model = classes_of(base_config(name)).plain(base_config(name))
         for weight in model.parameters():  # no buffers: as `from_pretrained`, which keeps frequencies exact
             weight.data = weight.data.to(dtype)
         return model
@@ -119,32 +119,36 @@ def load_base(
             "the model again with transformers (model.save_pretrained), and give that folder"
         )
     with source.loading():
-        model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        plain = classes_of(base_config(name)).plain
+        model = plain.from_pretrained(folder, dtype=dtype, **options)
     if getattr(model.config, "quantization_config", None) is not None:
         del model.config.quantization_config
     return model
 
 
-def check_source(name: str, path: str | None = None, revision: str | None = None) -> LlamaConfig:
+def check_source(name: str, path: str | None = None, revision: str | None = None) -> PreTrainedConfig:
     """Refuse a model that can't be reached, is another one or quantized, by its configuration alone; and return that.
 
     Raises:
         ModelUnavailableError: It can't be reached; the message says what to do.
-        ValueError: It can't be trained as this preset.
+        ValueError: It can't be trained as the model of this name.
     """
-    expected = planned_config(name)
+    expected = base_config(name)
     source = locate(name, path, revision)
     if source is None or source.gguf:
         return expected
     folder = source.get(*CONFIG)
     with source.loading():
         config = AutoConfig.from_pretrained(folder, **source.options)
-    if config.model_type != "llama":
-        raise ValueError(f"{source} holds a {config.model_type!r} model, not a LLaMA (--model.path)")
+    if config.model_type != expected.model_type:
+        raise ValueError(
+            f"{source} (--model.path) holds a {config.model_type!r} model, but {name} is of the family "
+            f"{expected.model_type!r}: choose the --model.name that it is"
+        )
     wrong = [
-        f"{key} {getattr(config, key)} instead of {getattr(expected, key)}"
+        f"{key} {getattr(config, key, None)} instead of {getattr(expected, key, None)}"
         for key in _SHAPE
-        if getattr(config, key) != getattr(expected, key)
+        if getattr(config, key, None) != getattr(expected, key, None)
     ]
     if wrong:
         raise ValueError(
@@ -160,7 +164,7 @@ def check_source(name: str, path: str | None = None, revision: str | None = None
     return config
 
 
-def check_tokens(tokenizer: PreTrainedTokenizerBase, config: LlamaConfig, name: str) -> None:
+def check_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, name: str) -> None:
     """Refuse a tokenizer whose special tokens have no row in the embedding: an index error in training otherwise.
 
     Args:

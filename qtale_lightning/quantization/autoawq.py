@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning.architectures import Architecture
 from qtale_lightning.quantization.awq import output_errors
 from qtale_lightning.quantization.calibration import plain_float32
-from qtale_lightning.quantization.mappings import LINEARS, MAPPINGS, NOT_CLIPPED, DecoderLayer, split_name
+from qtale_lightning.quantization.mappings import DecoderLayer, split_name
 from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import CLIP_STEP, Recipe
-from qtale_lightning.quantization.replay import INSPECTED, Call, Replay, flat
+from qtale_lightning.quantization.replay import Call, Replay, flat
 from qtale_lightning.quantization.rtn import Scheme
 from qtale_lightning.quantization.search import Observed, Search
 
@@ -75,7 +76,7 @@ class _Replay(Replay):
         )
 
 
-def _check(bits: Bits) -> None:
+def _check(bits: Bits, architecture: Architecture) -> None:
     """Refuses bits that AutoAWQ can't search.
 
     Raises:
@@ -85,7 +86,7 @@ def _check(bits: Bits) -> None:
     _quantizer_class()
     first: dict[str, str] = {}
     for name, width in bits.items():
-        layer, mapping = split_name(name)
+        layer, mapping = split_name(name, architecture)
         other = first.setdefault(f"{layer}.{mapping.previous}", name)
         if bits[other] != width:
             raise ValueError(
@@ -98,7 +99,7 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
     """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
     inputs = {name: flat(args[0] for args, _ in seen.calls[name]) for name in seen.moments}
     _search_scales(layer, seen, inputs, recipe)
-    with plain_float32(layer.linears[LINEARS[0]].weight):
+    with plain_float32(layer.linears[layer.architecture.linears[0]].weight):
         _search_clips(layer, inputs, recipe)
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
 
@@ -109,7 +110,7 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
 def _search_scales(layer: DecoderLayer, seen: Observed, inputs: dict[str, Tensor], recipe: Recipe) -> None:
     """Writes the scales of a layer's mappings into the recipe."""
     for mapping in layer.scaled_mappings():
-        first, inspected = mapping.linears[0], INSPECTED[mapping.previous]
+        first, inspected = mapping.linears[0], mapping.inspected
         replay = _Replay(layer.module.get_submodule(inspected), seen.calls[inspected])
         linears = [
             replay.module.get_submodule(name.removeprefix(inspected).lstrip(".")) for name in mapping.linears
@@ -133,12 +134,12 @@ def _search_scales(layer: DecoderLayer, seen: Observed, inputs: dict[str, Tensor
 
 def _search_clips(layer: DecoderLayer, inputs: dict[str, Tensor], recipe: Recipe) -> None:
     """Writes the clips of a layer's linears into the recipe, given its scales."""
-    for mapping in MAPPINGS:
+    for mapping in layer.architecture.mappings:
         tokens = inputs[mapping.linears[0]].float()
         if (columns := recipe.scales.get(layer.path(mapping.previous))) is not None:
             tokens = tokens / columns.to(tokens.device)
         for name in mapping.linears:
-            if name not in NOT_CLIPPED:
+            if name not in layer.architecture.not_clipped:
                 full = layer.path(name)
                 weight = layer.scaled_columns(name, recipe.scales)
                 quantizer = make_quantizer(recipe.scheme(full))
@@ -162,8 +163,11 @@ def clip_steps(quantizer: Any, weight: Tensor, inputs: Tensor) -> Tensor:
     return steps.where(peaks > 0, 0).round().to(torch.uint8)
 
 
-# How the inspected modules are called, and the first linear that reads each input.
-_RECORDED = tuple(dict.fromkeys([*INSPECTED.values(), *(mapping.linears[0] for mapping in MAPPINGS)]))
+def _recorded(architecture: Architecture) -> list[str]:
+    """How the inspected modules are called, and the first linear that reads each input."""
+    inspected = [mapping.inspected for mapping in architecture.mappings]
+    return [*dict.fromkeys([*inspected, *(mapping.linears[0] for mapping in architecture.mappings)])]
 
-search = Search("autoawq", _search_layer, _RECORDED, check=_check)
+
+search = Search("autoawq", _search_layer, _recorded, check=_check)
 """The engine `autoawq`."""

@@ -22,16 +22,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from qtale_lightning.architectures import Architecture, ScaleMapping
 from qtale_lightning.quantization.calibration import Moments, plain_float32
-from qtale_lightning.quantization.mappings import (
-    LINEARS,
-    MAPPINGS,
-    NOT_CLIPPED,
-    DecoderLayer,
-    ScaleMapping,
-)
+from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import Recipe, clip_limit, clip_weight
-from qtale_lightning.quantization.replay import INSPECTED, Replay
+from qtale_lightning.quantization.replay import Replay
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
 from qtale_lightning.quantization.search import Observed, Search
 
@@ -209,7 +204,7 @@ def _search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
 def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> dict[str, float]:
     """The errors of a layer's linears under a recipe, by full name; see :class:`Recipe`."""
     errors = {}
-    for mapping in MAPPINGS:
+    for mapping in layer.architecture.mappings:
         inputs = moments[mapping.linears[0]]
         scale = recipe.scales.get(layer.path(mapping.previous), torch.ones(())).to(inputs.gram)
         for name in mapping.linears:
@@ -227,29 +222,32 @@ def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Reci
 
 def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
     """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
+    family = layer.architecture
     # [STEP 1] Scales, each mapping on the unscaled weights.
     for mapping in layer.scaled_mappings():
         scale, error = _search_scale(layer, seen, recipe, mapping)
         recipe.scales[layer.path(mapping.previous)] = scale.cpu()
         if len(mapping.linears) > 1:
-            tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, mapping.previous))
+            tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, family.norm_of(mapping)))
             recipe.damage[layer.path(mapping.previous)] = error / tokens
-    with plain_float32(layer.linears[LINEARS[0]].weight):
+    with plain_float32(layer.linears[family.linears[0]].weight):
         # [STEP 2] Clips, on the weights with scaled columns.
-        for mapping in MAPPINGS:
+        for mapping in family.mappings:
             gram = seen.moments[mapping.linears[0]].gram
             columns = recipe.scales.get(layer.path(mapping.previous))
             for name in mapping.linears:
-                if name not in NOT_CLIPPED:
+                if name not in family.not_clipped:
                     weight = layer.linears[name].weight.detach()
                     clips = search_clip(weight, gram, recipe.scheme(layer.path(name)), columns)
                     recipe.clips[layer.path(name)] = clips.cpu()
         # [STEP 3] The errors that are left.
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
-        for (linear,), previous, norm in _SINGLE:
-            outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)]
-            stream = torch.cat([h.float().square().sum(-1).flatten() for h in _residuals(seen, norm)])
-            recipe.damage[layer.path(previous)] = outputs * error / stream.mean().item()
+        for mapping in family.mappings:
+            if len(mapping.linears) == 1:  # it writes into the residual stream
+                linear, norm = mapping.linears[0], family.norm_of(mapping)
+                outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)]
+                stream = torch.cat([h.float().square().sum(-1).flatten() for h in _residuals(seen, norm)])
+                recipe.damage[layer.path(mapping.previous)] = outputs * error / stream.mean().item()
 
 
 def _residuals(seen: Observed, norm: str) -> list[Tensor]:
@@ -282,27 +280,23 @@ def _search_scale(
                 return best_of_all(
                     candidates, exact, sample if len(weight) >= FEWEST_SAMPLED * SAMPLE else None
                 )
-        block = INSPECTED[mapping.previous]
+        block = mapping.inspected
         inside = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
         rounded = {name.removeprefix(f"{block}."): scheme for name, scheme in schemes.items()}
         replay = Replay(layer.module.get_submodule(block), seen.calls[block], changed=inside)
-        objective = block_objective(replay, inside, rounded, _residuals(seen, mapping.previous))
+        norm = layer.architecture.norm_of(mapping)
+        objective = block_objective(replay, inside, rounded, _residuals(seen, norm))
         return best_by_halving(candidates, objective)
     except ValueError as error:
         widths = ", ".join(f"{name} at {scheme.bits} bits" for name, scheme in schemes.items())
         raise ValueError(f"{layer.name}, {widths}: {error}") from error
 
 
-# What a block objective compares is recorded: the blocks' calls, and the norms' inputs, which are the residual stream.
-_RECORDED = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+def _recorded(architecture: Architecture) -> list[str]:
+    """What a block objective compares: the blocks' calls, and the inputs of the norms before them, the stream."""
+    blocks = [mapping for mapping in architecture.mappings if len(mapping.linears) > 1]
+    return [name for mapping in blocks for name in (architecture.norm_of(mapping), mapping.inspected)]
 
-# Mappings of a single linear, which writes into the residual stream, and the norm that reads the stream it writes to.
-_SINGLE = [
-    (mapping.linears, mapping.previous, norm)
-    for mapping in MAPPINGS
-    for norm in ("input_layernorm", "post_attention_layernorm")
-    if len(mapping.linears) == 1 and INSPECTED[norm] == mapping.linears[0].split(".")[0]
-]
 
-search = Search("native", _search_layer, _RECORDED, recorded_tokens=RECORDED_TOKENS)
+search = Search("native", _search_layer, _recorded, recorded_tokens=RECORDED_TOKENS)
 """The engine `native`."""

@@ -12,12 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.mappings import (
-    MAPPINGS,
-    DecoderLayer,
-    decoder_layers,
-    linear_shapes,
-)
+from qtale_lightning.quantization.mappings import DecoderLayer, decoder_layers, linear_shapes
 from qtale_lightning.quantization.rtn import check_quantizable
 
 BATCH_TOKENS = 1024  # padded tokens of a batch: a layer's activations are held for one batch at a time
@@ -94,7 +89,7 @@ def layer_by_layer(
     full-precision inputs, as in AutoAWQ; unless the function is given another module to run in the layer's place.
 
     Args:
-        model: a LLaMA-family causal language model in evaluation mode.
+        model: a causal language model of a declared family in evaluation mode.
         batches: of calibration tokens.
     """
     recorder = _Recorder()
@@ -145,7 +140,7 @@ def collect_moments(layer: DecoderLayer, run: Callable[[], object], min_tokens: 
 
         return hook
 
-    firsts = [mapping.linears[0] for mapping in MAPPINGS]
+    firsts = [mapping.linears[0] for mapping in layer.architecture.mappings]
     with hooks(layer.linears[name].register_forward_pre_hook(accumulate(name)) for name in firsts):
         run()
     for name in firsts:

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.quantization import autoawq, awq
 from qtale_lightning.quantization.calibration import Batch
 from qtale_lightning.quantization.options import Engine
@@ -21,7 +22,8 @@ def _round_to_nearest(
     **_: Any,
 ) -> list[Recipe]:
     """The baseline: no scales, no clips, nothing to calibrate."""
-    return [round_to_nearest(dict(bits), group_size, symmetric) for bits in precisions]
+    family = architecture_of(model.config).model_type
+    return [round_to_nearest(dict(bits), group_size, symmetric, family) for bits in precisions]
 
 
 ENGINES: dict[Engine, Callable[..., list[Recipe]]] = {

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.quantization.calibration import Batch, every_nth, layer_by_layer, plain_float32
 from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_weight, scale_vectors
@@ -52,7 +53,8 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
     found = _normalised(model, some, lambda layer: _quantized(layer, recipe))
     if not found.isfinite().all():
         raise ValueError("the quantized model's hidden states have NaN or infinity: quantize at more bits")
-    norm = model.get_parameter("model.norm.weight").detach().float()
+    offset = architecture_of(model.config).norm_offset
+    norm = model.get_parameter("model.norm.weight").detach().float() + offset
     head = model.get_parameter("lm_head.weight").detach()
     wanted = exact * norm
     with plain_float32(norm):
@@ -66,7 +68,7 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
         raise ValueError(
             "the final norm can't be fitted to what rounding did: give --quantize.refit_norm false"
         )
-    return fitted
+    return fitted - offset
 
 
 def _normalised(
@@ -82,7 +84,8 @@ def _normalised(
     ]
     norm: Any = model.get_submodule("model.norm")
     tokens = torch.cat(real).float()
-    return nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=norm.variance_epsilon)
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # families name it so or so
+    return nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=epsilon)
 
 
 def _quantized(layer: DecoderLayer, recipe: Recipe) -> nn.Module:

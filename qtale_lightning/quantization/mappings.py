@@ -1,37 +1,22 @@
-"""What AWQ scales together in a LLaMA-family decoder layer, and where those linears are in a model."""
+"""Where a model's quantized linears are, and what AWQ scales together among them, as its family declares it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from qtale_lightning.architectures import Architecture, ScaleMapping, architecture_of
 
 if TYPE_CHECKING:  # what is planned and checked doesn't wait for it
     from torch import Tensor, nn
 
 
-class ScaleMapping(NamedTuple):
-    """Linears that read one input, and the operation before them that their scales are folded into."""
-
-    previous: str
-    linears: tuple[str, ...]
-
-
-# Routers, embeddings and `lm_head` are not here: they stay in full precision.
-MAPPINGS = (
-    ScaleMapping("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    ScaleMapping("self_attn.v_proj", ("self_attn.o_proj",)),
-    ScaleMapping("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    ScaleMapping("mlp.up_proj", ("mlp.down_proj",)),
-)
-LINEARS = tuple(linear for mapping in MAPPINGS for linear in mapping.linears)
-NOT_CLIPPED = ("self_attn.q_proj", "self_attn.k_proj")  # their product forms the scores: clips don't add up
-
-
 @dataclass(frozen=True)
 class DecoderLayer:
-    """A decoder layer: its full name, its module, and its seven linears by their names in `LINEARS`."""
+    """A decoder layer: its full name, its family, its module, and what is quantized of it by names in the layer."""
 
     name: str
+    architecture: Architecture
     module: nn.Module
     linears: dict[str, nn.Linear]
 
@@ -46,7 +31,7 @@ class DecoderLayer:
         """
         return [
             mapping
-            for mapping in MAPPINGS
+            for mapping in self.architecture.mappings
             if mapping.previous not in self.linears
             or self.linears[mapping.previous].out_features == self.linears[mapping.linears[0]].in_features
         ]
@@ -58,32 +43,33 @@ class DecoderLayer:
             scales: by the full name of the operation before.
         """
         weight = self.linears[name].weight.detach().float()
-        mapping = next(mapping for mapping in MAPPINGS if name in mapping.linears)
-        scale = scales.get(self.path(mapping.previous))
+        scale = scales.get(self.path(self.architecture.mapping(name).previous))
         return weight if scale is None else weight * scale.to(weight.device)
 
 
-def split_name(linear: str) -> tuple[str, ScaleMapping]:
+def split_name(linear: str, architecture: Architecture) -> tuple[str, ScaleMapping]:
     """The decoder layer of a linear, both by full name, and the mapping that scales its input."""
     layer, block, name = linear.rsplit(".", 2)
-    return layer, next(mapping for mapping in MAPPINGS if f"{block}.{name}" in mapping.linears)
+    return layer, architecture.mapping(f"{block}.{name}")
 
 
 def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
     """Finds a model's decoder layers (`model.layers`).
 
     Raises:
-        ValueError: the model isn't of the LLaMA family, its LoRA weights are not merged, or it is quantized.
+        ValueError: the model's family isn't declared, its LoRA weights are not merged, or it is quantized.
     """
     from torch import nn  # here, so that the names of linears can be had without it
 
     modules = dict(model.named_modules())
     if "model.layers" not in modules:
-        raise ValueError(f"{type(model).__name__} has no model.layers: AWQ needs a LLaMA-family model")
-    layers = []
+        raise ValueError(
+            f"{type(model).__name__} has no model.layers: AWQ needs a decoder-only language model"
+        )
+    architecture, layers = architecture_of(getattr(model, "config", None)), []
     for index, module in modules["model.layers"].named_children():
-        layer = DecoderLayer(f"model.layers.{index}", module, {})
-        for name in LINEARS:
+        layer = DecoderLayer(f"model.layers.{index}", architecture, module, {})
+        for name in architecture.linears:
             linear = modules.get(layer.path(name))
             if type(linear).__name__ == "QuantizedLinear":
                 raise ValueError(
@@ -92,8 +78,8 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
             if not isinstance(linear, nn.Linear):
                 found = "missing" if linear is None else f"a {type(linear).__name__}"
                 raise ValueError(
-                    f"{layer.path(name)} must be an nn.Linear, is {found}: AWQ needs a LLaMA-family model in "
-                    "full precision with LoRA merged"
+                    f"{layer.path(name)} must be an nn.Linear, is {found}: AWQ needs a model in full precision with "
+                    "LoRA merged"
                 )
             layer.linears[name] = linear
         layers.append(layer)
@@ -101,9 +87,9 @@ def decoder_layers(model: nn.Module) -> list[DecoderLayer]:
 
 
 def linear_shapes(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Weight shapes `(out, in)` of what is quantized, by full names: seven linears in each decoder layer."""
+    """Weight shapes `(out, in)` of what is quantized, by full names: the linears of each decoder layer."""
     return {
-        layer.path(name): (layer.linears[name].out_features, layer.linears[name].in_features)
+        layer.path(name): (linear.out_features, linear.in_features)
         for layer in decoder_layers(model)
-        for name in LINEARS
+        for name, linear in layer.linears.items()
     }

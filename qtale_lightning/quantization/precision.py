@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from qtale_lightning.architectures import Architecture, architecture_of
 from qtale_lightning.quantization.mappings import split_name
 
 if TYPE_CHECKING:  # what is planned and checked doesn't wait for PyTorch
@@ -68,14 +69,17 @@ def allocate(
     widths = sorted(candidates)
     if not widths[0] <= budget <= widths[-1]:
         raise ValueError(f"average bits {budget:g} are outside the widths to choose from, {widths}")
-    units = list(
-        dict.fromkeys(
+    family = architecture_of(candidates[widths[0]].family)
+    units = [
+        *dict.fromkeys(
             tuple(f"{layer}.{linear}" for linear in mapping.linears)
-            for layer, mapping in map(split_name, shapes)
+            for layer, mapping in (split_name(name, family) for name in shapes)
         )
-    )
+    ]
     weights = {unit: sum(math.prod(shapes[name]) for name in unit) for unit in units}
-    errors = {unit: {width: candidates[width].damage[_previous(unit)] for width in widths} for unit in units}
+    errors = {
+        unit: {width: candidates[width].damage[_previous(unit, family)] for width in widths} for unit in units
+    }
     # A step that doesn't fit may leave so much unspent that one width for all is better: begin at each that fits.
     climbs = [_climb(errors, weights, start, budget) for start in widths if start <= budget]
     chosen = min(climbs, key=lambda climb: sum(errors[unit][width] for unit, width in climb.items()))
@@ -87,9 +91,9 @@ def allocate(
 _Unit = tuple[str, ...]  # linears that share an input
 
 
-def _previous(unit: _Unit) -> str:
+def _previous(unit: _Unit, family: Architecture) -> str:
     """The operation before them."""
-    layer, mapping = split_name(unit[0])
+    layer, mapping = split_name(unit[0], family)
     return f"{layer}.{mapping.previous}"
 
 

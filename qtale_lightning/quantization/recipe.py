@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.manifest import DamagedFileError
-from qtale_lightning.quantization.mappings import NOT_CLIPPED, DecoderLayer, decoder_layers, split_name
+from qtale_lightning.quantization.mappings import DecoderLayer, decoder_layers, split_name
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 
 FILE_FORMAT = "qtale-quantization-4"
@@ -26,6 +28,7 @@ class Recipe:
     Attributes:
         engine: that searched.
         bits: by the linear's name.
+        family: `model_type` of the model's architecture.
         scales: by the previous operation's name, shape `(in,)` of the linears it feeds, float32. Round-to-nearest
             has none.
         clips: by the linear's name, steps of `CLIP_STEP` by which a group's largest magnitude shrinks before it is
@@ -44,6 +47,7 @@ class Recipe:
     bits: dict[str, int]
     group_size: int
     symmetric: bool = False
+    family: str = "llama"
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -63,14 +67,14 @@ class Recipe:
             parts: by linear; linears that share an input must come from the same recipe.
         """
         one = next(iter(parts.values()))
-        whole = cls(one.engine, {}, one.group_size, one.symmetric, tokens=one.tokens)
+        whole = cls(one.engine, {}, one.group_size, one.symmetric, one.family, tokens=one.tokens)
         for name, part in parts.items():
             whole.bits[name] = part.bits[name]
             if name in part.errors:
                 whole.errors[name] = part.errors[name]
             if name in part.clips:
                 whole.clips[name] = part.clips[name]
-            layer, mapping = split_name(name)
+            layer, mapping = split_name(name, architecture_of(one.family))
             previous = f"{layer}.{mapping.previous}"
             if previous in part.scales:
                 whole.scales[previous] = part.scales[previous]
@@ -82,9 +86,8 @@ class Recipe:
         """Writes one safetensors file."""
         tensors = {f"scales/{name}": scale for name, scale in self.scales.items()}
         tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
-        plain = {name: getattr(self, name) for name in _PLAIN}
-        metadata = {"format": FILE_FORMAT, "made_from": json.dumps(self.made_from)}
-        metadata |= {name: json.dumps(value) for name, value in plain.items()}
+        plain = {name: getattr(self, name) for name in (*_PLAIN, *_LATER)}
+        metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in plain.items()}
         save_file(tensors, path, metadata)
 
     @classmethod
@@ -107,7 +110,8 @@ class Recipe:
             raise DamagedFileError(f"{path} is not a recipe in format {FILE_FORMAT}: {REMEDY}")
         try:
             plain = {name: json.loads(metadata[name]) for name in _PLAIN}
-            plain["made_from"] = json.loads(metadata.get("made_from", "{}"))  # older ones don't say it
+            for name, unsaid in _LATER.items():
+                plain[name] = json.loads(metadata.get(name, json.dumps(unsaid)))
         except (KeyError, ValueError) as error:
             raise DamagedFileError(f"the metadata of {path} isn't a recipe's ({error}): {REMEDY}") from error
         scales, clips = (
@@ -118,11 +122,14 @@ class Recipe:
 
 
 _PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "damage", "tokens")
+_LATER: dict[str, Any] = {"made_from": {}, "family": "llama"}  # what older files don't say, and what it was
 
 
-def round_to_nearest(bits: dict[str, int], group_size: int, symmetric: bool = False) -> Recipe:
+def round_to_nearest(
+    bits: dict[str, int], group_size: int, symmetric: bool = False, family: str = "llama"
+) -> Recipe:
     """The baseline `rtn`: no scales, no clips, nothing to calibrate."""
-    return Recipe("rtn", bits, group_size, symmetric)
+    return Recipe("rtn", bits, group_size, symmetric, family)
 
 
 def clip_weight(weight: Tensor, steps: Tensor | None) -> Tensor:
@@ -174,9 +181,11 @@ def scale_vectors(layer: DecoderLayer, recipe: Recipe) -> None:
     """Divides norms' weights and linears' biases by the scales of what they feed, in place."""
     for mapping in layer.scaled_mappings():
         scale = recipe.scales.get(layer.path(mapping.previous))
+        offset = 0.0 if mapping.previous in layer.linears else layer.architecture.norm_offset
         for parameter in layer.module.get_submodule(mapping.previous).parameters(recurse=False):
             if scale is not None and parameter.dim() == 1:
-                parameter.div_(scale.to(parameter.device))
+                scaled = (parameter.float() + offset) / scale.to(parameter.device) - offset
+                parameter.copy_(scaled)
 
 
 def check_recipe(model: nn.Module, recipe: Recipe) -> None:
@@ -189,7 +198,7 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
             expected[f"scales of {layer.path(mapping.previous)}"] = (width,)
         for name, linear in layer.linears.items():
             expected[f"bits of {layer.path(name)}"] = ()
-            if searched and name not in NOT_CLIPPED:
+            if searched and name not in layer.architecture.not_clipped:
                 shape = (linear.out_features, linear.in_features // recipe.group_size)
                 expected[f"clips of {layer.path(name)}"] = shape
     found: dict[str, tuple[int, ...]] = {f"bits of {name}": () for name in recipe.bits}

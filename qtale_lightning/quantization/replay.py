@@ -11,14 +11,6 @@ from torch import Tensor, nn
 from qtale_lightning.quantization.calibration import hooks
 from qtale_lightning.quantization.mappings import DecoderLayer
 
-# The module whose output AWQ compares in the search for a mapping's scales, by the operation before.
-INSPECTED = {
-    "input_layernorm": "self_attn",
-    "self_attn.v_proj": "self_attn.o_proj",
-    "post_attention_layernorm": "mlp",
-    "mlp.up_proj": "mlp.down_proj",
-}
-
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """A module's positional and keyword arguments."""
 

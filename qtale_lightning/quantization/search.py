@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from qtale_lightning.architectures import Architecture, architecture_of
 from qtale_lightning.quantization.calibration import (
     Batch,
     Moments,
@@ -14,7 +15,7 @@ from qtale_lightning.quantization.calibration import (
     every_nth,
     layer_by_layer,
 )
-from qtale_lightning.quantization.mappings import LINEARS, DecoderLayer
+from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import Recipe
@@ -41,7 +42,7 @@ class Search:
     Attributes:
         engine: its name.
         search_layer: searches one decoder layer at a recipe's bits, and writes what it finds into the recipe.
-        recorded: modules of a layer whose calls it needs.
+        recorded: modules of a family's layer whose calls it needs.
         recorded_tokens: padded tokens that it needs the calls of; None takes all batches, else some that are spread
             evenly over the calibration set.
         check: refuses precisions that the engine can't search.
@@ -49,9 +50,9 @@ class Search:
 
     engine: str
     search_layer: Callable[[DecoderLayer, Observed, Recipe], None]
-    recorded: tuple[str, ...]
+    recorded: Callable[[Architecture], Sequence[str]]
     recorded_tokens: int | None = None
-    check: Callable[[Bits], None] = lambda bits: None
+    check: Callable[[Bits, Architecture], None] = lambda bits, architecture: None
 
     def __call__(
         self,
@@ -67,7 +68,7 @@ class Search:
         """Searches scales and clips for every precision in one pass over the calibration tokens.
 
         Args:
-            model: a LLaMA-family causal language model in evaluation mode; it isn't changed.
+            model: a causal language model of a declared family in evaluation mode; it isn't changed.
             batches: calibration tokens, as arguments of `model.model`.
             precisions: each gives bits by linear.
             min_tokens: fewest tokens that a layer's search may rest on.
@@ -83,13 +84,17 @@ class Search:
         """
         for bits in precisions:
             check_model(model, bits, group_size)
-            self.check(bits)
-        recipes = [Recipe(self.engine, dict(bits), group_size, symmetric) for bits in precisions]
+        family = architecture_of(model.config)
+        for bits in precisions:
+            self.check(bits, family)
+        recipes = [
+            Recipe(self.engine, dict(bits), group_size, symmetric, family.model_type) for bits in precisions
+        ]
         every = 1 if self.recorded_tokens is None else every_nth(batches, self.recorded_tokens)
         for layer, run in layer_by_layer(model, batches):
-            with recorded_calls(layer, self.recorded, every) as calls:
+            with recorded_calls(layer, self.recorded(family), every) as calls:
                 seen = Observed(collect_moments(layer, run, min_tokens), calls)
-            tokens = seen.moments[LINEARS[0]].tokens
+            tokens = seen.moments[layer.architecture.linears[0]].tokens
             for recipe in recipes:
                 self.search_layer(layer, seen, recipe)
                 _check_errors(layer, recipe)

@@ -12,7 +12,7 @@ from qtale_lightning.evaluation import cost, predictions, statistics
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, average
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.fingerprint import Fingerprint, of_model, of_protocol
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, load_or_new, same_theta, upsert_evaluation
 from qtale_lightning.report.scores import score_header, score_text
@@ -34,7 +34,7 @@ class Subject:
 
     run: RunDirectory
     data: CommonsenseDataModule
-    model: RoutedLlamaForCausalLM
+    model: RoutedForCausalLM
     bits: float
     engine: str
 
@@ -137,7 +137,7 @@ class Subject:
 def evaluate(
     run: RunDirectory,
     data: CommonsenseDataModule,
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     bits: float,
     engine: str,
     theta: Theta,

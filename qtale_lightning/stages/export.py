@@ -8,7 +8,7 @@ import torch
 import qtale_lightning.quantization.checkpoint  # noqa: F401  # registers packed weights with transformers
 from qtale_lightning.finite import check_finite
 from qtale_lightning.manifest import writing
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
@@ -86,7 +86,7 @@ def _model_card(run: RunDirectory, module: QTALEModule) -> str:
 
 def load_exported(
     run: RunDirectory, bits: float = 16, engine: str = "native", as_stored: bool = False
-) -> RoutedLlamaForCausalLM:
+) -> RoutedForCausalLM:
     """The run's model at a precision, in evaluation mode, on a GPU where there is one.
 
     Args:

@@ -9,8 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+import qtale_lightning.models.families  # noqa: F401  # registers routed models with transformers
 from qtale_lightning.manifest import DamagedFileError, parse_object, verify
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.run import RunDirectory
 
 # What a model's folder holds as JSON, and keys that each must have.
@@ -23,7 +24,7 @@ _PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_model(run: RunDirectory, folder: Path, dtype: Any) -> RoutedLlamaForCausalLM:
+def load_model(run: RunDirectory, folder: Path, dtype: Any) -> RoutedForCausalLM:
     """A model of the run, from its folder.
 
     Args:
@@ -35,7 +36,7 @@ def load_model(run: RunDirectory, folder: Path, dtype: Any) -> RoutedLlamaForCau
     """
     check_folder(run, folder)
     with _naming(run, folder):
-        return cast(RoutedLlamaForCausalLM, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        return cast(RoutedForCausalLM, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
 
 
 def load_tokenizer(run: RunDirectory, folder: Path) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.fingerprint import of, of_model
 from qtale_lightning.manifest import read_object, verify, writing
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import ENGINES
@@ -155,7 +155,7 @@ def _recipes(
     run: RunDirectory,
     batches: Sequence[Batch],
     options: QuantizationOptions,
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     precisions: dict[float, Bits],
     made_from: dict[str, str],
 ) -> dict[float, Recipe]:

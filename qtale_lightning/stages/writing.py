@@ -11,14 +11,14 @@ from qtale_lightning.evaluation.generation import READING, generate, read_answer
 from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.evaluation.scoring import Threshold
 from qtale_lightning.manifest import writing
-from qtale_lightning.models.modeling import RoutedLlamaForCausalLM
+from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.stages.progress import progress
 
 FOLDER = "generations"
 
 
 def write_answers(
-    data: CommonsenseDataModule, model: RoutedLlamaForCausalLM, threshold: Threshold, what: str
+    data: CommonsenseDataModule, model: RoutedForCausalLM, threshold: Threshold, what: str
 ) -> dict[int, str]:
     """What the model writes to the questions that are to be answered so, by their index among validation questions.
 

@@ -6,7 +6,7 @@ from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import branches
 from qtale_lightning.evaluation.branches import Tree, batches, computed_tokens, trees
 from qtale_lightning.evaluation.scoring import score, score_thresholds
-from qtale_lightning.models import RoutedLlamaForCausalLM
+from qtale_lightning.models import RoutedForCausalLM
 from tests.evaluation.test_scoring import TOLERANCE, dense, differences, one_by_one, routed
 
 __all__ = ["dense", "routed"]  # fixtures
@@ -32,15 +32,13 @@ def few_shot() -> list[EncodedPrompt]:
 
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 def test_what_is_shared_changes_no_score(
-    routed: RoutedLlamaForCausalLM, few_shot: list[EncodedPrompt], threshold: float
+    routed: RoutedForCausalLM, few_shot: list[EncodedPrompt], threshold: float
 ) -> None:
     expected = one_by_one(routed, few_shot, threshold)
     assert differences(score(routed, few_shot, threshold).loglikelihoods, expected) < TOLERANCE
 
 
-def test_what_is_shared_is_computed_once(
-    routed: RoutedLlamaForCausalLM, few_shot: list[EncodedPrompt]
-) -> None:
+def test_what_is_shared_is_computed_once(routed: RoutedForCausalLM, few_shot: list[EncodedPrompt]) -> None:
     found = trees(few_shot)
     together, single = sorted(found, key=lambda tree: -tree.size)
     assert (len(together.prompts), together.shared, single.shared) == (8, 30, 3)
@@ -52,7 +50,7 @@ def test_what_is_shared_is_computed_once(
 
 @pytest.mark.parametrize("reserved", [1, 2, 3, 5, 31, 60])
 def test_reserved_tokens_are_counted_as_the_model_does(
-    routed: RoutedLlamaForCausalLM,
+    routed: RoutedForCausalLM,
     few_shot: list[EncodedPrompt],
     reserved: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -76,7 +74,7 @@ def test_a_short_beginning_is_not_worth_a_tree() -> None:
 
 
 def test_a_tree_stays_within_its_tokens(
-    monkeypatch: pytest.MonkeyPatch, routed: RoutedLlamaForCausalLM, few_shot: list[EncodedPrompt]
+    monkeypatch: pytest.MonkeyPatch, routed: RoutedForCausalLM, few_shot: list[EncodedPrompt]
 ) -> None:
     whole = score(routed, few_shot, 0.5)
     monkeypatch.setattr(branches, "TREE_TOKENS", 50)

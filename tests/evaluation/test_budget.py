@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.budget import (
@@ -24,7 +25,8 @@ from qtale_lightning.evaluation.budget import (
     find_threshold,
 )
 from qtale_lightning.evaluation.scoring import Scores, score
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from qtale_lightning.models import RoutedForCausalLM
+from tests.llama import llama_config
 
 NO_SCORES = Scores([], [], 0, 0.0)
 
@@ -228,10 +230,10 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def model() -> RoutedLlamaForCausalLM:
+def model() -> RoutedForCausalLM:
     """Random weights, routers of mixed decisions, which differ from layer to layer."""
     torch.manual_seed(0)
-    made = RoutedLlamaForCausalLM(RoutedLlamaConfig(**ARCHITECTURE, router_width=16, start_layer=1))
+    made = AutoModelForCausalLM.from_config(llama_config(**ARCHITECTURE, router_width=16, start_layer=1))
     for index, layer in enumerate(made.model.layers[1:]):
         nn.init.normal_(layer.router.out.weight, 0.0, 1.0)
         nn.init.constant_(layer.router.out.bias, 0.0)
@@ -264,7 +266,7 @@ def nll_of(questions: Sequence[EncodedPrompt]) -> Callable[[Scores], float]:
 
 
 @pytest.fixture
-def calibration(model: RoutedLlamaForCausalLM) -> Calibration:
+def calibration(model: RoutedForCausalLM) -> Calibration:
     questions = asked(0, 60)
     return Calibration(model, questions, nll_of(questions), lambda thetas: nullcontext(lambda count: None))
 
@@ -275,7 +277,7 @@ def ratio(scores: Scores) -> float:
 
 @pytest.mark.parametrize("budget", [0.35, 0.5, 0.7, 0.9])
 def test_the_ratio_holds_on_questions_that_werent_asked(
-    model: RoutedLlamaForCausalLM, calibration: Calibration, budget: float
+    model: RoutedForCausalLM, calibration: Calibration, budget: float
 ) -> None:
     """Within 0.005 on the calibration questions, by definition, and within 0.02 on others."""
     found = find_threshold(calibration, budget)
@@ -284,7 +286,7 @@ def test_the_ratio_holds_on_questions_that_werent_asked(
     assert calibration.passes <= 6
 
 
-def test_a_pass_sees_what_the_model_decides(model: RoutedLlamaForCausalLM, calibration: Calibration) -> None:
+def test_a_pass_sees_what_the_model_decides(model: RoutedForCausalLM, calibration: Calibration) -> None:
     """Its gaps give the execution ratio at its own θ, and the questions' scores are those of scoring."""
     seen = calibration.watch(0.4)
     scores = score(model, calibration.questions, 0.4)
@@ -299,7 +301,7 @@ def test_a_pass_sees_what_the_model_decides(model: RoutedLlamaForCausalLM, calib
     assert calibration.seconds == seen.scores.seconds
 
 
-def test_layers_get_thresholds_of_their_own(model: RoutedLlamaForCausalLM, calibration: Calibration) -> None:
+def test_layers_get_thresholds_of_their_own(model: RoutedForCausalLM, calibration: Calibration) -> None:
     """Lower nll than with one θ for all, at the same execution; and each layer's steps share the layers before it."""
     common = find_threshold(calibration, 0.6)
     calls = [0] * 8

@@ -11,6 +11,7 @@ from qtale_lightning.evaluation import cost
 def config(**changes: object) -> SimpleNamespace:
     """Small enough to count by hand: q, o 8x8; k, v 4x8; gate, up 16x8; down 8x16; 576 weights a layer."""
     fields: dict[str, object] = {
+        "model_type": "llama",
         "hidden_size": 8,
         "intermediate_size": 16,
         "num_hidden_layers": 3,

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qtale_lightning.evaluation.generation import generate, read_answer
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedForCausalLM, Routing, route
 from tests.evaluation.architecture import ARCHITECTURE
+from tests.llama import llama_config
 
 MODEL = ARCHITECTURE | {"max_position_embeddings": 64}
 NEW = 9
@@ -24,11 +25,11 @@ def words(eos: int) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture
-def model() -> RoutedLlamaForCausalLM:
+def model() -> RoutedForCausalLM:
     """Random weights, and routers whose decisions are mixed; two tokens are reserved."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**MODEL))
-    routed = route(copy.deepcopy(dense), RoutedLlamaConfig(**MODEL, router_width=16, start_layer=1))
+    routed = route(copy.deepcopy(dense), llama_config(**MODEL, router_width=16, start_layer=1))
     for layer in routed.model.layers[1:]:
         nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
         nn.init.zeros_(layer.router.out.bias)
@@ -43,7 +44,7 @@ def prompts() -> list[list[int]]:
 
 
 @torch.inference_mode()
-def one_by_one(model: RoutedLlamaForCausalLM, prompt: list[int], theta: float, eos: int = 96) -> str:
+def one_by_one(model: RoutedForCausalLM, prompt: list[int], theta: float, eos: int = 96) -> str:
     """Greedy decoding by masked passes over the whole sequence: no cache, no batch, no `generate()`."""
     ids = list(prompt)
     for _ in range(NEW):
@@ -58,7 +59,7 @@ def one_by_one(model: RoutedLlamaForCausalLM, prompt: list[int], theta: float, e
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
 @pytest.mark.parametrize("theta", [0.0, 0.3, 0.5, 1.0])
 def test_batches_write_what_prompts_alone_do(
-    model: RoutedLlamaForCausalLM, prompts: list[list[int]], theta: float, batch_tokens: int
+    model: RoutedForCausalLM, prompts: list[list[int]], theta: float, batch_tokens: int
 ) -> None:
     finished: list[int] = []
     texts = generate(
@@ -70,14 +71,14 @@ def test_batches_write_what_prompts_alone_do(
     assert len(set(texts)) > 4
 
 
-def test_the_threshold_matters(model: RoutedLlamaForCausalLM, prompts: list[list[int]]) -> None:
+def test_the_threshold_matters(model: RoutedForCausalLM, prompts: list[list[int]]) -> None:
     dense, routed = (generate(model, words(eos=96), prompts, NEW, theta) for theta in (0.0, 0.5))
     assert dense != routed
     model.config.threshold = 0.0
     assert generate(model, words(eos=96), prompts, NEW) == dense
 
 
-def test_a_text_ends_at_eos(model: RoutedLlamaForCausalLM, prompts: list[list[int]]) -> None:
+def test_a_text_ends_at_eos(model: RoutedForCausalLM, prompts: list[list[int]]) -> None:
     """EOS is a token that the third prompt's text has in its middle; the others go on to their own ends."""
     free = generate(model, words(eos=96), prompts, NEW, 0.5)
     eos = int(free[2].split()[4].removeprefix("w"))
@@ -88,7 +89,7 @@ def test_a_text_ends_at_eos(model: RoutedLlamaForCausalLM, prompts: list[list[in
 
 
 def test_a_models_own_sampling_settings_are_left_aside(
-    model: RoutedLlamaForCausalLM, prompts: list[list[int]]
+    model: RoutedForCausalLM, prompts: list[list[int]]
 ) -> None:
     expected = generate(model, words(eos=96), prompts, NEW, 0.5)
     model.generation_config.update(do_sample=True, temperature=1.5, repetition_penalty=1.9, max_length=3)
@@ -97,7 +98,7 @@ def test_a_models_own_sampling_settings_are_left_aside(
     assert model.generation_config is own
 
 
-def test_what_is_longer_than_the_context_is_refused(model: RoutedLlamaForCausalLM) -> None:
+def test_what_is_longer_than_the_context_is_refused(model: RoutedForCausalLM) -> None:
     assert generate(model, words(eos=96), [[1] * 60], 4)
     with pytest.raises(
         ValueError, match=r"take 65 tokens, and the model's context has 64.*--data\.max_new_tokens"
@@ -105,7 +106,7 @@ def test_what_is_longer_than_the_context_is_refused(model: RoutedLlamaForCausalL
         generate(model, words(eos=96), [[1] * 60], 5)
 
 
-def test_nothing_to_write(model: RoutedLlamaForCausalLM) -> None:
+def test_nothing_to_write(model: RoutedForCausalLM) -> None:
     assert generate(model, words(eos=96), [], 5) == []
 
 

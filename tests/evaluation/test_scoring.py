@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.scoring import score, score_thresholds
 from qtale_lightning.finite import NonFiniteError
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedForCausalLM, Routing, route
 from tests.evaluation.architecture import ARCHITECTURE
+from tests.llama import llama_config
 
 # Log-likelihoods are sums of up to 7 terms of size ~5 in float32: noise is ~1e-5, a wrong token or decision ~1e-1.
 TOLERANCE = 1e-4
@@ -27,10 +28,10 @@ def dense() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def routed(dense: LlamaForCausalLM) -> RoutedLlamaForCausalLM:
+def routed(dense: LlamaForCausalLM) -> RoutedForCausalLM:
     """The same weights with random routers whose decisions are mixed."""
     torch.manual_seed(1)
-    model = route(copy.deepcopy(dense), RoutedLlamaConfig(**ARCHITECTURE, router_width=16, start_layer=1))
+    model = route(copy.deepcopy(dense), llama_config(**ARCHITECTURE, router_width=16, start_layer=1))
     for layer in model.model.layers[1:]:
         nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
         nn.init.zeros_(layer.router.out.bias)
@@ -68,7 +69,7 @@ def alone(logits: torch.Tensor, context: tuple[int, ...], continuation: tuple[in
 
 
 def masked(
-    model: RoutedLlamaForCausalLM, ids: tuple[int, ...], threshold: float | list[float]
+    model: RoutedForCausalLM, ids: tuple[int, ...], threshold: float | list[float]
 ) -> tuple[torch.Tensor, Routing]:
     """Logits ``(T, V)`` and decisions of one sequence, every layer computed."""
     routing = Routing(threshold=threshold, execution="masked")
@@ -78,7 +79,7 @@ def masked(
 
 
 def one_by_one(
-    model: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: float | list[float]
+    model: RoutedForCausalLM, questions: list[EncodedPrompt], threshold: float | list[float]
 ) -> list[list[float]]:
     """Log-likelihoods, every choice by a pass of its own."""
     return [
@@ -95,7 +96,7 @@ def differences(found: list[np.ndarray], expected: list[list[float]]) -> float:
 
 
 def test_threshold_0_scores_as_the_dense_model(
-    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    dense: LlamaForCausalLM, routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     with torch.no_grad():
         expected = [
@@ -112,7 +113,7 @@ def test_threshold_0_scores_as_the_dense_model(
 
 @pytest.mark.parametrize("threshold", [0.5, 0.3])
 def test_routed_scores_are_those_of_masked_execution(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: float
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt], threshold: float
 ) -> None:
     expected = one_by_one(routed, questions, threshold)
     scores = score(routed, questions, threshold)
@@ -123,7 +124,7 @@ def test_routed_scores_are_those_of_masked_execution(
 
 
 def test_routing_matters_to_these_questions(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     """Otherwise the comparisons above would pass with decisions ignored."""
     dense, sparse = score(routed, questions, 0.0), score(routed, questions, 0.5)
@@ -132,7 +133,7 @@ def test_routing_matters_to_these_questions(
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 100_000])
 def test_batching_changes_nothing(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], batch_tokens: int
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt], batch_tokens: int
 ) -> None:
     usual, other = score(routed, questions, 0.5), score(routed, questions, 0.5, batch_tokens)
     assert differences(other.loglikelihoods, [list(v) for v in usual.loglikelihoods]) < TOLERANCE
@@ -141,7 +142,7 @@ def test_batching_changes_nothing(
 
 
 def test_a_questions_company_changes_nothing(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     together = score(routed, questions, 0.5).loglikelihoods
     apart = [score(routed, [question], 0.5).loglikelihoods[0] for question in questions]
@@ -149,7 +150,7 @@ def test_a_questions_company_changes_nothing(
 
 
 def test_execution_is_counted_over_computed_tokens(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     """A prompt counts once, a continuation without its last token, whose prediction nobody asks for."""
     executed, total = torch.zeros(5, dtype=torch.long), 0
@@ -174,7 +175,7 @@ def test_execution_is_counted_over_computed_tokens(
 
 
 def test_the_models_own_threshold_is_the_default(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     model = copy.deepcopy(routed)
     model.config.threshold = 0.3
@@ -183,7 +184,7 @@ def test_the_models_own_threshold_is_the_default(
 
 
 def test_progress_counts_every_question_once(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     counts: list[int] = []
     score(routed, questions, 0.5, batch_tokens=60, on_progress=counts.append)
@@ -200,7 +201,7 @@ BY_LAYER = [[0.5, 0.3, 0.5, 0.7], [0.5, 0.3, 0.5, 0.2], [0.5, 0.3, 0.4, 0.5], [0
 class Calls:
     """How many sequences' batches went through each layer's feed-forward part, while it is entered."""
 
-    def __init__(self, model: RoutedLlamaForCausalLM) -> None:
+    def __init__(self, model: RoutedForCausalLM) -> None:
         self.by_layer = [0] * len(model.model.layers)
         self.handles = [
             layer.mlp.register_forward_hook(lambda *_, i=index: self.count(i))
@@ -222,7 +223,7 @@ class Calls:
     ids=["grid", "by layer", "both", "twice the same", "one"],
 )
 def test_scoring_together_is_scoring_apart(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], thresholds: list[Any]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt], thresholds: list[Any]
 ) -> None:
     """Exactly: the same products of the same shapes. In 3 batches, so that each θ is first, middle and last."""
     together = score_thresholds(routed, questions, thresholds, batch_tokens=300)
@@ -234,7 +235,7 @@ def test_scoring_together_is_scoring_apart(
 
 
 def test_thresholds_differ_in_what_they_score(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     """Otherwise the test above would pass where only one of them is scored."""
     likelihoods = [
@@ -246,7 +247,7 @@ def test_thresholds_differ_in_what_they_score(
 
 
 def test_layers_before_the_first_router_are_computed_once(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     calls = Calls(routed)
     score_thresholds(routed, questions, GRID, batch_tokens=100_000)
@@ -259,7 +260,7 @@ def test_layers_before_the_first_router_are_computed_once(
 
 
 def test_the_more_first_layers_have_the_same_threshold_the_fewer_are_computed(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     """θ of single layers, from the last layer to the first: half of a layer's passes on average."""
     moved = [[0.5] * layer + [0.2] + [0.5] * (3 - layer) for layer in (3, 2, 1, 0)]
@@ -269,7 +270,7 @@ def test_the_more_first_layers_have_the_same_threshold_the_fewer_are_computed(
 
 
 def test_time_is_shared_and_adds_up(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that counts layers: what comes first pays for what is shared, and each θ is first in turn."""
     calls = Calls(routed)
@@ -283,21 +284,21 @@ def test_time_is_shared_and_adds_up(
 
 @pytest.mark.parametrize("threshold", BY_LAYER)
 def test_scores_by_layer_are_those_of_masked_execution(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt], threshold: list[float]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt], threshold: list[float]
 ) -> None:
     expected = one_by_one(routed, questions, threshold)
     assert differences(score(routed, questions, threshold).loglikelihoods, expected) < TOLERANCE
 
 
 def test_one_threshold_for_each_layer_or_the_same_for_all(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     one, each = score(routed, questions, 0.3), score(routed, questions, [0.3] * 4)
     assert one.execution == each.execution
     assert all(map(np.array_equal, one.loglikelihoods, each.loglikelihoods))
 
 
-def test_each_pass_can_be_observed(routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]) -> None:
+def test_each_pass_can_be_observed(routed: RoutedForCausalLM, questions: list[EncodedPrompt]) -> None:
     seen: list[tuple[Any, int]] = []
     score_thresholds(
         routed, questions, [0.5, 0.3], observe=lambda r: seen.append((r.threshold, len(r.logits)))
@@ -307,7 +308,7 @@ def test_each_pass_can_be_observed(routed: RoutedLlamaForCausalLM, questions: li
 
 
 def test_scores_that_arent_finite_are_refused(
-    routed: RoutedLlamaForCausalLM, questions: list[EncodedPrompt]
+    routed: RoutedForCausalLM, questions: list[EncodedPrompt]
 ) -> None:
     """The largest of NaN is the first: a damaged model would have an accuracy like another."""
     damaged = copy.deepcopy(routed)

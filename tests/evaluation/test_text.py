@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.evaluation.text import nll_per_token, rouge, text_measures
-from qtale_lightning.models import RoutedLlamaConfig, route
+from qtale_lightning.models import route
+from tests.llama import llama_config
 
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 97,
@@ -41,7 +42,7 @@ def test_perplexity_is_hugging_faces_loss_on_the_same_tokens() -> None:
     """Its mean loss over a batch is total nll over total answer tokens: exactly what perplexity is made of."""
     torch.manual_seed(0)
     dense = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).eval()
-    model = route(copy.deepcopy(dense), RoutedLlamaConfig(**ARCHITECTURE, router_width=8)).eval()
+    model = route(copy.deepcopy(dense), llama_config(**ARCHITECTURE, router_width=8)).eval()
     questions = asked([7, 3, 12, 5], [4, 9, 1, 15])
     length = max(len(q.contexts[0]) + len(q.continuations[0]) for q in questions)
     ids, labels = torch.zeros(4, length, dtype=torch.long), torch.full((4, length), -100)

@@ -18,19 +18,20 @@ from qtale_lightning.evaluation.trace import (
     token_pieces,
     trace,
 )
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedForCausalLM, Routing, route
 from qtale_lightning.models.router import execute_probability
 from qtale_lightning.models.sources import load_tokenizer
 from tests.evaluation.architecture import ARCHITECTURE
+from tests.llama import llama_config
 
 THETA = 0.4
 
 
-def make_model(seed: int) -> RoutedLlamaForCausalLM:
+def make_model(seed: int) -> RoutedForCausalLM:
     """Four routed layers of five, with random routers whose decisions are mixed."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**ARCHITECTURE)).eval()
-    routed = route(copy.deepcopy(model), RoutedLlamaConfig(**ARCHITECTURE, router_width=16, start_layer=1))
+    routed = route(copy.deepcopy(model), llama_config(**ARCHITECTURE, router_width=16, start_layer=1))
     torch.manual_seed(seed)
     for layer in routed.model.layers[1:]:
         nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
@@ -39,12 +40,12 @@ def make_model(seed: int) -> RoutedLlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def model() -> RoutedLlamaForCausalLM:
+def model() -> RoutedForCausalLM:
     return make_model(1)
 
 
 @pytest.fixture(scope="module")
-def other() -> RoutedLlamaForCausalLM:
+def other() -> RoutedForCausalLM:
     return make_model(2)
 
 
@@ -58,7 +59,7 @@ def texts() -> list[Text]:
 
 
 @torch.no_grad()
-def alone(model: RoutedLlamaForCausalLM, text: Text) -> Trace:
+def alone(model: RoutedForCausalLM, text: Text) -> Trace:
     ids, routing = torch.tensor([text.ids]), Routing(threshold=THETA, execution="masked")
     logits = model(ids, routing=routing, use_cache=False).logits[0]
     nll = nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
@@ -66,7 +67,7 @@ def alone(model: RoutedLlamaForCausalLM, text: Text) -> Trace:
     return Trace(probability, routing.stacked_gates()[:, 0].T > 0.5, routing.free[0], nll)
 
 
-def test_a_trace_is_what_a_text_alone_decides(model: RoutedLlamaForCausalLM, texts: list[Text]) -> None:
+def test_a_trace_is_what_a_text_alone_decides(model: RoutedForCausalLM, texts: list[Text]) -> None:
     traces = trace(model, texts, THETA)
     assert len(traces) == len(texts)
     for text, found in zip(texts[:6], traces, strict=False):
@@ -82,7 +83,7 @@ def test_a_trace_is_what_a_text_alone_decides(model: RoutedLlamaForCausalLM, tex
 
 
 def test_forced_traces_take_the_others_decisions(
-    model: RoutedLlamaForCausalLM, other: RoutedLlamaForCausalLM, texts: list[Text]
+    model: RoutedForCausalLM, other: RoutedForCausalLM, texts: list[Text]
 ) -> None:
     reference, own = trace(model, texts, THETA), trace(other, texts, THETA)
     forced = trace(other, texts, THETA, forced=reference)
@@ -94,7 +95,7 @@ def test_forced_traces_take_the_others_decisions(
         assert not torch.equal(one.probability, different.probability)
 
 
-def test_changes_are_counted_among_free_tokens(model: RoutedLlamaForCausalLM) -> None:
+def test_changes_are_counted_among_free_tokens(model: RoutedForCausalLM) -> None:
     """Two texts by hand; reserved tokens differ everywhere, and don't count."""
     free = torch.tensor([False, True, True])
     executed = torch.ones(3, 4, dtype=torch.bool)
@@ -134,7 +135,7 @@ def test_pieces_join_to_the_text_also_where_characters_are_several_tokens() -> N
     assert "" in pieces
 
 
-def test_a_document_is_json_that_says_what_was_decided(model: RoutedLlamaForCausalLM) -> None:
+def test_a_document_is_json_that_says_what_was_decided(model: RoutedForCausalLM) -> None:
     tokenizer = load_tokenizer("tiny", None)
     ids = tuple(token % 97 for token in tokenizer("Question: What is a brick made of?")["input_ids"])
     texts = [Text("facts", ids, 5)]

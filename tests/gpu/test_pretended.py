@@ -14,7 +14,7 @@ from qtale_lightning.evaluation import trace
 from qtale_lightning.evaluation.generation import generate
 from qtale_lightning.evaluation.scoring import score_thresholds
 from qtale_lightning.metrics import router_statistics
-from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
+from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.calibration import padded_batches
@@ -156,7 +156,7 @@ def test_a_packed_folder_and_a_fitted_norm(gpu: str, load: Load, tmp_path: Path)
     quantize_model(there, recipe, norm)
     quantize_model(model, recipe, norm.cpu())
     model.save_pretrained(tmp_path)
-    loaded = RoutedLlamaForCausalLM.from_pretrained(tmp_path, dtype="auto").eval().to(gpu)
+    loaded = RoutedForCausalLM.from_pretrained(tmp_path, dtype="auto").eval().to(gpu)
     ids = models.tokens().to(gpu)
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, there(ids).logits)

@@ -13,7 +13,7 @@ from qtale_lightning import harness
 from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.scoring import score
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import linear_shapes
@@ -21,6 +21,7 @@ from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import round_to_nearest
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
+from tests.llama import llama_config
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +33,7 @@ needs_harness = pytest.mark.skipif(
 Options = Callable[..., list[str]]
 
 
-def routed(start_layer: int) -> RoutedLlamaForCausalLM:
+def routed(start_layer: int) -> RoutedForCausalLM:
     """The tiny model, larger weights for answers that differ, and random routers from a layer on."""
     base = load_base("tiny")
     with torch.no_grad():
@@ -41,7 +42,7 @@ def routed(start_layer: int) -> RoutedLlamaForCausalLM:
                 parameter.mul_(4)
     options = {"model_type": "routed_llama", "start_layer": start_layer, "router_width": 16}
     torch.manual_seed(0)
-    model = route(copy.deepcopy(base), RoutedLlamaConfig(**base.config.to_dict() | options))
+    model = route(copy.deepcopy(base), llama_config(**base.config.to_dict() | options))
     for layer in model.model.layers[start_layer:]:
         torch.nn.init.normal_(layer.router.out.weight)
     return model.eval()

@@ -7,10 +7,10 @@ import pytest
 import torch
 import yaml
 
+from qtale_lightning.architectures import known_models
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.hub.download import resolve
 from qtale_lightning.hub.errors import HubError
-from qtale_lightning.models.presets import PRESETS
 from qtale_lightning.models.sources import (
     ModelUnavailableError,
     check_source,
@@ -32,7 +32,9 @@ def head(module: QTALEModule) -> torch.Tensor:
 
 
 def test_every_preset_of_the_hub_has_a_commit() -> None:
-    loose = [name for name, preset in PRESETS.items() if preset.hub and len(preset.revision or "") != 40]
+    loose = [
+        name for name, (_, model) in known_models().items() if model.hub and len(model.revision or "") != 40
+    ]
     assert loose == []
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from qtale_lightning import cpu
-from qtale_lightning.models.fused import RoutedMLP, RoutedRMSNorm, rotate
+from qtale_lightning.models.fused import FusedMLP, FusedRMSNorm, rotate
 from tests import tolerance
 
 WIDEST = 32 + 40  # the products of an MLP, the longest way here
@@ -39,7 +39,7 @@ def norms(width: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     plain = LlamaRMSNorm(width, eps=1e-5)
     nn.init.normal_(plain.weight)
     routed = copy.deepcopy(plain)
-    routed.__class__ = RoutedRMSNorm
+    routed.__class__ = type("RoutedNorm", (FusedRMSNorm, LlamaRMSNorm), {})
     return plain.to(dtype), routed.to(dtype)
 
 
@@ -47,7 +47,7 @@ def mlps(width: int, dtype: torch.dtype, act: str = "silu") -> tuple[nn.Module, 
     torch.manual_seed(0)
     plain = LlamaMLP(LlamaConfig(hidden_size=32, intermediate_size=width, hidden_act=act))
     routed = copy.deepcopy(plain)
-    routed.__class__ = RoutedMLP
+    routed.__class__ = type("RoutedMLP", (FusedMLP, LlamaMLP), {})
     return plain.to(dtype), routed.to(dtype)
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import qtale_lightning
-from qtale_lightning import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from qtale_lightning import RoutedForCausalLM
+from tests.llama import llama_config
 
 SIZES = {
     "vocab_size": 64,
@@ -21,16 +22,16 @@ SIZES = {
 }
 
 
-def make(**options: object) -> RoutedLlamaForCausalLM:
+def make(**options: object) -> RoutedForCausalLM:
     torch.manual_seed(0)
-    return RoutedLlamaForCausalLM(RoutedLlamaConfig(**SIZES, router_width=8, **options)).eval()
+    return AutoModelForCausalLM.from_config(llama_config(**SIZES, router_width=8, **options)).eval()
 
 
 def test_export_and_reload_give_the_same_logits(tmp_path: Path) -> None:
     model, ids = make(threshold=0.3, reserved_tokens=1), torch.arange(12).view(2, 6)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is qtale_lightning.RoutedLlamaForCausalLM
+    assert isinstance(again, qtale_lightning.RoutedForCausalLM)
     assert again.config.threshold == 0.3
     assert again.config.reserved_tokens == 1
     with torch.no_grad():
@@ -88,4 +89,4 @@ def test_a_lost_router_is_refused(tmp_path: Path) -> None:
 )
 def test_impossible_configurations_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(Exception, match=message):  # huggingface_hub wraps a validator's ValueError
-        RoutedLlamaConfig(**SIZES, **options)
+        llama_config(**SIZES, **options)

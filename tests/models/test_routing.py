@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing
+from qtale_lightning.models import RoutedForCausalLM, Routing
+from tests.llama import llama_config
 
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 61,
@@ -23,10 +25,10 @@ BY_LAYER = [0.7, 0.5, 0.2]
 
 
 @pytest.fixture(scope="module")
-def model() -> RoutedLlamaForCausalLM:
+def model() -> RoutedForCausalLM:
     """Random weights, routers of mixed decisions."""
     torch.manual_seed(0)
-    made = RoutedLlamaForCausalLM(RoutedLlamaConfig(**ARCHITECTURE))
+    made = AutoModelForCausalLM.from_config(llama_config(**ARCHITECTURE))
     for layer in made.model.layers[2:]:
         nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
         nn.init.zeros_(layer.router.out.bias)
@@ -37,13 +39,13 @@ def ids() -> Tensor:
     return torch.randint(0, 61, (3, 12), generator=torch.Generator().manual_seed(1))
 
 
-def run(model: RoutedLlamaForCausalLM, routing: Routing) -> Tensor:
+def run(model: RoutedForCausalLM, routing: Routing) -> Tensor:
     with torch.no_grad():
         return model(ids(), routing=routing, use_cache=False).logits
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_every_layer_decides_by_its_own_threshold(model: RoutedLlamaForCausalLM, execution: Any) -> None:
+def test_every_layer_decides_by_its_own_threshold(model: RoutedForCausalLM, execution: Any) -> None:
     routing = Routing(threshold=BY_LAYER, execution=execution)
     run(model, routing)
     mixed = 0
@@ -55,15 +57,15 @@ def test_every_layer_decides_by_its_own_threshold(model: RoutedLlamaForCausalLM,
     assert mixed == 3, "decisions aren't mixed: nothing is tested"
 
 
-def test_a_models_own_threshold_may_be_a_list(model: RoutedLlamaForCausalLM, tmp_path: Any) -> None:
+def test_a_models_own_threshold_may_be_a_list(model: RoutedForCausalLM, tmp_path: Any) -> None:
     expected = run(model, Routing(threshold=BY_LAYER))
     assert not torch.equal(expected, run(model, Routing(threshold=0.5)))
     model.save_pretrained(tmp_path)
-    config = RoutedLlamaConfig.from_pretrained(tmp_path, threshold=BY_LAYER)
-    loaded = RoutedLlamaForCausalLM.from_pretrained(tmp_path, config=config).eval()
+    config = AutoConfig.from_pretrained(tmp_path, threshold=BY_LAYER)
+    loaded = RoutedForCausalLM.from_pretrained(tmp_path, config=config).eval()
     assert torch.equal(run(loaded, Routing()), expected)
     loaded.save_pretrained(tmp_path)
-    assert RoutedLlamaForCausalLM.from_pretrained(tmp_path).config.threshold == BY_LAYER
+    assert RoutedForCausalLM.from_pretrained(tmp_path).config.threshold == BY_LAYER
 
 
 @pytest.mark.parametrize(
@@ -76,17 +78,17 @@ def test_a_models_own_threshold_may_be_a_list(model: RoutedLlamaForCausalLM, tmp
         ([], "0 thresholds for 3 routed layers"),
     ],
 )
-def test_thresholds_that_cant_be(model: RoutedLlamaForCausalLM, threshold: Any, words: str) -> None:
+def test_thresholds_that_cant_be(model: RoutedForCausalLM, threshold: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         run(model, Routing(threshold=threshold))
     with pytest.raises(ValueError, match=words):
-        RoutedLlamaConfig(**ARCHITECTURE).thresholds(threshold)
+        llama_config(**ARCHITECTURE).thresholds(threshold)
     with pytest.raises(Exception, match=words):
-        RoutedLlamaConfig(**ARCHITECTURE, threshold=threshold)
+        llama_config(**ARCHITECTURE, threshold=threshold)
 
 
 @pytest.mark.parametrize("first", [1, 2, 3, 4])
-def test_a_pass_resumes_where_an_earlier_one_was_the_same(model: RoutedLlamaForCausalLM, first: int) -> None:
+def test_a_pass_resumes_where_an_earlier_one_was_the_same(model: RoutedForCausalLM, first: int) -> None:
     """Exactly as computed from the start, with the record of all layers."""
     before, after = [0.5, 0.5, 0.5], [0.5 if layer < first else 0.1 for layer in (2, 3, 4)]
     whole = Routing(threshold=after)
@@ -102,7 +104,7 @@ def test_a_pass_resumes_where_an_earlier_one_was_the_same(model: RoutedLlamaForC
     assert torch.equal(resumed.executed(5), whole.executed(5))
 
 
-def test_what_isnt_there_cant_be_resumed(model: RoutedLlamaForCausalLM) -> None:
+def test_what_isnt_there_cant_be_resumed(model: RoutedForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"resume at layer 2 .*kept: none"):
         run(model, Routing(threshold=0.5, resume=2))
     routing = Routing(threshold=0.5, keep=[2])
@@ -112,7 +114,7 @@ def test_what_isnt_there_cant_be_resumed(model: RoutedLlamaForCausalLM) -> None:
         run(model, routing)
 
 
-def test_nothing_is_kept_unasked(model: RoutedLlamaForCausalLM) -> None:
+def test_nothing_is_kept_unasked(model: RoutedForCausalLM) -> None:
     routing = Routing(threshold=0.5)
     run(model, routing)
     assert routing.states == {}

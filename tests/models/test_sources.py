@@ -9,15 +9,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from qtale_lightning.architectures import known_model, known_models, planned_config
 from qtale_lightning.hub.errors import HubError
-from qtale_lightning.models.presets import architecture
 from qtale_lightning.models.sources import (
-    PRESETS,
+    base_config,
     check_source,
     check_tokens,
     load_base,
     load_tokenizer,
-    planned_config,
     source_name,
 )
 
@@ -48,10 +47,10 @@ def test_tiny_tokenizer_reads_any_text() -> None:
     tokenizer = load_tokenizer("tiny")
     for text in ("Question: What is a hammer used for?\nAnswer:", "naïve θ 漢字"):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    assert len(tokenizer) == planned_config("tiny").vocab_size
+    assert len(tokenizer) == base_config("tiny").vocab_size
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(set(known_models()) - {"tiny"}))
 def test_an_unreachable_model_is_refused_in_one_paragraph(name: str) -> None:
     with pytest.raises(HubError) as refusal:
         load_base(name, path="nobody/nothing")
@@ -63,7 +62,7 @@ def test_an_unreachable_model_is_refused_in_one_paragraph(name: str) -> None:
 
 def test_another_architecture_behind_a_path_is_refused(tmp_path: Path) -> None:
     small = LlamaConfig(
-        **{**PRESETS["smollm2-135m"].architecture, "num_hidden_layers": 1, "hidden_size": 144}
+        **{**known_model("smollm2-135m")[1].config, "num_hidden_layers": 1, "hidden_size": 144}
     )
     LlamaForCausalLM(small).save_pretrained(tmp_path)
     with pytest.raises(
@@ -74,7 +73,7 @@ def test_another_architecture_behind_a_path_is_refused(tmp_path: Path) -> None:
 
 def tiny_folder(folder: Path, **changes: Any) -> Path:
     """A folder with a configuration like tiny's."""
-    LlamaConfig(**{**PRESETS["tiny"].architecture, **changes}).save_pretrained(folder)
+    LlamaConfig(**{**known_model("tiny")[1].config, **changes}).save_pretrained(folder)
     return folder
 
 
@@ -89,7 +88,7 @@ def test_a_folders_vocabulary_is_its_own(tmp_path: Path) -> None:
     """A fine-tune with a padding token of its own is the same model in all else."""
     folder = tiny_folder(tmp_path, vocab_size=769)
     own = {"vocab_size": 769, "tie_word_embeddings": False}
-    assert architecture("tiny", str(folder)) == PRESETS["tiny"].architecture | own
+    assert planned_config("tiny", str(folder)) == planned_config("tiny") | own
     check_tokens(with_pad("[PAD]"), check_source("tiny", str(folder)), "it")
     torch.manual_seed(0)
     model = LlamaForCausalLM(check_source("tiny", str(folder)))
@@ -98,21 +97,21 @@ def test_a_folders_vocabulary_is_its_own(tmp_path: Path) -> None:
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
 
 
-def test_a_hub_id_is_planned_by_its_preset() -> None:
-    assert architecture("llama2-7b", "somebody/a-fine-tune")["vocab_size"] == 32000
+def test_a_hub_id_is_planned_by_its_model() -> None:
+    assert planned_config("llama2-7b", "somebody/a-fine-tune")["vocab_size"] == 32000
 
 
 def test_a_pad_token_behind_the_embedding_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"pad token '\[PAD\]' of mine \(--model.path\) has id 768.*768 rows"
     ) as refusal:
-        check_tokens(with_pad("[PAD]"), planned_config("tiny"), "mine")
+        check_tokens(with_pad("[PAD]"), base_config("tiny"), "mine")
     assert "resize_token_embeddings" in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
-    config = LlamaConfig(**{**PRESETS["tiny"].architecture, "vocab_size": 500})
+    config = LlamaConfig(**{**known_model("tiny")[1].config, "vocab_size": 500})
     with pytest.raises(ValueError, match="768 tokens, but the embedding 500 rows"):
         check_tokens(load_tokenizer("tiny"), config, "mine")
 

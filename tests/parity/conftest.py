@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route
+from tests.llama import llama_config
 from tests.tolerance import depth
 
 ARCHITECTURE = {
@@ -23,7 +24,7 @@ ARCHITECTURE = {
 }
 TERMS = depth(LlamaConfig(**ARCHITECTURE))
 
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ def dense() -> LlamaForCausalLM:
 def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
     """The dense fixture's weights with random routers whose decisions at θ = 0.5 are mixed."""
 
-    def make(start_layer: int = 1, reserved_tokens: int = 2) -> RoutedLlamaForCausalLM:
-        config = RoutedLlamaConfig(
+    def make(start_layer: int = 1, reserved_tokens: int = 2) -> RoutedForCausalLM:
+        config = llama_config(
             **ARCHITECTURE, router_width=16, start_layer=start_layer, reserved_tokens=reserved_tokens
         )
         torch.manual_seed(1)
@@ -53,6 +54,6 @@ def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
 
 
 @pytest.fixture
-def routed(make_routed: MakeRouted) -> RoutedLlamaForCausalLM:
+def routed(make_routed: MakeRouted) -> RoutedForCausalLM:
     """A routed model: the first layer always executes, two tokens are reserved."""
     return make_routed()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing
+from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing
 from tests.parity.conftest import TERMS
 from tests.tolerance import close
 
@@ -25,7 +25,7 @@ def rows(side: str) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def widest_product(model: RoutedLlamaForCausalLM, ids: Tensor, **call: object) -> tuple[int, Tensor]:
+def widest_product(model: RoutedForCausalLM, ids: Tensor, **call: object) -> tuple[int, Tensor]:
     """Rows that the last layer's MLP sees in a call (0: it isn't computed), and the logits."""
     seen = [0]
     hook = model.model.layers[-1].mlp.register_forward_pre_hook(
@@ -39,7 +39,7 @@ def widest_product(model: RoutedLlamaForCausalLM, ids: Tensor, **call: object) -
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kept", [1, 3])
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
-def test_logits_to_keep(routed: RoutedLlamaForCausalLM, side: str, kept: int, threshold: float) -> None:
+def test_logits_to_keep(routed: RoutedForCausalLM, side: str, kept: int, threshold: float) -> None:
     ids, mask = rows(side)
     routings = Routing(threshold=threshold), Routing(threshold=threshold)
     call = {"attention_mask": mask, "use_cache": False}
@@ -55,7 +55,7 @@ def test_logits_to_keep(routed: RoutedLlamaForCausalLM, side: str, kept: int, th
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 @torch.no_grad()
-def test_the_cache_is_whole(routed: RoutedLlamaForCausalLM, side: str, threshold: float) -> None:
+def test_the_cache_is_whole(routed: RoutedForCausalLM, side: str, threshold: float) -> None:
     """A prompt in two parts, of which only the last logits were asked for, and a token after it."""
     routed.config.threshold = threshold
     ids, mask = rows(side)
@@ -80,7 +80,7 @@ def test_the_cache_is_whole(routed: RoutedLlamaForCausalLM, side: str, threshold
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
 @torch.no_grad()
-def test_any_positions_and_branches(routed: RoutedLlamaForCausalLM, seed: int, threshold: float) -> None:
+def test_any_positions_and_branches(routed: RoutedForCausalLM, seed: int, threshold: float) -> None:
     """What is asked for may lie anywhere, also in branches of a prompt."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (3, 12), generator=generator)
@@ -103,7 +103,7 @@ def test_any_positions_and_branches(routed: RoutedLlamaForCausalLM, seed: int, t
 
 
 @torch.no_grad()
-def test_training_and_masked_execution_compute_everything(routed: RoutedLlamaForCausalLM) -> None:
+def test_training_and_masked_execution_compute_everything(routed: RoutedForCausalLM) -> None:
     ids, _ = rows("right")
     whole, expected = widest_product(routed, ids, routing=Routing(execution="masked"), use_cache=False)
     some, found = widest_product(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaForCausalLM
+from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization import autoawq, awq
 from qtale_lightning.quantization.awq import output_error
 from qtale_lightning.quantization.calibration import Batch, Moments
@@ -341,7 +341,7 @@ def test_the_model_stays_as_it_is(
         assert not {**module._forward_pre_hooks, **module._forward_hooks, **module._state_dict_hooks}
 
 
-def test_a_routed_model_is_measured_on_its_executing_tokens(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_routed_model_is_measured_on_its_executing_tokens(routed: RoutedForCausalLM) -> None:
     """Packed calls are repeated with their own plan; padding on the right executes nothing."""
     batches: list[Batch] = []
     for batch in make_batches():

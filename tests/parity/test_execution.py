@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from qtale_lightning import cpu
-from qtale_lightning.models import RoutedCache, RoutedLlamaForCausalLM, Routing, attention
+from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, attention
 from tests.parity.conftest import TERMS
 from tests.tolerance import close
 
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 
 pytestmark = pytest.mark.usefixtures("operations")
 
@@ -41,14 +41,14 @@ def padding(side: str) -> Tensor:
     return mask.long()
 
 
-def random_gates(model: RoutedLlamaForCausalLM, share: float, seed: int = 5) -> dict[int, Tensor]:
+def random_gates(model: RoutedForCausalLM, share: float, seed: int = 5) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {i: torch.rand(BATCH, LENGTH, generator=generator) < share for i in model.config.routed_layers}
 
 
 @torch.no_grad()
 def logits(
-    model: RoutedLlamaForCausalLM, ids: Tensor, execution: str, mask: Tensor | None = None, **how: object
+    model: RoutedForCausalLM, ids: Tensor, execution: str, mask: Tensor | None = None, **how: object
 ) -> Tensor:
     routing = Routing(execution=execution, **how)  # type: ignore[arg-type]
     return model(ids, attention_mask=mask, routing=routing, use_cache=False).logits
@@ -62,17 +62,13 @@ def check_exact(actual: Tensor, expected: Tensor) -> None:
         assert torch.equal(actual, expected)
 
 
-def test_theta_zero_is_exactly_the_base_model(
-    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM
-) -> None:
+def test_theta_zero_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedForCausalLM) -> None:
     with torch.no_grad():
         expected = dense(tokens()).logits
     check_exact(logits(routed, tokens(), "packed", threshold=0.0), expected)
 
 
-def test_all_gates_on_is_exactly_the_base_model(
-    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM
-) -> None:
+def test_all_gates_on_is_exactly_the_base_model(dense: LlamaForCausalLM, routed: RoutedForCausalLM) -> None:
     forced = {i: torch.ones(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
     with torch.no_grad():
         expected = dense(tokens()).logits
@@ -83,7 +79,7 @@ def test_all_gates_on_is_exactly_the_base_model(
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_theta_zero_with_padding_equals_hugging_face(
-    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, side: str
+    dense: LlamaForCausalLM, routed: RoutedForCausalLM, side: str
 ) -> None:
     mask = padding(side)
     with torch.no_grad():
@@ -96,7 +92,7 @@ def test_theta_zero_with_padding_equals_hugging_face(
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9])
 def test_masked_equals_packed_for_random_gates(
-    routed: RoutedLlamaForCausalLM, share: float, side: str | None
+    routed: RoutedForCausalLM, share: float, side: str | None
 ) -> None:
     mask = None if side is None else padding(side)
     forced = random_gates(routed, share)
@@ -107,9 +103,7 @@ def test_masked_equals_packed_for_random_gates(
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_masked_equals_packed_for_the_routers_own_decisions(
-    routed: RoutedLlamaForCausalLM, side: str
-) -> None:
+def test_masked_equals_packed_for_the_routers_own_decisions(routed: RoutedForCausalLM, side: str) -> None:
     mask = padding(side)
     routings = {execution: Routing(execution=execution) for execution in ("masked", "packed")}
     outputs = {}
@@ -151,7 +145,7 @@ def test_a_layer_that_nobody_executes_is_not_called(make_routed: MakeRouted) -> 
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batch_of_n_equals_batch_of_one(routed: RoutedLlamaForCausalLM, side: str) -> None:
+def test_batch_of_n_equals_batch_of_one(routed: RoutedForCausalLM, side: str) -> None:
     mask = padding(side)
     batched = logits(routed, tokens(), "packed", mask)
     for row in range(BATCH):
@@ -160,13 +154,13 @@ def test_batch_of_n_equals_batch_of_one(routed: RoutedLlamaForCausalLM, side: st
         close(batched[row, real], alone[0], TERMS)
 
 
-def test_two_calls_equal_one(routed: RoutedLlamaForCausalLM) -> None:
+def test_two_calls_equal_one(routed: RoutedForCausalLM) -> None:
     first = logits(routed, tokens(), "packed")
     logits(routed, tokens(9), "packed")
     assert torch.equal(logits(routed, tokens(), "packed"), first)
 
 
-def test_reserved_tokens_are_counted_behind_padding(routed: RoutedLlamaForCausalLM) -> None:
+def test_reserved_tokens_are_counted_behind_padding(routed: RoutedForCausalLM) -> None:
     nothing = {i: torch.zeros(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
     routing, mask = Routing(forced=nothing), padding("left")
     with torch.no_grad():
@@ -176,7 +170,7 @@ def test_reserved_tokens_are_counted_behind_padding(routed: RoutedLlamaForCausal
         assert torch.equal(gate, expected)
 
 
-def test_what_cannot_work_is_refused(routed: RoutedLlamaForCausalLM) -> None:
+def test_what_cannot_work_is_refused(routed: RoutedForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"threshold 1.5 .* \[0, 1\]"):
         routed(tokens(), routing=Routing(threshold=1.5))
     with pytest.raises(ValueError, match="packed execution with a cache"):
@@ -189,7 +183,7 @@ def test_what_cannot_work_is_refused(routed: RoutedLlamaForCausalLM) -> None:
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_branches_of_a_prompt_equal_each_continuation_alone(
-    routed: RoutedLlamaForCausalLM, execution: str
+    routed: RoutedForCausalLM, execution: str
 ) -> None:
     """Two continuations, of 3 and 2 tokens, behind one prompt of 4; a row of padding and another one beside."""
     prompt, first, second = tokens()[0, :4], tokens()[1, :3], tokens()[2, :2]
@@ -210,7 +204,7 @@ def test_branches_of_a_prompt_equal_each_continuation_alone(
 
 
 @pytest.mark.parametrize("execution", ["masked", "packed"])
-def test_branches_of_branches_equal_each_path_alone(routed: RoutedLlamaForCausalLM, execution: str) -> None:
+def test_branches_of_branches_equal_each_path_alone(routed: RoutedForCausalLM, execution: str) -> None:
     """A beginning of 3 tokens; two questions of 2 behind it; two answers of 1 and 2 behind each question."""
     ids = tokens()[0, :13]
     # By token: the question, and the answer behind it.
@@ -225,7 +219,7 @@ def test_branches_of_branches_equal_each_path_alone(routed: RoutedLlamaForCausal
         close(together[path], alone, TERMS)
 
 
-def test_branches_and_a_cache_are_refused(routed: RoutedLlamaForCausalLM) -> None:
+def test_branches_and_a_cache_are_refused(routed: RoutedForCausalLM) -> None:
     branch = torch.zeros(BATCH, tokens().shape[1], 1, dtype=torch.long)
     with pytest.raises(ValueError, match="leave the cache out"):
         routed(tokens(), past_key_values=RoutedCache(), routing=Routing(branch=branch))

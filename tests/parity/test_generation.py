@@ -16,16 +16,17 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from qtale_lightning import cpu
-from qtale_lightning.models import RoutedCache, RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, route
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.kernels import Dequantize, Int4CPU, Int4Strips, kernel_block
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.recipe import round_to_nearest
+from tests.llama import llama_config
 from tests.parity.conftest import TERMS
 from tests.tolerance import close, depth, noise
 
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 
 pytestmark = pytest.mark.usefixtures("operations")
 
@@ -61,13 +62,13 @@ def padding(side: str | None) -> Tensor:
     return (place < lengths if side == "right" else place >= LENGTH - lengths).long()
 
 
-def random_gates(model: RoutedLlamaForCausalLM, share: float) -> dict[int, Tensor]:
+def random_gates(model: RoutedForCausalLM, share: float) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {i: torch.rand(BATCH, LENGTH, generator=generator) < share for i in model.config.routed_layers}
 
 
 @torch.no_grad()
-def masked(model: RoutedLlamaForCausalLM, ids: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Routing]:
+def masked(model: RoutedForCausalLM, ids: Tensor, mask: Tensor, **how: Any) -> tuple[Tensor, Routing]:
     """The reference: every token computed, no cache."""
     routing = Routing(execution="masked", **how)
     return model(ids, attention_mask=mask, routing=routing, use_cache=False).logits, routing
@@ -75,7 +76,7 @@ def masked(model: RoutedLlamaForCausalLM, ids: Tensor, mask: Tensor, **how: Any)
 
 @torch.no_grad()
 def in_parts(
-    model: RoutedLlamaForCausalLM, mask: Tensor, cuts: list[int], forced: dict[int, Tensor] | None = None
+    model: RoutedForCausalLM, mask: Tensor, cuts: list[int], forced: dict[int, Tensor] | None = None
 ) -> tuple[Tensor, RoutedCache]:
     """Logits of calls that share a cache."""
     cache, parts = RoutedCache(), []
@@ -100,7 +101,7 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **options: Any
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("cuts", CUTS)
 def test_calls_with_a_cache_equal_one_masked_pass(
-    routed: RoutedLlamaForCausalLM, cuts: str, side: str | None
+    routed: RoutedForCausalLM, cuts: str, side: str | None
 ) -> None:
     mask = padding(side)
     expected, _ = masked(routed, tokens(), mask)
@@ -113,7 +114,7 @@ def test_calls_with_a_cache_equal_one_masked_pass(
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
 @pytest.mark.parametrize("cuts", ["token by token", "several calls", "a token first"])
 def test_calls_with_a_cache_equal_one_masked_pass_for_random_gates(
-    routed: RoutedLlamaForCausalLM, cuts: str, share: float, side: str | None
+    routed: RoutedForCausalLM, cuts: str, share: float, side: str | None
 ) -> None:
     mask, forced = padding(side), random_gates(routed, share)
     expected, routing = masked(routed, tokens(), mask, forced=forced)
@@ -124,7 +125,7 @@ def test_calls_with_a_cache_equal_one_masked_pass_for_random_gates(
 
 
 @torch.no_grad()
-def test_a_large_batch_whose_packing_repeats_tokens(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_large_batch_whose_packing_repeats_tokens(routed: RoutedForCausalLM) -> None:
     """More than 16 executing sequences are rounded up to a multiple of 16: the last one's token is computed again."""
     count, length = 40, 6
     ids = torch.randint(1, 97, (count, length), generator=torch.Generator().manual_seed(3))
@@ -142,9 +143,7 @@ def test_a_large_batch_whose_packing_repeats_tokens(routed: RoutedLlamaForCausal
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_step_equals_a_masked_pass_over_what_it_has_seen(
-    routed: RoutedLlamaForCausalLM, side: str
-) -> None:
+def test_every_step_equals_a_masked_pass_over_what_it_has_seen(routed: RoutedForCausalLM, side: str) -> None:
     ids, mask = tokens(), padding(side)
     actual, _ = in_parts(routed, mask, CUTS["token by token"])
     for end in range(1, LENGTH + 1):
@@ -153,7 +152,7 @@ def test_every_step_equals_a_masked_pass_over_what_it_has_seen(
         close(actual[real, end - 1], expected[real, -1], TERMS)
 
 
-def test_logits_of_the_last_position_alone(routed: RoutedLlamaForCausalLM) -> None:
+def test_logits_of_the_last_position_alone(routed: RoutedForCausalLM) -> None:
     mask, caches = padding("left"), (RoutedCache(), RoutedCache())
     with torch.no_grad():
         whole = routed(tokens(), attention_mask=mask, past_key_values=caches[0]).logits
@@ -169,7 +168,7 @@ def test_logits_of_the_last_position_alone(routed: RoutedLlamaForCausalLM) -> No
 @pytest.mark.parametrize("side", [None, "left"])
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_is_the_same_without_a_cache(
-    routed: RoutedLlamaForCausalLM, mode: str, side: str | None
+    routed: RoutedForCausalLM, mode: str, side: str | None
 ) -> None:
     cached = generate(routed, tokens(), padding(side), **MODES[mode])
     uncached = generate(routed, tokens(), padding(side), use_cache=False, **MODES[mode])
@@ -178,7 +177,7 @@ def test_generation_is_the_same_without_a_cache(
     assert len(cached[:, LENGTH:].unique()) > 3  # it doesn't repeat one token
 
 
-def test_greedy_generation_follows_masked_passes(routed: RoutedLlamaForCausalLM) -> None:
+def test_greedy_generation_follows_masked_passes(routed: RoutedForCausalLM) -> None:
     sequence, seen = tokens(), padding("left")
     for _ in range(NEW):
         with torch.no_grad():
@@ -190,9 +189,7 @@ def test_greedy_generation_follows_masked_passes(routed: RoutedLlamaForCausalLM)
     assert torch.equal(generate(routed, tokens(), padding("left")), sequence)
 
 
-def test_beams_are_reordered_in_the_cache(
-    routed: RoutedLlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_beams_are_reordered_in_the_cache(routed: RoutedForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, mixed = generate(routed, tokens(), num_beams=3), []
     monkeypatch.setattr(RoutedCache, "reorder_cache", lambda _, beams: mixed.append(beams.tolist()))
     assert not torch.equal(generate(routed, tokens(), num_beams=3), expected)
@@ -200,7 +197,7 @@ def test_beams_are_reordered_in_the_cache(
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams"])
-def test_a_padded_batch_continues_as_each_prompt_alone(routed: RoutedLlamaForCausalLM, mode: str) -> None:
+def test_a_padded_batch_continues_as_each_prompt_alone(routed: RoutedForCausalLM, mode: str) -> None:
     mask = padding("left")
     together = generate(routed, tokens(), mask, **MODES[mode])
     for row in range(BATCH):
@@ -208,7 +205,7 @@ def test_a_padded_batch_continues_as_each_prompt_alone(routed: RoutedLlamaForCau
         assert torch.equal(together[row, LENGTH:], alone[0, -NEW:])
 
 
-def test_finished_sequences_leave_the_others_alone(routed: RoutedLlamaForCausalLM) -> None:
+def test_finished_sequences_leave_the_others_alone(routed: RoutedForCausalLM) -> None:
     free = generate(routed, tokens(), padding("left"))
     end = int(free[0, LENGTH + 2])  # the first sequence's third token
     ended = generate(routed, tokens(), padding("left"), eos_token_id=end)
@@ -235,7 +232,7 @@ class Collector(BaseStreamer):
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampling"])
-def test_streamed_tokens_are_the_returned_ones(routed: RoutedLlamaForCausalLM, mode: str) -> None:
+def test_streamed_tokens_are_the_returned_ones(routed: RoutedForCausalLM, mode: str) -> None:
     streamer = Collector()
     returned = generate(routed, tokens()[:1], streamer=streamer, **MODES[mode])
     assert streamer.ended
@@ -244,7 +241,7 @@ def test_streamed_tokens_are_the_returned_ones(routed: RoutedLlamaForCausalLM, m
     assert torch.equal(returned, generate(routed, tokens()[:1], **MODES[mode]))
 
 
-def test_nothing_leaks_from_one_generation_to_the_next(routed: RoutedLlamaForCausalLM) -> None:
+def test_nothing_leaks_from_one_generation_to_the_next(routed: RoutedForCausalLM) -> None:
     first = generate(routed, tokens(), padding("left"), num_beams=2)
     generate(routed, tokens(9)[:2, :5])
     assert torch.equal(generate(routed, tokens(), padding("left"), num_beams=2), first)
@@ -252,7 +249,7 @@ def test_nothing_leaks_from_one_generation_to_the_next(routed: RoutedLlamaForCau
 
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("side", [None, "left"])
-def test_generate_takes_a_routing(routed: RoutedLlamaForCausalLM, side: str | None, use_cache: bool) -> None:
+def test_generate_takes_a_routing(routed: RoutedForCausalLM, side: str | None, use_cache: bool) -> None:
     mask, routing = padding(side), Routing(threshold=0.9)
     actual = generate(routed, tokens(), mask, routing=routing, use_cache=use_cache)
     assert not torch.equal(actual, generate(routed, tokens(), mask))
@@ -261,7 +258,7 @@ def test_generate_takes_a_routing(routed: RoutedLlamaForCausalLM, side: str | No
     assert routing.tokens.shape == (BATCH, 1 if use_cache else LENGTH + NEW - 1)  # the last step's
 
 
-def test_a_routing_can_be_used_again(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_routing_can_be_used_again(routed: RoutedForCausalLM) -> None:
     for execution in ("packed", "masked"):
         routing = Routing(execution=execution)  # type: ignore[arg-type]
         for side, length in (("left", LENGTH), ("right", LENGTH), (None, 5)):
@@ -274,7 +271,7 @@ def test_a_routing_can_be_used_again(routed: RoutedLlamaForCausalLM) -> None:
             assert torch.equal(again, fresh)
 
 
-def test_a_returned_cache_continues(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_returned_cache_continues(routed: RoutedForCausalLM) -> None:
     mask = padding("left")
     first = generate(routed, tokens(), mask, return_dict_in_generate=True)
     turn = torch.cat([first.sequences, tokens(8)[:, :4]], 1)
@@ -285,7 +282,7 @@ def test_a_returned_cache_continues(routed: RoutedLlamaForCausalLM) -> None:
     assert torch.equal(generate(routed, turn, seen, past_key_values=cache), generate(routed, turn, seen))
 
 
-def test_a_prompt_in_chunks_and_as_embeddings(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_prompt_in_chunks_and_as_embeddings(routed: RoutedForCausalLM) -> None:
     mask = padding("left")
     expected = generate(routed, tokens(), mask)
     assert torch.equal(generate(routed, tokens(), mask, prefill_chunk_size=5), expected)
@@ -294,7 +291,7 @@ def test_a_prompt_in_chunks_and_as_embeddings(routed: RoutedLlamaForCausalLM) ->
     assert torch.equal(new, expected[:, LENGTH:])
 
 
-def test_assisted_generation_is_refused(routed: RoutedLlamaForCausalLM) -> None:
+def test_assisted_generation_is_refused(routed: RoutedForCausalLM) -> None:
     with pytest.raises(NotImplementedError, match="prompt_lookup_num_tokens"):
         generate(routed, tokens()[:1], prompt_lookup_num_tokens=3)
 
@@ -317,7 +314,7 @@ def dense_memory(dense: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> int:
 
 
 def check_memory(
-    cache: RoutedCache, dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, ids: Tensor, mask: Tensor
+    cache: RoutedCache, dense: LlamaForCausalLM, routed: RoutedForCausalLM, ids: Tensor, mask: Tensor
 ) -> None:
     """Lengths are the masked pass's decisions; memory is the execution ratio times the dense model's."""
     _, routing = masked(routed, ids, mask)
@@ -332,7 +329,7 @@ def check_memory(
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("cuts", ["one call", "several calls", "token by token"])
 def test_memory_is_the_execution_ratio_of_the_dense_cache(
-    dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, cuts: str, side: str | None
+    dense: LlamaForCausalLM, routed: RoutedForCausalLM, cuts: str, side: str | None
 ) -> None:
     mask = padding(side)
     _, cache = in_parts(routed, mask, CUTS[cuts])
@@ -340,7 +337,7 @@ def test_memory_is_the_execution_ratio_of_the_dense_cache(
 
 
 @pytest.mark.parametrize("mode", ["greedy", "several samples"])
-def test_memory_after_generation(dense: LlamaForCausalLM, routed: RoutedLlamaForCausalLM, mode: str) -> None:
+def test_memory_after_generation(dense: LlamaForCausalLM, routed: RoutedForCausalLM, mode: str) -> None:
     mask = padding("left")
     output = generate(routed, tokens(), mask, return_dict_in_generate=True, **MODES[mode])
     ids = output.sequences[:, :-1]  # the last token was returned, not read
@@ -349,7 +346,7 @@ def test_memory_after_generation(dense: LlamaForCausalLM, routed: RoutedLlamaFor
     check_memory(output.past_key_values, dense, routed, ids, seen)
 
 
-def test_a_skipped_layer_keeps_its_keys(routed: RoutedLlamaForCausalLM) -> None:
+def test_a_skipped_layer_keeps_its_keys(routed: RoutedForCausalLM) -> None:
     mask = padding("left")
     with torch.no_grad():
         cache = RoutedCache()
@@ -381,8 +378,8 @@ QUANTIZED = {  # inputs in groups of 32, outputs in blocks of 64: what the int4 
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def quantized(request: pytest.FixtureRequest) -> RoutedLlamaForCausalLM:
-    config = RoutedLlamaConfig(**QUANTIZED)
+def quantized(request: pytest.FixtureRequest) -> RoutedForCausalLM:
+    config = llama_config(**QUANTIZED)
     torch.manual_seed(0)
     model = route(LlamaForCausalLM(config), config)
     for layer in model.model.layers:
@@ -397,14 +394,14 @@ def quantized(request: pytest.FixtureRequest) -> RoutedLlamaForCausalLM:
 def tolerance(expected: Tensor) -> dict[str, float]:
     """In bfloat16 a dozen roundings of 2⁻⁸ stand between the two, each of values of the logits' own relative size."""
     low = 12 * 2**-8 * float(expected.abs().max())
-    exact = noise(expected, depth(RoutedLlamaConfig(**QUANTIZED)))
+    exact = noise(expected, depth(llama_config(**QUANTIZED)))
     return {"rtol": 0.0, "atol": exact if expected.dtype == torch.float32 else low}
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("cuts", ["one call", "token by token", "several calls"])
 def test_quantized_packed_execution_equals_masked(
-    quantized: RoutedLlamaForCausalLM, cuts: str, side: str | None
+    quantized: RoutedForCausalLM, cuts: str, side: str | None
 ) -> None:
     # Decisions are given: one at the threshold may fall otherwise by a rounding in bfloat16.
     mask, forced = padding(side), random_gates(quantized, 0.5)
@@ -419,9 +416,7 @@ def test_quantized_packed_execution_equals_masked(
 
 
 @pytest.mark.parametrize("mode", ["greedy", "sampling", "beams"])
-def test_quantized_generation_is_the_same_without_a_cache(
-    quantized: RoutedLlamaForCausalLM, mode: str
-) -> None:
+def test_quantized_generation_is_the_same_without_a_cache(quantized: RoutedForCausalLM, mode: str) -> None:
     mask, options = padding("left"), MODES[mode]
     cached = generate(quantized, tokens(), mask, return_dict_in_generate=True, **options)
     seen = torch.cat([mask, mask.new_ones(BATCH, NEW - 1)], 1)

@@ -26,8 +26,9 @@ from qtale_lightning.data import SUITES, TASKS, Prompt, build_prompt, encode_pro
 from qtale_lightning.evaluation.accuracy import accuracy_by_task
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.harness import evaluate_tasks, find_tasks, harness_model, write_tasks
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer
+from tests.llama import llama_config
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs requirements-lm-eval.txt")
 
@@ -121,24 +122,24 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
     return made
 
 
-def with_routers(dense: LlamaForCausalLM, gain: float) -> RoutedLlamaForCausalLM:
+def with_routers(dense: LlamaForCausalLM, gain: float) -> RoutedForCausalLM:
     """The same weights with random routers; a larger gain for smaller hidden states, so that decisions are mixed."""
     config = dense.config.to_dict() | {"model_type": "routed_llama", "router_width": 16, "start_layer": 2}
     torch.manual_seed(1)
-    model = route(copy.deepcopy(dense), RoutedLlamaConfig(**config))
+    model = route(copy.deepcopy(dense), llama_config(**config))
     for layer in model.model.layers[2:]:
         nn.init.normal_(layer.router.out.weight, 0.0, gain)
         nn.init.zeros_(layer.router.out.bias)
     return model.eval()
 
 
-def without_routers(dense: LlamaForCausalLM) -> RoutedLlamaForCausalLM:
+def without_routers(dense: LlamaForCausalLM) -> RoutedForCausalLM:
     """The same weights as a routed model that has no router."""
     config = dense.config.to_dict() | {
         "model_type": "routed_llama",
         "start_layer": dense.config.num_hidden_layers,
     }
-    return route(copy.deepcopy(dense), RoutedLlamaConfig(**config)).eval()
+    return route(copy.deepcopy(dense), llama_config(**config)).eval()
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def dense() -> LlamaForCausalLM:
 
 
 @pytest.fixture(scope="module")
-def routed(dense: LlamaForCausalLM) -> RoutedLlamaForCausalLM:
+def routed(dense: LlamaForCausalLM) -> RoutedForCausalLM:
     return with_routers(dense, 2.0)
 
 
@@ -168,7 +169,7 @@ def by_harness(
 
 
 def assert_equal(
-    model: RoutedLlamaForCausalLM,
+    model: RoutedForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     found: dict[str, Any],
@@ -265,7 +266,7 @@ def test_dense_scores_are_the_harness_s(
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_routed_scores_are_the_harness_s(
-    routed: RoutedLlamaForCausalLM,
+    routed: RoutedForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     made: Prompts,
     tmp_path: Path,
@@ -277,7 +278,7 @@ def test_routed_scores_are_the_harness_s(
 
 
 def test_decisions_are_mixed(
-    routed: RoutedLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
+    routed: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
 ) -> None:
     """Or the comparisons above would compare dense models."""
     encoded = [encode_prompt(tokenizer, prompt, 512) for asked in made.values() for prompt in asked]
@@ -288,7 +289,7 @@ def test_decisions_are_mixed(
 
 @pytest.mark.slow
 def test_a_threshold_in_the_configuration_is_the_harness_s(
-    routed: RoutedLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts, tmp_path: Path
+    routed: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts, tmp_path: Path
 ) -> None:
     model = copy.deepcopy(routed)
     model.config.threshold = 0.3
@@ -300,7 +301,7 @@ def test_a_threshold_in_the_configuration_is_the_harness_s(
 
 
 def test_batches_change_no_prediction(
-    routed: RoutedLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
+    routed: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
 ) -> None:
     """One question a batch, a few, all in one; in another order, which makes other batches, too."""
     encoded = [encode_prompt(tokenizer, prompt, 512) for asked in made.values() for prompt in asked]
@@ -314,7 +315,7 @@ def test_batches_change_no_prediction(
 
 
 def test_generation_pads_on_the_left(
-    routed: RoutedLlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
+    routed: RoutedForCausalLM, tokenizer: PreTrainedTokenizerBase, made: Prompts
 ) -> None:
     """Prompts of different lengths in one batch are continued as each alone, and as `generate` does."""
     from lm_eval.api.instance import Instance

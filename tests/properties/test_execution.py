@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.models import RoutedCache, RoutedLlamaConfig, RoutedLlamaForCausalLM, Routing, route
+from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, route
+from tests.llama import llama_config
 from tests.tolerance import close, depth
 
 ARCHITECTURE: dict[str, Any] = {
@@ -26,8 +27,8 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @functools.cache
-def model(start_layer: int, reserved_tokens: int) -> RoutedLlamaForCausalLM:
-    config = RoutedLlamaConfig(**ARCHITECTURE, start_layer=start_layer, reserved_tokens=reserved_tokens)
+def model(start_layer: int, reserved_tokens: int) -> RoutedForCausalLM:
+    config = llama_config(**ARCHITECTURE, start_layer=start_layer, reserved_tokens=reserved_tokens)
     torch.manual_seed(0)
     routed = route(LlamaForCausalLM(config), config)
     for layer in routed.model.layers:
@@ -37,7 +38,7 @@ def model(start_layer: int, reserved_tokens: int) -> RoutedLlamaForCausalLM:
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> tuple[RoutedLlamaForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
+def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
     """A model, token ids `(B, T)`, a mask of sequences padded on either side each, and a decision for every token."""
     routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)))
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
@@ -53,13 +54,13 @@ def batches(draw: st.DrawFn) -> tuple[RoutedLlamaForCausalLM, Tensor, Tensor, di
 
 
 @torch.no_grad()
-def logits(routed: RoutedLlamaForCausalLM, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
+def logits(routed: RoutedForCausalLM, ids: Tensor, mask: Tensor, routing: Routing) -> Tensor:
     return routed(ids, attention_mask=mask, routing=routing, use_cache=False).logits[mask.bool()]
 
 
 @given(batches())
 def test_masked_and_packed_execution_agree(
-    batch: tuple[RoutedLlamaForCausalLM, Tensor, Tensor, dict[int, Tensor]],
+    batch: tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]],
 ) -> None:
     routed, ids, mask, gates = batch
     masked = logits(routed, ids, mask, Routing(execution="masked", forced=gates))
@@ -71,7 +72,7 @@ def test_masked_and_packed_execution_agree(
 @given(batches(), st.lists(st.integers(0, 14), max_size=4))
 @torch.no_grad()
 def test_calls_that_share_a_cache_are_one_call(
-    batch: tuple[RoutedLlamaForCausalLM, Tensor, Tensor, dict[int, Tensor]], cuts: list[int]
+    batch: tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]], cuts: list[int]
 ) -> None:
     routed, ids, mask, gates = batch
     length = ids.shape[1]

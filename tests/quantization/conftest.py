@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM, route
+from qtale_lightning.models import RoutedForCausalLM, route
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, quantized_weight, scale_vectors
+from tests.llama import llama_config
 
 MakeModel = Callable[..., LlamaForCausalLM]
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 Search = Callable[..., Recipe]
 Apply = Callable[[nn.Module, Recipe], None]
 
@@ -60,8 +61,8 @@ def make_model() -> MakeModel:
 def make_routed() -> MakeRouted:
     """The same with random routers, `make_routed(kv_heads, start_layer, reserved_tokens)`; of three layers."""
 
-    def make(kv_heads: int = 4, start_layer: int = 1, reserved_tokens: int = 2) -> RoutedLlamaForCausalLM:
-        config = RoutedLlamaConfig(
+    def make(kv_heads: int = 4, start_layer: int = 1, reserved_tokens: int = 2) -> RoutedForCausalLM:
+        config = llama_config(
             **architecture(kv_heads, 3, bias=False),
             router_width=16,
             start_layer=start_layer,

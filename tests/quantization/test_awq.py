@@ -7,17 +7,18 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
+from qtale_lightning.architectures.llama import LLAMA
+from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import Moments, collect_moments, layer_by_layer
-from qtale_lightning.quantization.mappings import MAPPINGS, DecoderLayer, decoder_layers, linear_shapes
+from qtale_lightning.quantization.mappings import DecoderLayer, decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, clip_weight, quantized_weight, round_to_nearest
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
 from qtale_lightning.quantization.search import Observed
 
 MakeModel = Callable[..., LlamaForCausalLM]
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 Search = Callable[..., Recipe]
 Apply = Callable[[nn.Module, Recipe], None]
 
@@ -190,7 +191,7 @@ def test_shared_scales_are_chosen_by_the_output_of_their_block(
     bits = uniform(linear_shapes(model), 4, {f"*.{low}": 2})
     [recipe] = awq.search(model, [{"input_ids": rows}], [bits], GROUP)
     layer = decoder_layers(model)[1]
-    names = next(mapping.linears for mapping in MAPPINGS if mapping.previous == norm)
+    names = next(mapping.linears for mapping in LLAMA.mappings if mapping.previous == norm)
     calls: dict[str, Any] = {}
     for name in (block, norm):
         layer.module.get_submodule(name).register_forward_hook(
@@ -307,4 +308,4 @@ def test_what_leaves_an_error_that_isnt_finite_is_refused(
     model = make_model()
     bits = uniform(linear_shapes(model), 4, {})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj at 4 bits has no finite"):
-        awq.Search("some", search_layer, ())(model, [{"input_ids": rows}], [bits], GROUP)
+        awq.Search("some", search_layer, lambda family: ())(model, [{"input_ids": rows}], [bits], GROUP)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
+from qtale_lightning.architectures.llama import LLAMA
+from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import (
     Batch,
@@ -19,12 +20,12 @@ from qtale_lightning.quantization.calibration import (
     collect_moments,
     layer_by_layer,
 )
-from qtale_lightning.quantization.mappings import MAPPINGS, decoder_layers, linear_shapes
+from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe
 
 MakeModel = Callable[..., LlamaForCausalLM]
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 Search = Callable[..., Recipe]
 
 GROUP = 16
@@ -52,7 +53,7 @@ def assert_same_moments(ours: dict[str, dict[str, Moments]], theirs: dict[str, d
     """Within float32 sums in another order: 1e-4 of the largest second moment, where rows of 24 tokens add up."""
     assert ours.keys() == theirs.keys()
     for layer, by_input in ours.items():
-        assert by_input.keys() == theirs[layer].keys() == {mapping.linears[0] for mapping in MAPPINGS}
+        assert by_input.keys() == theirs[layer].keys() == {mapping.linears[0] for mapping in LLAMA.mappings}
         for name, moments in by_input.items():
             other = theirs[layer][name]
             assert moments.tokens == other.tokens, (layer, name)
@@ -75,7 +76,7 @@ def moments_of_a_forward(model: nn.Module, batch: Batch, **more: object) -> dict
 
     with ExitStack() as stack:
         for layer in decoder_layers(model):
-            for mapping in MAPPINGS:
+            for mapping in LLAMA.mappings:
                 name = mapping.linears[0]
                 hook = layer.linears[name].register_forward_pre_hook(summed(layer.name, name))
                 stack.callback(hook.remove)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from qtale_lightning.evaluation.cost import weight_bytes
-from qtale_lightning.models import RoutedLlamaConfig, RoutedLlamaForCausalLM
+from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization.checkpoint import PackedConfig, quantize_model
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
@@ -35,7 +35,7 @@ PRECISIONS: dict[str, tuple[int, dict[str, int], bool]] = {
 }
 
 MakeModel = Callable[..., LlamaForCausalLM]
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 Search = Callable[..., Recipe]
 Apply = Callable[[nn.Module, Recipe], None]
 
@@ -45,7 +45,7 @@ def rtn(model: nn.Module, precision: str = "4") -> Recipe:
     return round_to_nearest(uniform(linear_shapes(model), bits, patterns), GROUP, symmetric)
 
 
-def to_bfloat16(model: RoutedLlamaForCausalLM) -> RoutedLlamaForCausalLM:
+def to_bfloat16(model: RoutedForCausalLM) -> RoutedForCausalLM:
     """As `from_pretrained` does it: routers and the rotary frequencies stay in float32, where `.to` would cast them."""
     for name, parameter in model.named_parameters():
         if ".router." not in name:
@@ -59,7 +59,7 @@ def generate(model: Any, prompt: Tensor) -> Tensor:
     return model.generate(prompt, attention_mask=mask, pad_token_id=0, max_new_tokens=5, do_sample=False)
 
 
-def load(folder: Path, **options: Any) -> RoutedLlamaForCausalLM:
+def load(folder: Path, **options: Any) -> RoutedForCausalLM:
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
@@ -75,7 +75,7 @@ def folder(make_routed: MakeRouted, tmp_path: Path) -> Path:
     return tmp_path / "packed"
 
 
-def tie(model: RoutedLlamaForCausalLM, tied: bool) -> RoutedLlamaForCausalLM:
+def tie(model: RoutedForCausalLM, tied: bool) -> RoutedForCausalLM:
     model.config.tie_word_embeddings = tied
     model.tie_weights()
     return model
@@ -96,7 +96,7 @@ def test_loaded_is_what_was_saved(
     quantize_model(model, rtn(model, precision))
     model.save_pretrained(tmp_path)
     loaded = load(tmp_path)
-    assert type(loaded) is RoutedLlamaForCausalLM
+    assert isinstance(loaded, RoutedForCausalLM)
     assert loaded.dtype == dtype
     for few_or_many in (rows[:1, :4], rows):
         assert torch.equal(loaded(few_or_many).logits, model(few_or_many).logits)
@@ -308,8 +308,8 @@ def test_shapes_are_compared_where_transformers_does_not(
 
 def test_a_config_that_is_given_is_read_alike(folder: Path, rows: Tensor) -> None:
     """As `AutoModelForCausalLM` gives it, and with the loading info that `from_pretrained` may be asked for."""
-    config = RoutedLlamaConfig.from_pretrained(folder)
-    pair: Any = RoutedLlamaForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
+    config = AutoConfig.from_pretrained(folder)
+    pair: Any = RoutedForCausalLM.from_pretrained(folder, config=config, output_loading_info=True)
     model, info = pair
     assert not info["missing_keys"]
     with torch.no_grad():
@@ -318,8 +318,8 @@ def test_a_config_that_is_given_is_read_alike(folder: Path, rows: Tensor) -> Non
 
 
 def test_a_folder_by_keyword_is_read_alike(folder: Path, rows: Tensor) -> None:
-    by_keyword = RoutedLlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=folder).eval()
-    inside = RoutedLlamaForCausalLM.from_pretrained(folder.parent, subfolder=folder.name).eval()
+    by_keyword = RoutedForCausalLM.from_pretrained(pretrained_model_name_or_path=folder).eval()
+    inside = RoutedForCausalLM.from_pretrained(folder.parent, subfolder=folder.name).eval()
     for model in (by_keyword, inside):
         assert isinstance(model.config.quantization_config, PackedConfig)
         with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qtale_lightning.models import RoutedLlamaForCausalLM
+from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization import final_norm
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
@@ -80,7 +80,7 @@ def test_nothing_rounded_changes_nothing(make_routed: MakeRouted, monkeypatch: p
 def test_logits_of_other_tokens_come_closer(bits: int, make_routed: MakeRouted) -> None:
     """Also for a routed model, whose decisions follow what was rounded."""
 
-    def logits(model: RoutedLlamaForCausalLM) -> Tensor:
+    def logits(model: RoutedForCausalLM) -> Tensor:
         return torch.cat([model(torch.tensor([row])).logits[0] for row in sequences(1)])
 
     model = make_routed()

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qtale_lightning import cpu
+from qtale_lightning.architectures import known_models
 from qtale_lightning.evaluation.cost import linear_shapes
-from qtale_lightning.models.sources import PRESETS, planned_config
+from qtale_lightning.models.sources import base_config
 from qtale_lightning.quantization import kernels
 from qtale_lightning.quantization.kernels import (
     CROSSOVER_TOKENS,
@@ -37,7 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 CROSSOVERS = (OUR_CROSSOVER_TOKENS, CROSSOVER_TOKENS)
 TOKENS = (1, 2, 3, 5, 8, 13, *(tokens for end in CROSSOVERS for tokens in (end - 1, end)), 100)
 # Outputs are independent of each other: 256 of them are enough.
-ALL_SHAPES = {shape for name in PRESETS for shape in linear_shapes(planned_config(name)).values()}
+ALL_SHAPES = {shape for name in known_models() for shape in linear_shapes(base_config(name)).values()}
 SHAPES = sorted({(min(outputs, 256), inputs) for outputs, inputs in ALL_SHAPES})
 CASES = [(*shape, group) for shape in SHAPES for group in (32, 64, 128) if shape[1] % group == 0]
 

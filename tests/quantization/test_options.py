@@ -7,6 +7,7 @@ import pytest
 
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
+from tests.quantization.conftest import MakeRouted
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (128, 128), "model.layers.0.mlp.down_proj": (128, 384)}
 RESERVED = 2
@@ -93,9 +94,11 @@ def test_only_round_to_nearest_needs_no_calibration() -> None:
     }
 
 
-def test_round_to_nearest_has_the_engines_interface() -> None:
+def test_round_to_nearest_has_the_engines_interface(make_routed: MakeRouted) -> None:
     precisions = [{"model.layers.0.mlp.up_proj": bits} for bits in (4, 3)]
-    recipes = ENGINES["rtn"](None, [], precisions, 32, True, progress=lambda *_: pytest.fail("no layers"))
+    recipes = ENGINES["rtn"](
+        make_routed(), [], precisions, 32, True, progress=lambda *_: pytest.fail("no layers")
+    )
     assert [recipe.bits for recipe in recipes] == precisions
     for recipe in recipes:
         assert (recipe.engine, recipe.group_size, recipe.symmetric) == ("rtn", 32, True)

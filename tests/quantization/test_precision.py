@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from qtale_lightning.architectures.llama import LLAMA
 from qtale_lightning.quantization import awq
-from qtale_lightning.quantization.mappings import MAPPINGS, decoder_layers, linear_shapes, split_name
+from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes, split_name
 from qtale_lightning.quantization.precision import CANDIDATES, allocate, average_bits, neighbours, uniform
 from qtale_lightning.quantization.recipe import Recipe, clip_weight
 from qtale_lightning.quantization.rtn import fake_quantize
@@ -26,7 +27,7 @@ def recipes(errors: Errors) -> dict[int, Recipe]:
     for width in next(iter(errors.values())):
         damage: dict[str, float] = {}
         for name, error in errors.items():
-            layer, mapping = split_name(name)
+            layer, mapping = split_name(name, LLAMA)
             previous = f"{layer}.{mapping.previous}"
             damage[previous] = damage.get(previous, 0.0) + error[width]
         logged = dict.fromkeys(errors, 9.0)
@@ -138,7 +139,7 @@ def test_budgets_on_random_tables(seed: int) -> None:
         before = total_error(recipe)
         by_input: dict[object, set[int]] = {}
         for name, width in recipe.bits.items():
-            by_input.setdefault(split_name(name), set()).add(width)
+            by_input.setdefault(split_name(name, LLAMA), set()).add(width)
         assert all(len(widths) == 1 for widths in by_input.values())
     assert recipe.bits == dict.fromkeys(shapes, 8)
 
@@ -184,7 +185,7 @@ def test_damage_is_what_happens_to_the_residual_stream(
         )
     model(rows)
     exact = dict(seen)
-    for mapping in MAPPINGS:
+    for mapping in LLAMA.mappings:
         kept = {name: layer.linears[name].weight.clone() for name in mapping.linears}
         scale = recipe.scales[layer.path(mapping.previous)]
         for name in mapping.linears:

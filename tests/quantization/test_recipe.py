@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.models import RoutedLlamaForCausalLM, Routing
+from qtale_lightning.architectures.llama import LLAMA
+from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.quantization import awq
-from qtale_lightning.quantization.mappings import NOT_CLIPPED, decoder_layers, linear_shapes
+from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import (
     CLIP_STEP,
@@ -25,7 +26,7 @@ from qtale_lightning.quantization.recipe import (
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize, quantize
 
 MakeModel = Callable[..., LlamaForCausalLM]
-MakeRouted = Callable[..., RoutedLlamaForCausalLM]
+MakeRouted = Callable[..., RoutedForCausalLM]
 Search = Callable[..., Recipe]
 Apply = Callable[[nn.Module, Recipe], None]
 
@@ -258,7 +259,7 @@ def test_a_composition_quantizes_each_linear_as_its_part(
             ones = torch.ones(len(ours.scales))
             instead = part.scales.get(full, ones) / mixed.scales.get(full, ones)
             torch.testing.assert_close(ours.scales, theirs.scales * instead[:, None, None], rtol=1e-6, atol=0)
-            assert (full in mixed.clips) == (name not in NOT_CLIPPED)
+            assert (full in mixed.clips) == (name not in LLAMA.not_clipped)
 
     # The logged errors hold in the composition.
     expected = make_model()

@@ -172,7 +172,7 @@ def test_a_failed_quantization_leaves_the_old_model_and_its_figures(
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qtale_lightning.models.modeling.RoutedLlamaForCausalLM.save_pretrained", full)
+    monkeypatch.setattr("qtale_lightning.models.modeling.RoutedForCausalLM.save_pretrained", full)
     monkeypatch.setenv("QTALE_TRACEBACK", "1")
     with pytest.raises(OSError, match=r"No space left on device: '.*model-rtn-4bit'"):
         main(["quantize", str(run.root), "--quantize.group_size", "64"])

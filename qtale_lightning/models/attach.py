@@ -1,0 +1,60 @@
+"""Attaching routers to a Hugging Face model, in place: its weights keep their names and their storage."""
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+from qtale_lightning.architectures import architecture_of, window
+from qtale_lightning.models.attention import ATTENTION
+from qtale_lightning.models.config import RoutedConfig
+from qtale_lightning.models.fused import FASTER, FusedLayer
+from qtale_lightning.models.linear import RoutedLinear
+from qtale_lightning.models.routed_layer import RoutedLayer, attach_router
+from qtale_lightning.models.router import Router
+
+
+def attach_routers(model: Any, config: RoutedConfig) -> None:
+    """Make the decoder layers of a family's causal language model routed ones, in place.
+
+    Args:
+        model: With `model.layers`; its modules get ``config``.
+        config: Of its family, and of the routers.
+
+    Raises:
+        ValueError: The family isn't declared.
+    """
+    family = architecture_of(config)
+    faster = {
+        family.causal_lm.replace("ForCausalLM", part): ours for part, ours in FASTER.items() if family.fused
+    }
+    routed = FusedLayer if family.fused else RoutedLayer
+    config._attn_implementation = ATTENTION
+    for index, layer in enumerate(model.model.layers):
+        router = None
+        if index in config.routed_layers:
+            router = Router(config.hidden_size, config.router_width).to(next(layer.parameters()).device)
+        attach_router(
+            layer,
+            _made(routed, type(layer)),
+            index,
+            router,
+            is_last=index == config.num_hidden_layers - 1,
+            window=window(config, index),
+        )
+    for module in model.modules():
+        kind = type(module)
+        if kind is nn.Linear:
+            module.__class__ = RoutedLinear
+        elif kind.__name__ in faster:
+            module.__class__ = _made(faster[kind.__name__], kind)
+        if hasattr(module, "config"):
+            module.config = config
+
+
+@cache
+def _made(ours: type[nn.Module], kind: type[nn.Module]) -> Any:
+    """A class of one of ours and of a family's own, named as that with "Routed" in front."""
+    if issubclass(kind, ours):
+        return kind
+    return type(f"Routed{kind.__name__}", (ours, kind), {"__module__": __name__})

@@ -1,0 +1,65 @@
+"""The configuration of a routed model: the routers' part, shared by all families."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Base
+else:
+    # A data class takes its fields' defaults from all its bases: those of Hugging Face's would hide a family's own.
+    _Base = object
+
+
+class RoutedConfig(_Base):
+    """The routers' part of a routed model's configuration; `families` makes a class of it and of each family's own.
+
+    Args:
+        router_width: Width of every router (D-LLM: 512).
+        start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
+        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
+        threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a routed layer.
+    """
+
+    router_width: int = 512
+    start_layer: int = 2
+    reserved_tokens: int = 2
+    threshold: float | list[float] = 0.5
+
+    def validate_routing(self) -> None:
+        """Refuse values that no routed model can have."""
+        if not 0 <= self.start_layer <= self.num_hidden_layers:
+            raise ValueError(
+                f"start_layer {self.start_layer} is outside the model's {self.num_hidden_layers} layers"
+            )
+        if self.router_width < 1 or self.reserved_tokens < 0:
+            raise ValueError(
+                f"router_width {self.router_width} must be positive, "
+                f"reserved_tokens {self.reserved_tokens} not negative"
+            )
+        if self.start_layer < self.num_hidden_layers and self.reserved_tokens < 1:
+            raise ValueError(
+                "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
+            )
+        self.thresholds(self.threshold)
+
+    @property
+    def routed_layers(self) -> range:
+        """The layers that have a router."""
+        return range(self.start_layer, self.num_hidden_layers)
+
+    def thresholds(self, threshold: float | Sequence[float]) -> dict[int, float]:
+        """θ by routed layer, from one for all of them or one each.
+
+        Raises:
+            ValueError: A θ is no probability, or there aren't as many as routed layers.
+        """
+        layers = self.routed_layers
+        if isinstance(threshold, Sequence) and len(threshold) != len(layers):
+            raise ValueError(
+                f"{len(threshold)} thresholds for {len(layers)} routed layers: give one, or one for each of them"
+            )
+        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(layers))
+        for value in values:
+            if not 0 <= value <= 1:
+                raise ValueError(f"threshold {value} is not a probability: give a value in [0, 1]")
+        return dict(zip(layers, values, strict=False))
