@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from common import claim, interleaved, median_ratio, parser, report, show, write
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from qtale_lightning.evaluation import cost
 from qtale_lightning.models import RoutedCache, RoutedConfig, RoutedForCausalLM, Routing, route, routed_config
+from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_base
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import linear_shapes
@@ -45,15 +46,15 @@ FEW_LAYERS = 4  # measured first where time is limited, to see how many it allow
 SHARE = 0.8  # of the time that is left, for the next attempt: what takes no layers' time is part of the last one's
 
 
-def dense_model(name: str, layers: int | None, device: str = "cpu") -> LlamaForCausalLM:
+def dense_model(name: str, layers: int | None, device: str = "cpu") -> PreTrainedModel:
     """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
     if layers is None:
         return load_base(name, dtype=torch.bfloat16).to(device).eval()  # type: ignore[arg-type]
     config = base_config(name)
     config.num_hidden_layers = layers
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval()  # type: ignore[arg-type]
+        model = classes_of(config).plain(config)
+    model = model.to(torch.bfloat16).to_empty(device=device).eval()
     noise = torch.randn(2**22, dtype=torch.bfloat16, device=device).mul_(0.02)
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
@@ -63,7 +64,7 @@ def dense_model(name: str, layers: int | None, device: str = "cpu") -> LlamaForC
     return model
 
 
-def routed_model(dense: LlamaForCausalLM, name: str) -> RoutedForCausalLM:
+def routed_model(dense: PreTrainedModel, name: str) -> RoutedForCausalLM:
     """A routed model with the dense one's weights, a router in every layer; the weights share memory."""
     shared = {id(parameter): parameter for parameter in dense.parameters()}
     options = {"start_layer": 0, "router_width": ROUTER_WIDTH.get(name, 512)}

@@ -35,12 +35,12 @@ from typing import Any
 import torch
 from common import claim, report, rows_parser, show
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_error, mean_over_tasks
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models import RoutedForCausalLM, route, routed_config
+from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
@@ -108,7 +108,7 @@ def memory_of(name: str, group_size: int) -> tuple[float, float]:
     config = base_config(name)
     config.num_hidden_layers = 1
     options = {"start_layer": 1}
-    model = route(LlamaForCausalLM(config), routed_config(config, **options))
+    model = route(classes_of(config).plain(config), routed_config(config, **options))
     model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]
     batches = [{"input_ids": torch.randint(config.vocab_size, (8, 128))} for _ in range(4)]
     _, _, grown = measured(partial(search, model, batches, "native", 4, group_size))

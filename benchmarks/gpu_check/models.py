@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from qtale_lightning.models import RoutedForCausalLM, route, routed_config
 
@@ -39,7 +39,7 @@ def routed(device: str, dtype: torch.dtype) -> RoutedForCausalLM:
     return _moved(model, device, dtype)
 
 
-Model = TypeVar("Model", bound=LlamaForCausalLM)
+Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def _moved(model: Model, device: str, dtype: torch.dtype) -> Model:

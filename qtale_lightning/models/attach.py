@@ -25,7 +25,7 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
         ValueError: The family isn't declared.
     """
     family = architecture_of(config)
-    faster = {
+    faster: dict[str, Any] = {
         family.causal_lm.replace("ForCausalLM", part): ours for part, ours in FASTER.items() if family.fused
     }
     routed = FusedLayer if family.fused else RoutedLayer
@@ -36,24 +36,24 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
             router = Router(config.hidden_size, config.router_width).to(next(layer.parameters()).device)
         attach_router(
             layer,
-            _made(routed, type(layer)),
+            _made(routed, layer.__class__),
             index,
             router,
             is_last=index == config.num_hidden_layers - 1,
             window=window(config, index),
         )
     for module in model.modules():
-        kind = type(module)
+        kind: Any = type(module)
         if kind is nn.Linear:
             module.__class__ = RoutedLinear
-        elif kind.__name__ in faster:
-            module.__class__ = _made(faster[kind.__name__], kind)
+        elif (ours := faster.get(kind.__name__)) is not None:
+            module.__class__ = _made(ours, kind)
         if hasattr(module, "config"):
             module.config = config
 
 
 @cache
-def _made(ours: type[nn.Module], kind: type[nn.Module]) -> Any:
+def _made(ours: Any, kind: Any) -> Any:
     """A class of one of ours and of a family's own, named as that with "Routed" in front."""
     if issubclass(kind, ours):
         return kind

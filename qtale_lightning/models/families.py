@@ -6,7 +6,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from qtale_lightning.architectures import ARCHITECTURES, ROUTED, Architecture, architecture_of
 from qtale_lightning.models.config import RoutedConfig
@@ -20,7 +20,7 @@ class Classes:
     Each of the latter is made of one of ours and of the family's own, in that order.
     """
 
-    plain: type[PreTrainedModel]
+    plain: Any
     config: type[RoutedConfig]
     causal_lm: type[RoutedForCausalLM]
 
@@ -71,8 +71,8 @@ def _classes(model_type: str) -> Classes:
             **{name: getattr(RoutedConfig, name) for name in fields},
         )
     )
-    with_layers = transformers.AutoModel._model_mapping[plain.config_class]
-    stack = _class((RoutedModel, with_layers), config_class=config)
+    layers: Any = transformers.AutoModel._model_mapping[plain.config_class]
+    stack = _class((RoutedModel, layers), config_class=config)
     split = [f"Routed{name}" for name in plain._no_split_modules]
     causal_lm = _class((RoutedForCausalLM, plain), config_class=config, stack=stack, _no_split_modules=split)
     return Classes(plain, config, causal_lm)

@@ -25,7 +25,7 @@ class FusedRMSNorm(nn.Module):
         """Shape ``(..., D)`` from ``(..., D)``."""
         if cpu.ready(hidden_states, self.weight) and hidden_states.shape[-1] % cpu.LANES == 0:
             return cpu.rms_norm(hidden_states.contiguous(), self.weight, self.variance_epsilon)
-        return super().forward(hidden_states)  # type: ignore[misc]
+        return super().forward(hidden_states)
 
 
 class FusedMLP(nn.Module):
@@ -35,6 +35,7 @@ class FusedMLP(nn.Module):
     gate_proj: nn.Module
     up_proj: nn.Module
     down_proj: nn.Module
+    act_fn: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., D)`` from ``(..., D)``."""
@@ -49,6 +50,13 @@ class FusedAttention(nn.Module):
 
     head_dim: int
     scaling: float
+    attention_dropout: float | None
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
 
     def forward(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """Shape ``(B, T', D)`` of the tokens that ``attend`` is asked for, from ``(B, T, D)``.
@@ -78,6 +86,10 @@ class FusedAttention(nn.Module):
 class FusedLayer(RoutedLayer):
     """A routed layer that computes the asked tokens alone behind its keys and values."""
 
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: nn.Module
+    mlp: nn.Module
     prunes = True
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:

@@ -26,6 +26,8 @@ class RoutedModel(PreTrainedModel):
     """The decoder stack; it makes the call's :class:`Routing` complete and hands it to the layers."""
 
     config: RoutedConfig
+    layers: Any  # of routed layers
+    rotary_emb: Any
 
     def forward(
         self,
@@ -77,7 +79,7 @@ class RoutedModel(PreTrainedModel):
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
-        output = super().forward(  # type: ignore[misc]
+        output = super().forward(
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -160,12 +162,14 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
         """
         if cls is RoutedForCausalLM:  # of whichever family it is
-            return AutoModelForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            auto: Any = AutoModelForCausalLM
+            return auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
         source = path if config is None else config
         if isinstance(source, str | PathLike):
             where = {key: kwargs[key] for key in _WHERE if key in kwargs}
+            assert cls.config_class is not None
             config = kwargs["config"] = cls.config_class.from_pretrained(source, **where)
         packed = getattr(config, "quantization_config", None)
         if config is not None and isinstance(packed, dict) and packed.get("quant_method") == "awq":

@@ -65,7 +65,7 @@ class RoutedLayer(nn.Module):
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """``layer(x)``: the family's own layer, ``(B, T, D)`` from ``(B, T, D)``, with an attention of our own."""
-        return super().forward(hidden_states, position_embeddings=rotary, attend=attend)  # type: ignore[misc]
+        return super().forward(hidden_states, position_embeddings=rotary, attend=attend)
 
 
 def attach_router(
