@@ -1,11 +1,18 @@
 """Values of options: lists and paths as people write them, and guards that NaN fails, too."""
 
 import math
+import re
 from collections.abc import Iterable
 from os.path import expanduser
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from jsonargparse.typing import register_type
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeInt,
+    PositiveInt,
+    register_type,
+    restricted_number_type,
+)
 
 Item = TypeVar("Item")
 
@@ -26,6 +33,24 @@ class Floats(tuple[Item, ...]):
     def read(value: Any) -> "Floats[float]":
         """From what was written (ValueError)."""
         return Floats(map(float, Numbers.read(value)))
+
+
+class Shares(Floats[Item]):
+    """As `Floats`, each from 0 to 1."""
+
+    @staticmethod
+    def read(value: Any) -> "Shares[float]":
+        """From what was written (ValueError)."""
+        return Shares(float(ClosedUnitInterval(number)) for number in Floats.read(value))
+
+
+class Seeds(tuple[Item, ...]):
+    """Seeds, each of them once."""
+
+    @staticmethod
+    def read(value: Any) -> "Seeds[int]":
+        """From what was written (ValueError)."""
+        return Seeds(dict.fromkeys(int(NonNegativeInt(number)) for number in Numbers.read(value)))
 
 
 class Names(tuple[Item, ...]):
@@ -51,10 +76,34 @@ class UserPath(str):
         return UserPath(expanduser(value))
 
 
+class BatchSize(str):
+    """Requests in a batch, as lm-evaluation-harness takes it: a number, ``auto`` or ``auto:N``."""
+
+    @staticmethod
+    def read(value: Any) -> "BatchSize":
+        """From what was written (ValueError)."""
+        if not re.fullmatch(r"(auto:)?[1-9]\d*|auto", str(value)):
+            raise ValueError("give a number of requests, auto or auto:N")
+        return BatchSize(value)
+
+
 register_type(Numbers, list, Numbers.read)
 register_type(Floats, list, Floats.read)
+register_type(Shares, list, Shares.read)
+register_type(Seeds, list, Seeds.read)
 register_type(Names, list, Names.read)
 register_type(UserPath, str, UserPath.read)
+register_type(BatchSize, str, BatchSize.read)
+
+if TYPE_CHECKING:
+    Positive = float
+    Bits = int | float
+else:
+    Positive = restricted_number_type(
+        "Positive", float, [(">", 0), ("<", math.inf)], docstring="Above 0, and finite."
+    )
+    # A precision: whole where it is.
+    Bits = PositiveInt | Positive
 
 
 def _items(value: Any) -> Iterable[Any]:
