@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -33,6 +33,7 @@ from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
+from qtale_lightning.values import plain_numbers
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,11 @@ class QTALECLI(RunConfiguration, LightningCLI):
             parser_kwargs={"prog": prog, "exit_on_error": False},
         )
         self._settle_precision()
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Its numbers go into checkpoints."""
+        super().parse_arguments(parser, args)
+        plain_numbers(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite's own options."""

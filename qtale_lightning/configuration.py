@@ -15,6 +15,7 @@ from qtale_lightning.options import run_parser, with_files, without_lightnings
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.settings import ModelSettings
+from qtale_lightning.values import plain_numbers
 
 
 class RunConfiguration:
@@ -98,6 +99,6 @@ class PlannedRun(RunConfiguration):
 
     def __init__(self, args: Sequence[str], prog: str) -> None:
         parser = run_parser(prog)
-        self.config = parser.parse_args(without_lightnings(with_files(args)))
+        self.config = plain_numbers(parser.parse_args(without_lightnings(with_files(args))))
         self.config_init = parser.instantiate(self.config)
         self.model, self.datamodule = self.config_init["model"], self.config_init["data"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, get_loader, set_loader
+from jsonargparse.typing import PositiveInt
 
 from qtale_lightning import checks
 from qtale_lightning.data.settings import DataSettings
@@ -57,7 +58,7 @@ def add_run_options(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--validations",
-        type=int,
+        type=PositiveInt,
         default=4,
         help="Validations (and checkpoints) during training, evenly spread.",
     )

@@ -1,11 +1,12 @@
-"""Values of options: lists and paths as people write them, and guards that NaN fails, too."""
+"""Values of options: lists and paths as people write them, and numbers in ranges, which NaN is never in."""
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from os.path import expanduser
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
+from jsonargparse import Namespace
 from jsonargparse.typing import (
     ClosedUnitInterval,
     NonNegativeInt,
@@ -95,13 +96,14 @@ register_type(Names, list, Names.read)
 register_type(UserPath, str, UserPath.read)
 register_type(BatchSize, str, BatchSize.read)
 
+# jsonargparse's own PositiveFloat and NonNegativeFloat take infinity.
 if TYPE_CHECKING:
-    Positive = float
+    Positive = NonNegative = ShareBelowOne = float
     Bits = int | float
 else:
-    Positive = restricted_number_type(
-        "Positive", float, [(">", 0), ("<", math.inf)], docstring="Above 0, and finite."
-    )
+    Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
+    NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
+    ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
     # A precision: whole where it is.
     Bits = PositiveInt | Positive
 
@@ -129,22 +131,42 @@ def _number(value: Any) -> int | float:
     return value
 
 
-# A comparison with NaN is false: these say what must be true.
+def in_range(section: str, declared: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuse numbers outside of the ranges that a signature's types declare, whoever gives them.
+
+    Args:
+        section: Of the options, such as ``model``.
+        declared: A function whose parameters have jsonargparse's types, such as ``PositiveInt | None``.
+        values: Of its parameters, by name.
+
+    Raises:
+        ValueError: The message names the option, its value and its range.
+    """
+    for name, kind in get_type_hints(declared).items():
+        for ranged in {kind, *get_args(kind)}:
+            value = values.get(name)
+            if not hasattr(ranged, "_restrictions") or value is None:
+                continue
+            try:
+                ranged(value)
+            except ValueError as error:
+                raise ValueError(f"--{section}.{name} {value}: {range_in_words(str(error))}") from None
 
 
-def positive(option: str, value: float) -> None:
-    """Refuse what isn't a finite number above 0 (ValueError)."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"--{option} {value} must be positive, and finite")
+def range_in_words(text: str) -> str:
+    """A refusal of jsonargparse's types in words; other texts as they are."""
+    bounds = re.search(r"does not conform to restriction (.*)", text)
+    return (
+        text
+        if bounds is None
+        else "must be " + re.sub(r"v([<>]=?)", r"\1 ", bounds[1]).replace("inf", "infinity")
+    )
 
 
-def not_negative(option: str, value: float) -> None:
-    """Refuse what isn't a finite number of 0 or more (ValueError)."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"--{option} {value} must not be negative, and finite")
-
-
-def share(option: str, value: float) -> None:
-    """Refuse what isn't in [0, 1] (ValueError)."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"--{option} {value} is not a share: give a value in [0, 1]")
+def plain_numbers(config: Namespace) -> Namespace:
+    """A parsed configuration whose numbers are int and float: pickled ones of other types aren't read again."""
+    for name, value in config.items():
+        for kind in (int, float):
+            if isinstance(value, kind) and not isinstance(value, bool):
+                config[name] = kind(value)
+    return config

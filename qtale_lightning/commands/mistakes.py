@@ -5,6 +5,8 @@ from argparse import ArgumentError, ArgumentParser
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from qtale_lightning.values import range_in_words
+
 
 def corrected(
     error: ArgumentError, command: str, own: ArgumentParser, *others: ArgumentParser
@@ -38,6 +40,7 @@ def meant(given: str, known: Iterable[str]) -> str:
 
 def plain(text: str) -> str:
     """A message of jsonargparse: its option, value and reasons, without what only its programmer needs."""
+    text = re.sub(r"^Call to compute_fn of link .* failed: ", "", text)
     text = re.sub(r"^argument (-[\w.-]+): ", r"\1: ", text)
     parts = re.match(r'Parser key "([\w.]+)":\s*(.*)', text, flags=re.DOTALL)
     if not parts:
@@ -51,6 +54,8 @@ def plain(text: str) -> str:
         return f"{option} {found[2]}: {_reason(found[1])}"
     if found := re.match(r"Not of type \w+: (\S+) (does not conform.*)", said):
         return f"{option} {found[1]}: {_reason(found[2])}"
+    if found := re.match(r"Not of type \w+: (.*): '(.*)'", said):
+        return f"{option} {found[2]}: {_reason(found[1])}"
     return f"{option}: {_reason(said)}"
 
 
@@ -59,13 +64,13 @@ def _reason(text: str) -> str:
     text = re.sub(r"^Not of type \w+: ", "", text.strip())
     text = re.sub(r"^Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1", text)
     text = re.sub(r"^Expected a typing\.Literal\[(.*)\]", r"choose one of \1", text)
-    text = re.sub(r"^invalid literal for int\(\).*", "expected a whole number", text)
-    text = re.sub(r"^could not convert string to float: .*", "expected a number", text)
-    bounds = re.search(r"does not conform to restriction (.*)", text)
-    if bounds is None:
-        return text
-    words = re.sub(r"v([<>]=?)", r"\1 ", bounds[1]).replace("inf", "infinity")
-    return f"{text[: bounds.start()]}must be {words}"
+    text = re.sub(
+        r"^invalid literal for int\(\).*|^int\(\) argument must be .*", "expected a whole number", text
+    )
+    text = re.sub(
+        r"^could not convert string to float.*|^float\(\) argument must be .*", "expected a number", text
+    )
+    return range_in_words(text)
 
 
 def _unknown(given: list[str], known: list[str]) -> str:

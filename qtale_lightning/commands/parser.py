@@ -19,6 +19,7 @@ from qtale_lightning.options import (
     with_files,
     without_lightnings,
 )
+from qtale_lightning.values import plain_numbers
 
 PROG = "python -m qtale_lightning"
 
@@ -141,6 +142,7 @@ def parse(argv: Sequence[str], group: Group) -> tuple[Command, Callable[[], int 
         raise corrected(error, name, own) from None
     for part in path:
         given = given[part]
+    plain_numbers(given)
     named = {name: given[name] for name in inspect.signature(command.function).parameters if name in given}
     if command.options is not None:
         named["options"] = tuple(options)

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qtale_lightning.values import Floats
+from jsonargparse.typing import OpenUnitInterval
+
+from qtale_lightning.values import Floats, in_range
 
 Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
 
@@ -30,20 +32,17 @@ class SweepOptions:
     thresholds: Floats[float] = Floats((0.5, 0.3, 0.2, 0.1, 0.03, 0.005))  # noqa: RUF009 (a tuple)
     rule: Rule = "one-standard-error"
     budgets: Floats[float] = Floats()  # noqa: RUF009
-    margin: float | None = None
+    margin: OpenUnitInterval | None = None
 
     def __post_init__(self) -> None:
         check_thresholds(self.thresholds)
+        in_range("sweep", SweepOptions.__init__, vars(self))
         for budget in self.budgets:
             if not 0 < budget <= 1:
                 raise ValueError(f"--sweep.budgets {budget} is no share of layers: give values in (0, 1]")
         if self.searches and not self.budgets:
             raise ValueError(
                 f"--sweep.rule {self.rule} needs --sweep.budgets, execution ratios such as '[0.7,0.8]'"
-            )
-        if self.margin is not None and not 0 < self.margin < 1:
-            raise ValueError(
-                f"--sweep.margin {self.margin} must lie between 0 and 1: 0.01 is one point of accuracy"
             )
 
     @property

@@ -158,8 +158,8 @@ def test_full_execution_is_measured_where_the_rule_needs_it() -> None:
         ({"rule": "layer-budget"}, "--sweep.rule layer-budget needs --sweep.budgets"),
         ({"rule": "budget", "budgets": (0.0,)}, r"--sweep.budgets 0.0 is no share"),
         ({"rule": "budget", "budgets": (0.7, 1.2)}, r"--sweep.budgets 1.2 is no share"),
-        ({"rule": "tolerance", "margin": 0.0}, r"--sweep.margin 0.0 must lie between 0 and 1"),
-        ({"rule": "tolerance", "margin": 1.0}, r"--sweep.margin 1.0 must lie between 0 and 1: .*one point"),
+        ({"rule": "tolerance", "margin": 0.0}, r"--sweep.margin 0.0: must be > 0 and < 1"),
+        ({"rule": "tolerance", "margin": 1.0}, r"--sweep.margin 1.0: must be > 0 and < 1"),
     ],
 )
 def test_options_that_cant_be(options: dict[str, Any], words: str) -> None:

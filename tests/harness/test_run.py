@@ -131,7 +131,7 @@ def test_a_model_without_routers_has_no_threshold(
     [
         (["--tasks", "alpaca,facts", "--data.root", "."], "answered in writing"),
         (["--theta", "1.5"], "--theta 1.5: must be >= 0 and <= 1"),
-        (["--limit", "0"], "must be positive"),
+        (["--limit", "0"], "must be > 0"),
         (["--bits", "3"], "quantize"),
         (["--tasks", "arc_easy"], "--data.root FOLDER"),  # no network in tests
     ],

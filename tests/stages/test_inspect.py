@@ -89,7 +89,7 @@ def test_a_text_of_ones_own_is_shown_and_not_measured(run: RunDirectory) -> None
     ("more", "message"),
     [
         (("--theta", "1.5"), "--theta 1.5: must be >= 0 and <= 1"),
-        (("--questions", "0"), "--questions: 0 must be positive"),
+        (("--questions", "0"), "--questions 0: must be > 0"),
         (("--text", " "), "--text ' ' is empty"),
         (("--bits", "2"), "model-rtn-2bit isn't there"),
     ],
