@@ -94,8 +94,8 @@ def options_help(shown: Callable[[str], bool]) -> str:
         if not shown(action.dest):
             action.help = SUPPRESS
     parser._optionals.title = "The run"
-    for name, title in _TITLES.items():
-        parser.groups[name].title = title
+    for name, group in (parser.groups or {}).items():
+        group.title = _TITLES[name]
     return parser.format_help().strip()
 
 

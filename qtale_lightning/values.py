@@ -98,7 +98,9 @@ register_type(BatchSize, str, BatchSize.read)
 
 # jsonargparse's own PositiveFloat and NonNegativeFloat take infinity.
 if TYPE_CHECKING:
-    Positive = NonNegative = ShareBelowOne = float
+    Positive = float
+    NonNegative = float
+    ShareBelowOne = float
     Bits = int | float
 else:
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])

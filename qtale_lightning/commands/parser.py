@@ -42,8 +42,9 @@ class _Formatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 class Command:
     """A sub-command: a function whose parameters are its options, and whose docstring is its help.
 
-    Parameters without a default are positional, or must be given where they are keyword-only; ``bool`` is a flag. The
-    parameter ``options`` isn't one of them: it gets arguments as they were written.
+    Parameters without a default are positional, or must be given where they are keyword-only; ``bool`` is a flag, and
+    ``list[str] | None`` an option that may be given several times. The parameter ``options`` isn't one of them: it
+    gets arguments as they were written.
 
     Attributes:
         example: Arguments, as its help shows them.
@@ -75,21 +76,23 @@ class Command:
         for name, one in inspect.signature(self.function).parameters.items():
             if name == "options":
                 continue
-            kind, told = types[name], {"help": texts[name]}
+            kind, text = types[name], texts[name]
             required, shown = one.default is one.empty, _VALUES.get(name, name.upper())
             if kind is bool:
-                parser.add_argument(f"--{name}", action="store_true", **told)
+                parser.add_argument(f"--{name}", action="store_true", help=text)
+            elif kind == list[str] | None:
+                parser.add_argument(f"--{name}", type=str, action="append", metavar=shown, help=text)
             elif not required:
-                parser.add_argument(f"--{name}", type=kind, default=one.default, metavar=shown, **told)
+                parser.add_argument(f"--{name}", type=kind, default=one.default, metavar=shown, help=text)
             elif one.kind is one.KEYWORD_ONLY:
-                parser.add_argument(f"--{name}", type=kind, required=True, metavar=shown, **told)
+                parser.add_argument(f"--{name}", type=kind, required=True, metavar=shown, help=text)
                 usage.append(f"--{name} {shown}")
             elif get_origin(kind) is list:
                 shown = shown.removesuffix("S")
-                parser.add_argument(name, type=get_args(kind)[0], nargs="+", metavar=shown, **told)
+                parser.add_argument(name, type=get_args(kind)[0], nargs="+", metavar=shown, help=text)
                 usage.append(f"{shown} …")
             else:
-                parser.add_argument(name, type=kind, metavar=shown, **told)
+                parser.add_argument(name, type=kind, metavar=shown, help=text)
                 usage.append(shown)
         parser.usage = " ".join([*usage, "[OPTIONS]"])
         parser.description = "\n\n".join(
@@ -99,9 +102,9 @@ class Command:
         )
         parser.epilog = f"example:\n  {parser.prog} {self.example}"
         if self.options == "the run's":
-            shown = [options_help(self.shows)] if self.shows else []
+            sections = [options_help(self.shows)] if self.shows else []
             more = _ALL if self.shows is of_training else _OTHERS
-            parser.epilog = "\n\n".join([*shown, more, parser.epilog])
+            parser.epilog = "\n\n".join([*sections, more, parser.epilog])
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def _at(rows: Sequence[Evaluation], theta: float | list[float] | None) -> Evalua
 
 
 def _choose(run: TableRun, rule: GridRule, rows: Sequence[Evaluation]) -> Evaluation | None:
-    """What the rule chooses from the grid, as `sweep` does; None where a row or its predictions are missing."""
+    """What the rule chooses from the grid, as `thresholds` does; None where a row or its predictions are missing."""
     grid = replace(run.sweep, rule=rule.rule, margin=rule.margin).grid()
     measured = [row for theta in grid if (row := _at(rows, theta))]
     if len(measured) < len(grid):
