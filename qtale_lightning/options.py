@@ -42,7 +42,7 @@ _TITLES = {
 }
 
 # What LightningCLI answers alone: it knows the classes that a class of the trainer's options may be.
-_LIGHTNINGS = re.compile(r"--(trainer\.(callbacks|logger|plugins|profiler|strategy)[.+]|print_config)")
+_LIGHTNINGS = re.compile(r"--trainer\.(callbacks|logger|plugins|profiler|strategy)[.+]")
 
 
 def add_run_options(parser: ArgumentParser) -> None:
