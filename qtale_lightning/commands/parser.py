@@ -218,7 +218,9 @@ def _check(options: Sequence[str], command: str, own: ArgumentParser) -> None:
         print(options_help(of_the_trainer))
         raise SystemExit(0)
     parser = run_parser(f"{PROG} {command}")
-    options = [option for option in options if not option.startswith("--print_config")]  # for the command itself
+    options = [
+        option for option in options if not option.startswith("--print_config")
+    ]  # for the command itself
     try:
         parser.parse_args(without_lightnings(with_files(options)))
     except ArgumentError as error:
