@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from jsonargparse.typing import (
-    ClosedUnitInterval,
-    NonNegativeInt,
     PositiveInt,
     register_type,
     restricted_number_type,
@@ -34,24 +32,6 @@ class Floats(tuple[Item, ...]):
     def read(value: Any) -> "Floats[float]":
         """From what was written (ValueError)."""
         return Floats(map(float, Numbers.read(value)))
-
-
-class Shares(Floats[Item]):
-    """As `Floats`, each from 0 to 1."""
-
-    @staticmethod
-    def read(value: Any) -> "Shares[float]":
-        """From what was written (ValueError)."""
-        return Shares(float(ClosedUnitInterval(number)) for number in Floats.read(value))
-
-
-class Seeds(tuple[Item, ...]):
-    """Seeds, each of them once."""
-
-    @staticmethod
-    def read(value: Any) -> "Seeds[int]":
-        """From what was written (ValueError)."""
-        return Seeds(dict.fromkeys(int(NonNegativeInt(number)) for number in Numbers.read(value)))
 
 
 class Names(tuple[Item, ...]):
@@ -90,8 +70,6 @@ class BatchSize(str):
 
 register_type(Numbers, list, Numbers.read)
 register_type(Floats, list, Floats.read)
-register_type(Shares, list, Shares.read)
-register_type(Seeds, list, Seeds.read)
 register_type(Names, list, Names.read)
 register_type(UserPath, str, UserPath.read)
 register_type(BatchSize, str, BatchSize.read)
@@ -101,11 +79,13 @@ if TYPE_CHECKING:
     Positive = float
     NonNegative = float
     ShareBelowOne = float
+    ShareAboveZero = float
     Bits = int | float
 else:
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
     NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
     ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
+    ShareAboveZero = restricted_number_type("ShareAboveZero", float, [(">", 0), ("<=", 1)])
     # A precision: whole where it is.
     Bits = PositiveInt | Positive
 
@@ -137,22 +117,35 @@ def in_range(section: str, declared: Callable[..., Any], values: Mapping[str, An
     """Refuse numbers outside of the ranges that a signature's types declare, whoever gives them.
 
     Args:
-        section: Of the options, such as ``model``.
-        declared: A function whose parameters have jsonargparse's types, such as ``PositiveInt | None``.
+        section: Of the options, such as ``model``; empty for a command's own.
+        declared: A function whose parameters have jsonargparse's types: ``PositiveInt | None``, or
+            ``Floats[ClosedUnitInterval]`` for a list of them.
         values: Of its parameters, by name.
 
     Raises:
         ValueError: The message names the option, its value and its range.
     """
     for name, kind in get_type_hints(declared).items():
-        for ranged in {kind, *get_args(kind)}:
-            value = values.get(name)
-            if not hasattr(ranged, "_restrictions") or value is None:
-                continue
-            try:
-                ranged(value)
-            except ValueError as error:
-                raise ValueError(f"--{section}.{name} {value}: {range_in_words(str(error))}") from None
+        option = f"--{section}.{name}" if section else f"--{name}"
+        ranges = [one for one in _parts(kind) if hasattr(one, "_restrictions")]
+        given = values.get(name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            refusals = [_refusal(one, value) for one in ranges]
+            if ranges and all(refusals):
+                raise ValueError(f"{option} {value}: {refusals[0]}")
+
+
+def _parts(kind: Any) -> list[Any]:
+    """A type, and all that it is made of."""
+    return [kind, *(part for argument in get_args(kind) for part in _parts(argument))]
+
+
+def _refusal(ranged: Callable[[Any], Any], value: Any) -> str:
+    try:
+        ranged(value)
+    except ValueError as error:
+        return range_in_words(str(error))
+    return ""
 
 
 def range_in_words(text: str) -> str:

@@ -88,7 +88,9 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             id="target ratio below 0",
         ),
         pytest.param(
-            ("--sweep.thresholds", "[0.5,1.5]"), ("--sweep.thresholds", "1.5", "[0, 1]"), id="threshold"
+            ("--sweep.thresholds", "[0.5,1.5]"),
+            ("--sweep.thresholds 1.5: must be >= 0 and <= 1",),
+            id="threshold",
         ),
         pytest.param(("--sweep.thresholds", "[]"), ("--sweep.thresholds", "at least one"), id="no threshold"),
         pytest.param(("--sweep.rule", "best"), ("sweep.rule", "best", "tolerance", "budget"), id="rule"),
@@ -641,7 +643,7 @@ def test_a_stage_before_its_model(refused: Refusal, claimed: str) -> None:
 
 
 def test_a_threshold_that_is_none(refused: Refusal, claimed: str) -> None:
-    assert "--theta 2: 2.0 must be >= 0 and <= 1" in refused("evaluate", claimed, "--theta", "2")
+    assert "--theta 2.0: must be >= 0 and <= 1" in refused("evaluate", claimed, "--theta", "2")
 
 
 def test_a_precision_that_isnt_there(refused: Refusal, claimed: str) -> None:

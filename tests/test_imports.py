@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "checkpoints": {"files", "finite", "manifest", "run"},
     "configuration": {
         *("architectures", "checks", "data", "evaluation", "options", "quantization", "run", "settings"),
-        "strategy",
+        *("strategy", "values"),
     },
     "compat": set(),
     "cpu": {"precision"},

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from qtale_lightning.commands import stages
 from qtale_lightning.values import (
     Floats,
     Names,
@@ -111,6 +112,7 @@ def test_ranges_have_no_number_that_is_none(option: str, value: float) -> None:
 
 
 def test_ranges_know_their_bounds() -> None:
+    in_range("", stages.evaluate, {"bits": 3.5, "theta": (0, 1)})
     in_range("model", declared, {"lr": 1e-9, "decay": 0, "dropout": 0, "rank": None})
     for option, value in (("lr", 0), ("dropout", 1), ("rank", 0), ("rank", 1.5)):
         with pytest.raises(ValueError, match=rf"--model.{option} {value}: "):

@@ -19,7 +19,7 @@ from qtale_lightning.options import (
     with_files,
     without_lightnings,
 )
-from qtale_lightning.values import plain_numbers
+from qtale_lightning.values import in_range, plain_numbers
 
 PROG = "python -m qtale_lightning"
 
@@ -146,7 +146,11 @@ def parse(argv: Sequence[str], group: Group) -> tuple[Command, Callable[[], int 
     for part in path:
         given = given[part]
     plain_numbers(given)
-    named = {name: given[name] for name in inspect.signature(command.function).parameters if name in given}
+    named = {one: given[one] for one in inspect.signature(command.function).parameters if one in given}
+    try:
+        in_range("", command.function, named)
+    except ValueError as error:
+        raise ArgumentError(None, f"{name}: {error}") from None
     if command.options is not None:
         named["options"] = tuple(options)
     return command, partial(command.function, **named)

@@ -10,7 +10,7 @@ from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
 from qtale_lightning.commands.parser import PROG
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.values import BatchSize, Bits, Numbers, Shares, UserPath
+from qtale_lightning.values import BatchSize, Bits, Floats, Numbers, Positive, UserPath
 
 if TYPE_CHECKING:
     from qtale_lightning.cli import QTALECLI
@@ -70,7 +70,7 @@ def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
 
 
 def evaluate(
-    run: UserPath, options: tuple[str, ...], bits: Bits = 16, theta: Shares[float] | None = None
+    run: UserPath, options: tuple[str, ...], bits: Bits = 16, theta: Floats[ClosedUnitInterval] | None = None
 ) -> None:
     """One precision and threshold on the validation questions.
 
@@ -124,7 +124,7 @@ def lm_eval(
 def inspect(
     run: UserPath,
     options: tuple[str, ...],
-    bits: Numbers[int | float] | None = None,
+    bits: Numbers[Positive] | None = None,
     theta: ClosedUnitInterval | None = None,
     questions: PositiveInt = 200,
     text: list[str] | None = None,

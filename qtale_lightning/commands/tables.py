@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import NonNegativeInt
+
 from qtale_lightning.commands.parser import PROG
 from qtale_lightning.experiments import find
 from qtale_lightning.options import run_parser, with_files, without_lightnings
-from qtale_lightning.values import Seeds, UserPath
+from qtale_lightning.values import Numbers, UserPath
 
 if TYPE_CHECKING:
     from qtale_lightning.tables.request import Asked
@@ -22,7 +24,7 @@ def table(
     options: tuple[str, ...],
     *,
     model: str,
-    seeds: Seeds[int] = Seeds((0,)),  # noqa: B008 (a tuple)
+    seeds: Numbers[NonNegativeInt] = Numbers((0,)),  # noqa: B008 (a tuple)
     out: UserPath = _OUT,
     plan: bool = False,
 ) -> None:
@@ -49,7 +51,7 @@ def figures(
     options: tuple[str, ...],
     *,
     model: str,
-    seeds: Seeds[int] = Seeds((0,)),  # noqa: B008 (a tuple)
+    seeds: Numbers[NonNegativeInt] = Numbers((0,)),  # noqa: B008 (a tuple)
     out: UserPath = _OUT,
 ) -> None:
     """Figures of a table's finished runs, from what the table measured.
@@ -71,7 +73,7 @@ def requested(
     name: str,
     options: tuple[str, ...],
     model: str,
-    seeds: tuple[int, ...],
+    seeds: Sequence[int],
     out: str,
     plan: bool = False,
 ) -> Asked:
@@ -80,7 +82,8 @@ def requested(
     from qtale_lightning.tables.request import Asked, Request
 
     file = find(name if name.endswith(".yaml") else FOLDER / f"{name}.yaml")
-    return Asked(file, Request(model, _tasks(options), tuple(seeds), Path(out), options), plan)
+    once = tuple(dict.fromkeys(seeds))
+    return Asked(file, Request(model, _tasks(options), once, Path(out), options), plan)
 
 
 def _tasks(options: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from qtale_lightning.__main__ import main
 from qtale_lightning.commands import COMMANDS
 from qtale_lightning.commands.mistakes import meant, plain
 from qtale_lightning.commands.parser import Command, Group, parse
+from tests.tables.files import asked
 
 
 def given(*argv: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def test_a_commands_own_options_stand_anywhere(argv: tuple[str, ...]) -> None:
 def test_numbers_are_read_as_they_are_meant() -> None:
     assert [type(given("evaluate", "RUN", f"--bits={bits}")["bits"]) for bits in ("4", "3.5")] == [int, float]
     assert given("evaluate", "RUN", "--theta", "0.3,0")["theta"] == (0.3, 0)
-    assert given("table", "csqa", "--model=tiny", "--seeds", "1,0,1")["seeds"] == (1, 0)
+    assert asked("table", ["csqa", "--model=tiny", "--seeds", "1,0,1"]).request.seeds == (1, 0)
     assert given("lm-eval", "RUN", "--batch_size", "auto:4")["batch_size"] == "auto:4"
     assert given("inspect", "RUN", "--text", "a, b", "--text", "[c")["text"] == ["a, b", "[c"]
     assert given("compare", "a", "b", "--to", "c") == {"runs": ["a", "b"], "to": "c"}
@@ -84,7 +85,8 @@ def test_a_configuration_is_printed(options: Any, capsys: pytest.CaptureFixture[
         (["evaluate", "RUN", "--quantize.bits", "--bits", "4"], "--quantize.bits: expected one argument"),
         (["evaluate", "RUN", "--bits"], "--bits: expected one argument"),
         (["evaluate", "RUN", "more"], "'more' is one argument too many"),
-        (["evaluate", "RUN", "--theta", "nan"], "--theta nan: must be >= 0 and <= 1"),
+        (["evaluate", "RUN", "--theta", "0.5,nan"], "--theta nan: must be >= 0 and <= 1"),
+        (["table", "csqa", "--model=tiny", "--seeds=0,1.5"], "--seeds 1.5: 1.5 not an integer"),
         (["fit", "--model.lr", "-1"], "fit: --model.lr -1: must be > 0 and < infinity"),
         (["fit", "--model.lora_rank", "2.5"], "--model.lora_rank 2.5: "),
         (["report", "RUN", "--data.root", "x"], "there is no option --data.root"),
