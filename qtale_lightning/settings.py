@@ -7,7 +7,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
-from qtale_lightning.values import Names, NonNegative, Positive, ShareBelowOne, UserPath, in_range
+from qtale_lightning.values import Names, NonNegative, Positive, ShareBelowOne, UserPath, ranged
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -49,6 +49,7 @@ class ModelSettings:
         ValueError: A value that can't be; the message names its option.
     """
 
+    @ranged("model")
     def __init__(
         self,
         name: str = "smollm2-135m",
@@ -87,7 +88,6 @@ class ModelSettings:
                 f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
                 "(METHOD=… of make sets it)"
             )
-        in_range("model", ModelSettings.__init__, arguments)
         if not lora_targets and not train_all:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"

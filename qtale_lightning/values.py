@@ -3,6 +3,8 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from inspect import signature
 from os.path import expanduser
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
@@ -158,10 +160,32 @@ def range_in_words(text: str) -> str:
     )
 
 
+def ranged(section: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates an ``__init__`` whose types declare ranges: it refuses numbers outside of them, as `in_range` does.
+
+    It is given plain ones, though the parser makes them of those types: a checkpoint with others isn't read again.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def checked(*args: Any, **given: Any) -> None:
+            bound = signature(init).bind(*args, **given)
+            in_range(section, init, bound.arguments)
+            bound.arguments |= {name: _plain(value) for name, value in bound.arguments.items()}
+            init(*bound.args, **bound.kwargs)
+
+        return checked
+
+    return decorate
+
+
 def plain_numbers(config: Namespace) -> Namespace:
-    """A parsed configuration whose numbers are int and float: pickled ones of other types aren't read again."""
+    """A parsed configuration whose numbers are int and float, not of the types that declare their ranges."""
     for name, value in config.items():
-        for kind in (int, float):
-            if isinstance(value, kind) and not isinstance(value, bool):
-                config[name] = kind(value)
+        config[name] = _plain(value)
     return config
+
+
+def _plain(value: Any) -> Any:
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if kind in (bool, None) else kind(value)

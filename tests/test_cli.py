@@ -142,7 +142,7 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             id="a rule of accuracies without them",
         ),
         pytest.param(
-            ("--model.lr", "fast"), ("model.lr", "float", "fast", "--help"), id="a word for a number"
+            ("--model.lr", "fast"), ("--model.lr fast: expected a number", "--help"), id="a word for a number"
         ),
         pytest.param(
             ("--model.learning_rate", "1"), ("--model.learning_rate", "--help"), id="unknown option"

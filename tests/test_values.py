@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from qtale_lightning.commands import stages
+from qtale_lightning.settings import ModelSettings
 from qtale_lightning.values import (
     Floats,
     Names,
@@ -126,3 +127,12 @@ def test_what_was_parsed_is_plain() -> None:
     parsed = plain_numbers(parser.parse_args(["--model.lr=0.1", "--model.rank=2"])).model
     assert [type(value) for value in (parsed.lr, parsed.rank)] == [float, int]
     assert yaml.safe_dump(parsed.as_dict())
+
+
+def test_what_is_made_of_ranges_has_plain_numbers() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ModelSettings, "model")
+    made = parser.instantiate(parser.parse_args(["--model.lr=0.1", "--model.router_width=16"])).model
+    assert [type(value) for value in (made.lr, made.routing_options["router_width"])] == [float, int]
+    with pytest.raises(ValueError, match=r"--model.lr 0: must be > 0"):
+        ModelSettings(lr=0)

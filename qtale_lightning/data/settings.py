@@ -6,7 +6,7 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from qtale_lightning.data.asking import Asking
 from qtale_lightning.data.tasks import SUITES, resolve_tasks
-from qtale_lightning.values import UserPath, in_range
+from qtale_lightning.values import UserPath, ranged
 
 MIXES = ("proportional", "uniform")
 
@@ -40,6 +40,7 @@ class DataSettings:
         FileNotFoundError: `root` isn't a folder.
     """
 
+    @ranged("data")
     def __init__(
         self,
         tasks: str | list[str] = "csqa",
@@ -59,7 +60,6 @@ class DataSettings:
         seed: int = 0,
         num_workers: NonNegativeInt = 0,
     ) -> None:
-        in_range("data", DataSettings.__init__, locals())
         super().__init__()  # of the LightningDataModule, where this is one
         self.tasks = resolve_tasks(tasks)
         self.asking = Asking(
