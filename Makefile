@@ -32,7 +32,7 @@ BASE   := $(if $(PRESET),--config experiments/paper/$(PRESET).yaml,\
 CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) \
           --config experiments/methods/$(METHOD).yaml \
           --data.tasks $(call quote,$(DATA)) --seed_everything $(SEED) --out $(call quote,$(OUT)) $(ARGS)
-TABLED := $(TABLE) --model $(MODEL) --data $(call quote,$(DATA)) --seeds $(SEEDS) --out $(call quote,$(OUT)) $(ARGS)
+TABLED := $(TABLE) --model $(MODEL) --data.tasks $(call quote,$(DATA)) --seeds $(SEEDS) --out $(call quote,$(OUT)) $(ARGS)
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
 # benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
 BENCHES := train_step linear latency router quantize evaluate llamacpp
@@ -116,7 +116,7 @@ figures: table-given setup ## figures of a table's finished runs, with the same 
 sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 without (JOBS=2 COUNT=8 RUN=<folder>); SWEEP=entity/project/id joins one
 	@test -n "$(SWEEP)" || { echo "error: name the sweep: make sweep SWEEP=… of $(SWEEPS)"; exit 2; }
 	MODEL=$(MODEL) METHOD=$(METHOD) DATA=$(call quote,$(DATA)) SEED=$(SEED) OUT=$(call quote,$(OUT)) RUN=$(call quote,$(RUN)) \
-	  $(VENV)/bin/python -m qtale_lightning.sweeps \
+	  $(QTALE) sweep \
 	  $(if $(findstring /,$(SWEEP)),join $(SWEEP),start sweeps/$(SWEEP).yaml) $(if $(LOCAL),--local) $(if $(JOBS),--jobs $(JOBS)) \
 	  $(if $(COUNT),--count $(COUNT)) $(if $(ARGS),-- $(ARGS))
 

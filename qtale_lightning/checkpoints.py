@@ -92,7 +92,7 @@ def resume_point(run: RunDirectory) -> Path | None:
     if run.model().is_dir():
         raise FileNotFoundError(
             f"{run.model()} was trained, but {run.last} is gone, so that training would start anew. What comes after "
-            f"training needs no checkpoint: `python -m qtale_lightning quantize|sweep|report {run.root}`. To train "
+            f"it needs no checkpoint: `python -m qtale_lightning quantize|thresholds|report {run.root}`. To train "
             "anew, move that run away, or give another folder (OUT=… of make, --out)."
         )
     return None

@@ -63,8 +63,6 @@ def check_trainer(options: Mapping[str, Any], validations: int) -> None:
     clip = options["gradient_clip_val"]
     if clip is not None and not 0 <= clip < math.inf:
         raise ValueError(f"--trainer.gradient_clip_val {clip} must be a number of 0 (no clipping) or more")
-    if validations < 1:
-        raise ValueError(f"--validations {validations} must be at least 1")
     for name in ("limit_train_batches", "limit_val_batches"):
         limit = options[name]
         if limit is not None and not (limit > 0 if isinstance(limit, int) else 0 < limit <= 1):

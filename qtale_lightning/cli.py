@@ -1,7 +1,7 @@
 """What trains, made from a configuration as LightningCLI parses it: module, data, trainer, callbacks."""
 
 import logging
-from argparse import SUPPRESS
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     TQDMProgressBar,
 )
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import FSDPStrategy
@@ -22,22 +22,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning import checks
 from qtale_lightning.checkpoints import RunCheckpointIO
-from qtale_lightning.configuration import (
-    DESCRIPTION,
-    RunConfiguration,
-    add_run_options,
-    usage,
-    with_files,
-)
+from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
 from qtale_lightning.models.sources import check_source, check_tokens, source_name
 from qtale_lightning.module import QTALEModule
+from qtale_lightning.options import add_run_options, with_files
 from qtale_lightning.precision import Origin, training_precision
 from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
+from qtale_lightning.values import plain_numbers
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +57,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
     datamodule: CommonsenseDataModule
     precision_origin: Origin
 
-    def __init__(self, args: list[str], prog: str) -> None:
+    def __init__(self, args: Sequence[str], prog: str) -> None:
         args = with_files(args)
         disable_progress_bar()  # transformers', one for every load and save
         super().__init__(
@@ -72,21 +68,14 @@ class QTALECLI(RunConfiguration, LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=None,  # the run directory keeps the configuration, and checks it
-            parser_kwargs={
-                "prog": prog,
-                "usage": usage(prog),
-                "description": DESCRIPTION,
-                "exit_on_error": False,
-            },
+            parser_kwargs={"prog": prog, "exit_on_error": False},
         )
         self._settle_precision()
 
-    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """--model, --data and --trainer, without showing what of the trainer the suite sets itself."""
-        super().add_core_arguments_to_parser(parser)
-        for action in parser._actions:
-            if action.dest.removeprefix("trainer.") in checks.OWNED:
-                action.help = SUPPRESS
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Its numbers go into checkpoints."""
+        super().parse_arguments(parser, args)
+        plain_numbers(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The suite's own options."""

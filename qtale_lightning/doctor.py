@@ -1,8 +1,6 @@
 """``doctor``: what this machine has of what is needed, and what a model would lack here."""
 
-import argparse
-from collections.abc import Iterable, Iterator
-from os.path import expanduser
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from qtale_lightning.configuration import PlannedRun
@@ -13,30 +11,24 @@ from qtale_lightning.models.locations import Location, locate
 from qtale_lightning.plan import training_bytes
 
 
-def doctor(args: list[str]) -> int:
-    """What this machine has of what is needed, and what a model would lack here.
+def examine(model: str | None, options: Sequence[str], out: Path) -> int:
+    """Print what this machine has, and what a model would lack here.
+
+    Args:
+        model: Of experiments/models.
+        options: Of its run, as on `fit`'s command line.
+        out: Folder of the runs.
 
     Returns:
         The exit status: 1 where something is missing, else 0.
     """
-    parser = argparse.ArgumentParser(
-        "python -m qtale_lightning doctor",
-        description="What this machine has of what is needed, and what a model would lack here.",
-        epilog="Other options are those of `fit`, such as --model.path and --data.root; `fit --help` lists them.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", help="a model of experiments/models: its weights, memory and rows, too")
-    parser.add_argument("--out", type=expanduser, default="outputs", help="folder of the runs")
-    own, options = parser.parse_known_args(args)
-    if own.model is None and options:
-        parser.error(f"{' '.join(options)}: options of a run need --model NAME")
-    run = None if own.model is None else planned(own.model, options)
-    findings = [*machine(Path(own.out)), *([] if run is None else needs(run))]
+    run = None if model is None else planned(model, options)
+    findings = [*machine(out), *([] if run is None else needs(run))]
     show(findings)
     return int(any(finding.mark == "missing" for finding in findings))
 
 
-def planned(model: str, options: list[str]) -> PlannedRun:
+def planned(model: str, options: Sequence[str]) -> PlannedRun:
     """A model's usual configuration: that of ``make train MODEL=…``, where its files are at hand."""
     files = [
         find(f"experiments/{file}") for file in ("base.yaml", f"models/{model}.yaml", "methods/qtale.yaml")

@@ -37,13 +37,12 @@ class Explained:
     status: int
 
 
-def run(main: Callable[[list[str]], int | None], argv: Sequence[str], goes_on: bool = False) -> int:
+def run(main: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     """The exit status of a command line; errors are said on standard error.
 
     Args:
-        main: Runs the arguments.
+        main: Runs the arguments. What it notes on a KeyboardInterrupt is said behind "stopped".
         argv: ``--debug`` anywhere in them keeps tracebacks, for this process and those that it starts.
-        goes_on: The same command, given again, goes on where this one was stopped.
     """
     if DEBUG in argv:
         os.environ[VARIABLE] = "1"
@@ -52,10 +51,10 @@ def run(main: Callable[[list[str]], int | None], argv: Sequence[str], goes_on: b
             return main([argument for argument in argv if argument != DEBUG]) or 0
         finally:
             sys.stdout.flush()  # here, where a reader that has gone is known for what it is
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         if os.environ.get(VARIABLE):
             raise
-        say("stopped" + ("; the same command goes on from here" if goes_on else ""))
+        say("; ".join(["stopped", *getattr(stopped, "__notes__", ())]))
         return 128 + signal.SIGINT
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _reader_has_gone():

@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
+
 from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
-from qtale_lightning.values import Names, UserPath, not_negative, positive, share
+from qtale_lightning.values import Names, NonNegative, Positive, ShareBelowOne, UserPath, ranged
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -19,13 +21,14 @@ class ModelSettings:
 
     Args:
         name: The model, one of those that qtale_lightning/architectures names: smollm2-135m, gemma3-270m, llama2-7b, …
-        path: A local folder or hub id to load its weights from, instead of the preset's own source.
-        revision: Commit, branch or tag of the hub's repository. By default the preset's own commit, or main with a
+        path: A local folder or hub id to load its weights from, instead of the model's own source.
+        revision: Commit, branch or tag of the hub's repository. By default the model's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
         method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer with a router (D-LLM: 2).
-        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2).
+        reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2). One is needed: a query needs
+            a key to attend to.
         target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
         lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5).
         lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Must be 0 for dllm and full.
@@ -46,29 +49,30 @@ class ModelSettings:
         ValueError: A value that can't be; the message names its option.
     """
 
+    @ranged("model")
     def __init__(
         self,
         name: str = "smollm2-135m",
         path: UserPath | str | None = None,
         revision: str | None = None,
         method: str = "qtale",
-        router_width: int = 512,
-        start_layer: int = 2,
-        reserved_tokens: int = 2,
-        target_ratio: float = 0.5,
-        lambda_ratio: float = 5.0,
-        lambda_entropy: float = 0.5,
-        temperature: float = 1.0,
-        ratio_schedule: float = 0.0,
+        router_width: PositiveInt = 512,
+        start_layer: NonNegativeInt = 2,
+        reserved_tokens: PositiveInt = 2,
+        target_ratio: ClosedUnitInterval = 0.5,
+        lambda_ratio: NonNegative = 5.0,
+        lambda_entropy: NonNegative = 0.5,
+        temperature: Positive = 1.0,
+        ratio_schedule: ClosedUnitInterval = 0.0,
         train_all: bool = False,
-        lora_rank: int = 8,
-        lora_alpha: float = 16.0,
-        lora_dropout: float = 0.05,
+        lora_rank: PositiveInt = 8,
+        lora_alpha: Positive = 16.0,
+        lora_dropout: ShareBelowOne = 0.05,
         lora_targets: Names[str] = Names(("q_proj", "k_proj", "v_proj")),  # noqa: B008 (a tuple)
-        lr: float = 2.8e-4,
-        router_lr: float | None = None,
-        weight_decay: float = 0.02,
-        warmup: float = 0.2,
+        lr: Positive = 2.8e-4,
+        router_lr: Positive | None = None,
+        weight_decay: NonNegative = 0.02,
+        warmup: ClosedUnitInterval = 0.2,
         seed: int = 0,
     ) -> None:
         arguments = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
@@ -84,16 +88,6 @@ class ModelSettings:
                 f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
                 "(METHOD=… of make sets it)"
             )
-        for option in ("target_ratio", "ratio_schedule", "warmup"):
-            share(f"model.{option}", arguments[option])
-        # Of the reserved tokens one is needed in every layer: a query needs a key to attend to.
-        for option in ("lr", "temperature", "lora_rank", "lora_alpha", "router_width", "reserved_tokens"):
-            positive(f"model.{option}", arguments[option])
-        positive("model.router_lr", lr if router_lr is None else router_lr)
-        for option in ("lambda_ratio", "lambda_entropy", "weight_decay"):
-            not_negative(f"model.{option}", arguments[option])
-        if not 0 <= lora_dropout < 1:
-            raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
         if not lora_targets and not train_all:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"

@@ -1,11 +1,19 @@
-"""Values of options: lists and paths as people write them, and guards that NaN fails, too."""
+"""Values of options: lists and paths as people write them, and numbers in ranges, which NaN is never in."""
 
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
+from inspect import signature
 from os.path import expanduser
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
-from jsonargparse.typing import register_type
+from jsonargparse import Namespace
+from jsonargparse.typing import (
+    PositiveInt,
+    register_type,
+    restricted_number_type,
+)
 
 Item = TypeVar("Item")
 
@@ -51,10 +59,37 @@ class UserPath(str):
         return UserPath(expanduser(value))
 
 
+class BatchSize(str):
+    """Requests in a batch, as lm-evaluation-harness takes it: a number, ``auto`` or ``auto:N``."""
+
+    @staticmethod
+    def read(value: Any) -> "BatchSize":
+        """From what was written (ValueError)."""
+        if not re.fullmatch(r"(auto:)?[1-9]\d*|auto", str(value)):
+            raise ValueError("give a number of requests, auto or auto:N")
+        return BatchSize(value)
+
+
 register_type(Numbers, list, Numbers.read)
 register_type(Floats, list, Floats.read)
 register_type(Names, list, Names.read)
 register_type(UserPath, str, UserPath.read)
+register_type(BatchSize, str, BatchSize.read)
+
+# jsonargparse's own PositiveFloat and NonNegativeFloat take infinity.
+if TYPE_CHECKING:
+    Positive = float
+    NonNegative = float
+    ShareBelowOne = float
+    ShareAboveZero = float
+    Bits = int | float
+else:
+    Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
+    NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
+    ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
+    ShareAboveZero = restricted_number_type("ShareAboveZero", float, [(">", 0), ("<=", 1)])
+    # A precision: whole where it is.
+    Bits = PositiveInt | Positive
 
 
 def _items(value: Any) -> Iterable[Any]:
@@ -80,22 +115,77 @@ def _number(value: Any) -> int | float:
     return value
 
 
-# A comparison with NaN is false: these say what must be true.
+def in_range(section: str, declared: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Refuse numbers outside of the ranges that a signature's types declare, whoever gives them.
+
+    Args:
+        section: Of the options, such as ``model``; empty for a command's own.
+        declared: A function whose parameters have jsonargparse's types: ``PositiveInt | None``, or
+            ``Floats[ClosedUnitInterval]`` for a list of them.
+        values: Of its parameters, by name.
+
+    Raises:
+        ValueError: The message names the option, its value and its range.
+    """
+    for name, kind in get_type_hints(declared).items():
+        option = f"--{section}.{name}" if section else f"--{name}"
+        ranges = [one for one in _parts(kind) if hasattr(one, "_restrictions")]
+        given = values.get(name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            refusals = [_refusal(one, value) for one in ranges]
+            if ranges and all(refusals):
+                raise ValueError(f"{option} {value}: {refusals[0]}")
 
 
-def positive(option: str, value: float) -> None:
-    """Refuse what isn't a finite number above 0 (ValueError)."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"--{option} {value} must be positive, and finite")
+def _parts(kind: Any) -> list[Any]:
+    """A type, and all that it is made of."""
+    return [kind, *(part for argument in get_args(kind) for part in _parts(argument))]
 
 
-def not_negative(option: str, value: float) -> None:
-    """Refuse what isn't a finite number of 0 or more (ValueError)."""
-    if not 0 <= value < math.inf:
-        raise ValueError(f"--{option} {value} must not be negative, and finite")
+def _refusal(ranged: Callable[[Any], Any], value: Any) -> str:
+    try:
+        ranged(value)
+    except ValueError as error:
+        return range_in_words(str(error))
+    return ""
 
 
-def share(option: str, value: float) -> None:
-    """Refuse what isn't in [0, 1] (ValueError)."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"--{option} {value} is not a share: give a value in [0, 1]")
+def range_in_words(text: str) -> str:
+    """A refusal of jsonargparse's types in words; other texts as they are."""
+    bounds = re.search(r"does not conform to restriction (.*)", text)
+    return (
+        text
+        if bounds is None
+        else "must be " + re.sub(r"v([<>]=?)", r"\1 ", bounds[1]).replace("inf", "infinity")
+    )
+
+
+def ranged(section: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates an ``__init__`` whose types declare ranges: it refuses numbers outside of them, as `in_range` does.
+
+    It is given plain ones, though the parser makes them of those types: a checkpoint with others isn't read again.
+    """
+
+    def decorate(init: Callable[..., None]) -> Callable[..., None]:
+        @wraps(init)
+        def checked(*args: Any, **given: Any) -> None:
+            bound = signature(init).bind(*args, **given)
+            in_range(section, init, bound.arguments)
+            bound.arguments |= {name: _plain(value) for name, value in bound.arguments.items()}
+            init(*bound.args, **bound.kwargs)
+
+        return checked
+
+    return decorate
+
+
+def plain_numbers(config: Namespace) -> Namespace:
+    """A parsed configuration whose numbers are int and float, not of the types that declare their ranges."""
+    for name, value in config.items():
+        config[name] = _plain(value)
+    return config
+
+
+def _plain(value: Any) -> Any:
+    kind = next((kind for kind in (bool, int, float) if isinstance(value, kind)), None)
+    return value if kind in (bool, None) else kind(value)

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.configuration import PlannedRun, with_files
+from qtale_lightning.configuration import PlannedRun
 from qtale_lightning.experiments import CHECKOUT, find, names
+from qtale_lightning.options import with_files
 from qtale_lightning.sweeps.trial import Trial
-from qtale_lightning.tables.request import parse
+from tests.tables.files import asked
 
 CONFIGS = [f"experiments/{file}" for file in ("base.yaml", "models/tiny.yaml", "methods/qtale.yaml")]
 CONFIGURED = [part for file in CONFIGS for part in ("--config", file)]
@@ -67,12 +68,12 @@ def test_a_home_folder_is_expanded_where_no_shell_does(elsewhere: Path, form: st
 
 
 def test_a_table_is_found_from_anywhere(elsewhere: Path) -> None:
-    asked = parse("table", ["csqa", "--model", "tiny", "--out=~/runs", "--plan"])
-    assert asked.file == CHECKOUT / "experiments/tables/csqa.yaml"
-    assert asked.request.out == elsewhere / "runs"
+    found = asked("table", ["csqa", "--model", "tiny", "--out=~/runs", "--plan"])
+    assert found.file == CHECKOUT / "experiments/tables/csqa.yaml"
+    assert found.request.out == elsewhere / "runs"
 
 
-@pytest.mark.parametrize("command", ["quantize", "sweep", "evaluate", "lm-eval", "inspect", "report"])
+@pytest.mark.parametrize("command", ["quantize", "thresholds", "evaluate", "lm-eval", "inspect", "report"])
 def test_a_run_in_the_home_folder(command: str, elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([command, "~/run"])
@@ -94,7 +95,7 @@ def test_a_comparison_in_the_home_folder(elsewhere: Path, monkeypatch: pytest.Mo
 
 
 def test_a_sweep_in_the_home_folder(elsewhere: Path) -> None:
-    trial = Trial.parse(["--to=~/runs/sweeps/x", "sweep", "~/run", "--", "--sweep.margin=0.01"])
+    trial = Trial.parse(["--to=~/runs/sweeps/x", "thresholds", "~/run", "--", "--sweep.margin=0.01"])
     assert trial.folder.parent == elsewhere / "runs" / "sweeps" / "x"
     assert trial.fixed == (f"{elsewhere}/run",)
 
@@ -104,13 +105,13 @@ def test_a_sweep_in_the_home_folder(elsewhere: Path) -> None:
     [
         (["quantize"], ("quantize", "RUN", "--quantize.bits", "--quantize.sequences", "override")),
         (["quantize", "run"], ("RUN", "--quantize.bits")),
-        (["sweep"], ("RUN", "--sweep.thresholds", "--sweep.budgets")),
+        (["thresholds"], ("RUN", "--sweep.thresholds", "--sweep.budgets")),
         (["evaluate", "run"], ("RUN", "--bits", "--theta")),
         (["report", "run"], ("RUN", "results.json")),
         (["compare"], ("RUN", "--to FOLDER")),
         (["table"], ("--seeds", "--plan", "csqa")),
         (["figures"], ("--seeds", "csqa")),
-        (["lm-eval"], ("--tasks", "--batch-size")),
+        (["lm-eval"], ("--tasks", "--batch_size")),
         (["inspect"], ("--questions", "--text")),
     ],
     ids=" ".join,
@@ -131,7 +132,7 @@ def test_every_command_has_its_own_help(
         *(("evaluate", "--bits", value) for value in ("nan", "inf", "-4", "0", "four")),
         *(("evaluate", "--theta", value) for value in ("nan", "-0.1", "2")),
         *(("lm-eval", "--limit", value) for value in ("0", "-1", "some")),
-        *(("lm-eval", "--batch-size", value) for value in ("0", "many")),
+        *(("lm-eval", "--batch_size", value) for value in ("0", "many")),
         ("inspect", "--questions", "0"),
     ],
 )
@@ -141,4 +142,6 @@ def test_a_value_that_is_none_is_refused_by_its_option(
     with pytest.raises(SystemExit) as end:
         main([command, "run", f"{option}={value}"])
     assert end.value.code == 2
-    assert f"argument {option}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{command}: {option} {value}" in said
+    assert "must be" in said or "number" in said

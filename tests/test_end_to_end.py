@@ -281,7 +281,7 @@ def test_other_engines_and_precisions_stand_beside(run: Run, tmp_path: Path) -> 
     }
     assert len(widths) > 1
     before = run.results()["selected"]
-    main(["sweep", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
+    main(["thresholds", str(run.root), "--quantize.engine", "rtn", "--quantize.bits", "[4]"])
     rows = {(row["engine"], row["bits"]) for row in run.results()["evaluation"]}
     assert rows == {("none", 16), ("native", 4), ("native", 3), ("rtn", 4)}
     assert [row for row in run.results()["selected"] if row["engine"] != "rtn"] == before
@@ -352,7 +352,7 @@ def test_starting_again_repeats_nothing(run: Run) -> None:
 @qtale
 def test_a_sweep_adds_the_thresholds_that_are_missing(run: Run) -> None:
     before = run.results()["evaluation"]
-    main(["sweep", str(run.root), "--sweep.thresholds", "[0.5,0.25,0.1]"])
+    main(["thresholds", str(run.root), "--sweep.thresholds", "[0.5,0.25,0.1]"])
     after = run.results()["evaluation"]
     assert [row for row in after if row["theta"] != 0.25] == [row for row in before if row["theta"] != 0.25]
     splits = ("validation", "calibration")

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from wandb.errors import CommError
 
 from qtale_lightning import errors
-from qtale_lightning.sweeps.__main__ import main as sweeps
+from qtale_lightning.__main__ import main
+from qtale_lightning.run import RunDirectory
 
 Raised = Callable[[Path], object]
 
@@ -172,10 +173,15 @@ def test_debug_keeps_every_traceback(arguments: list[str], monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("goes_on", "words"), [(False, "stopped\n"), (True, "stopped; the same command goes on")]
+    ("command", "words"), [("report", "stopped\n"), ("quantize", "stopped; the same command goes on")]
 )
-def test_an_interruption_is_one_line(goes_on: bool, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert errors.run(raising(KeyboardInterrupt()), [], goes_on) == 130  # type: ignore[arg-type]
+def test_an_interruption_is_one_line(
+    command: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RunDirectory, "require_config", raising(KeyboardInterrupt()))
+    with pytest.raises(SystemExit) as end:
+        main([command, "run"])
+    assert end.value.code == 130
     shown = capsys.readouterr().err
     assert shown.startswith(words)
     assert len(shown.splitlines()) == 1
@@ -195,6 +201,8 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 def test_sweeps_end_the_same_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sweeps(["start", str(tmp_path / "[/b].yaml"), "--local"]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", "start", str(tmp_path / "[/b].yaml"), "--local"])
+    assert end.value.code == 2
     assert "there is no sweep" in (message := capsys.readouterr().err)
     assert "[/b].yaml" in message

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from qtale_lightning.__main__ import COMMANDS, main
+from qtale_lightning.__main__ import main
+from qtale_lightning.commands import COMMANDS
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.quantization.options import QuantizationOptions
@@ -40,7 +41,7 @@ def descriptions() -> dict[str, str]:
         main(["fit", "--help"])
     assert end.value.code == 0
     text = "".join(lines)
-    entries = re.split(r"^  (?=-|\w)", text[text.index("options:") :], flags=re.MULTILINE)
+    entries = re.split(r"^  (?=-|\w)", text[text.index("The run:") :], flags=re.MULTILINE)
     found = {}
     for entry in entries:
         if match := re.match(r"--([\w.]+)(?: (?:\{[^}]*\}|\[[^\]]*\]|\S+))?\s+(.*)", entry, flags=re.DOTALL):
@@ -59,4 +60,4 @@ def test_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert end.value.code == 0
     usage = capsys.readouterr().out
-    assert all(re.search(rf"^  {command} ", usage, flags=re.MULTILINE) for command in COMMANDS)
+    assert all(re.search(rf"^ +{command} ", usage, flags=re.MULTILINE) for command in COMMANDS.commands)

@@ -15,17 +15,8 @@ MAY_IMPORT = {
     "checks": {"schedule"},
     "checkpoints": {"files", "finite", "manifest", "run"},
     "configuration": {
-        "architectures",
-        "checks",
-        "data",
-        "evaluation",
-        "experiments",
-        "quantization",
-        "run",
-        "settings",
-        "strategy",
-        "values",
-        "yaml_files",
+        *("architectures", "checks", "data", "evaluation", "options", "quantization", "run", "settings"),
+        *("strategy", "values"),
     },
     "compat": set(),
     "cpu": {"precision"},
@@ -42,6 +33,10 @@ MAY_IMPORT = {
     "machine": {"compat", "cpu", "precision", "wandb_session"},
     "metrics": {"losses", "models", "paths"},
     "origin": {"data", "fingerprint", "manifest"},
+    "options": {
+        *("checks", "data", "evaluation", "experiments", "quantization", "settings", "values"),
+        "yaml_files",
+    },
     "paths": set(),
     "precision": set(),
     "quantization": {"architectures", "compat", "cpu", "manifest", "values"},
@@ -58,7 +53,7 @@ MAY_IMPORT = {
     "schedule": set(),
     "settings": {"architectures", "models", "values"},
     "strategy": {"checkpoints", "models"},
-    "sweeps": {"errors", "experiments", "files", "locks", "report", "wandb_session", "yaml_files"},
+    "sweeps": {"files", "locks", "report", "wandb_session", "yaml_files"},
     "tracking": {"settings", "wandb_session"},
     "wandb_session": {"files", "settings"},
     "values": set(),
@@ -66,7 +61,7 @@ MAY_IMPORT = {
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"checkpoints.py", "data/datamodule.py", "module.py", "strategy.py", "tracking.py"}
-ABOVE = {"callbacks", "cli", "doctor", "plan", "tables", "__main__"}
+ABOVE = {"callbacks", "cli", "commands", "doctor", "plan", "tables", "__main__"}
 # The parts that callbacks are made from, so that can't import them.
 BELOW = {*MAY_IMPORT, "stages"}
 

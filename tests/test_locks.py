@@ -107,7 +107,7 @@ def test_a_refused_command_leaves_no_folder(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "config.yaml").is_file()
 
 
-@pytest.mark.parametrize("command", ["quantize", "sweep", "evaluate", "lm-eval", "inspect", "report"])
+@pytest.mark.parametrize("command", ["quantize", "thresholds", "evaluate", "lm-eval", "inspect", "report"])
 def test_every_command_that_writes_into_a_run_is_refused(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             ("table", "TABLE=csqa", "OUT=my runs"),
-            "table csqa --model smollm2-135m --data 'facts' --seeds 0 --out 'my runs'",
+            "table csqa --model smollm2-135m --data.tasks 'facts' --seeds 0 --out 'my runs'",
         ),
         (("figures", "TABLE=csqa", "OUT=my runs"), "--out 'my runs'"),
         (("sweep", "SWEEP=lambda2", "OUT=my runs", "RUN=my runs/tiny"), "OUT='my runs' RUN='my runs/tiny'"),

@@ -186,7 +186,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"target_ratio": 1.5}, "target_ratio 1.5"),
         ({"method": "dllm", "lambda_entropy": 0.5}, "lambda_entropy"),
         ({"lr": 0.0}, "--model.lr"),
-        ({"lr": float("nan")}, "--model.lr nan must be positive, and finite"),
+        ({"lr": float("nan")}, "--model.lr nan: must be > 0 and < infinity"),
         ({"router_lr": float("inf")}, "--model.router_lr inf"),
         ({"lambda_ratio": float("nan")}, "--model.lambda_ratio nan"),
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
-from qtale_lightning.__main__ import COMMANDS
-from qtale_lightning.configuration import trainer_options
+from qtale_lightning.commands import COMMANDS
+from qtale_lightning.commands.parser import Group
+from qtale_lightning.options import SHOWN, trainer_options
+from qtale_lightning.yaml_files import read_yaml
 
 HEAVY = {
     "torch",
@@ -37,12 +41,22 @@ def imported(*arguments: str) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], [], *([command, "--help"] for command in COMMANDS if command != "fit")],
-    ids=" ".join,
-)
-def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+def calls(group: Group = COMMANDS) -> list[list[str]]:
+    """Every command, as it is called, with those that others have."""
+    return [
+        [name, *more]
+        for name, command in group.commands.items()
+        for more in ([[], *calls(command)] if isinstance(command, Group) else [[]])
+    ]
+
+
+@pytest.mark.parametrize("command", [[], *calls()], ids=" ".join)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    assert not HEAVY & imported("-m", "qtale_lightning", *command, "--help")
+
+
+@pytest.mark.parametrize("arguments", [[], ["fit", "--trainer.help"]], ids=" ".join)
+def test_nor_do_other_lists(arguments: list[str]) -> None:
     assert not HEAVY & imported("-m", "qtale_lightning", *arguments)
 
 
@@ -66,7 +80,7 @@ def test_the_planned_options_of_the_trainer_are_lightnings() -> None:
 
     from lightning.pytorch import Trainer
 
-    planned = {name: default for name, (_, default) in trainer_options().items()}
+    planned = {one.name: one.default for one in fields(trainer_options())}
     parameters = signature(Trainer.__init__).parameters.values()
     assert planned == {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
@@ -86,3 +100,11 @@ def test_a_plan_refuses_options_that_training_would_refuse(option: str, value: s
 
     with pytest.raises(ArgumentError, match=option.removeprefix("--")):
         PlannedRun([*options(), option, value], "plan")
+
+
+def test_fits_help_shows_what_the_suites_configurations_set_of_the_trainer() -> None:
+    files = (Path(__file__).parent.parent / "experiments").rglob("*.yaml")
+    sections = (read_yaml(file) for file in files if "results" not in file.parts)
+    used = {name for section in sections for name in section.get("trainer", {})}
+    assert used
+    assert used <= {*SHOWN}

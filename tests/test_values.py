@@ -8,8 +8,21 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse.typing import PositiveInt
 
-from qtale_lightning.values import Floats, Names, Numbers, UserPath, not_negative, positive, share
+from qtale_lightning.commands import stages
+from qtale_lightning.settings import ModelSettings
+from qtale_lightning.values import (
+    Floats,
+    Names,
+    NonNegative,
+    Numbers,
+    Positive,
+    ShareBelowOne,
+    UserPath,
+    in_range,
+    plain_numbers,
+)
 
 
 class Options:
@@ -83,17 +96,43 @@ def test_a_home_folder_is_expanded(parse: Callable[..., Any], written: str, read
     assert options.path == dumped.get("path") == read
 
 
-@pytest.mark.parametrize("guard", [positive, not_negative, share])
+def declared(
+    lr: Positive = 1.0,
+    decay: NonNegative = 0.0,
+    dropout: ShareBelowOne = 0.0,
+    rank: PositiveInt | None = None,
+) -> None:
+    pass
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1])
-def test_guards_refuse_what_is_no_number(guard: Callable[[str, float], None], value: float) -> None:
-    with pytest.raises(ValueError, match=r"--model.lr (nan|-?inf|-0.1) "):
-        guard("model.lr", value)
+@pytest.mark.parametrize("option", ["lr", "decay", "dropout"])
+def test_ranges_have_no_number_that_is_none(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=rf"--model.{option} (nan|-?inf|-0.1): must be "):
+        in_range("model", declared, {option: value})
 
 
-def test_guards_know_their_bounds() -> None:
-    not_negative("x", 0)
-    share("x", 0)
-    share("x", 1)
-    positive("x", 1e-9)
-    with pytest.raises(ValueError, match="must be positive"):
-        positive("x", 0)
+def test_ranges_know_their_bounds() -> None:
+    in_range("", stages.evaluate, {"bits": 3.5, "theta": (0, 1)})
+    in_range("model", declared, {"lr": 1e-9, "decay": 0, "dropout": 0, "rank": None})
+    for option, value in (("lr", 0), ("dropout", 1), ("rank", 0), ("rank", 1.5)):
+        with pytest.raises(ValueError, match=rf"--model.{option} {value}: "):
+            in_range("model", declared, {option: value})
+
+
+def test_what_was_parsed_is_plain() -> None:
+    """What a checkpoint holds of other types isn't read again."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(declared, "model")
+    parsed = plain_numbers(parser.parse_args(["--model.lr=0.1", "--model.rank=2"])).model
+    assert [type(value) for value in (parsed.lr, parsed.rank)] == [float, int]
+    assert yaml.safe_dump(parsed.as_dict())
+
+
+def test_what_is_made_of_ranges_has_plain_numbers() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ModelSettings, "model")
+    made = parser.instantiate(parser.parse_args(["--model.lr=0.1", "--model.router_width=16"])).model
+    assert [type(value) for value in (made.lr, made.routing_options["router_width"])] == [float, int]
+    with pytest.raises(ValueError, match=r"--model.lr 0: must be > 0"):
+        ModelSettings(lr=0)

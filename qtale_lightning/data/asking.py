@@ -41,11 +41,6 @@ class Asking:
             if value not in values:
                 words = option.replace("_", " ")
                 raise ValueError(f"unknown {words} {value!r} (--data.{option}); known: {', '.join(values)}")
-        for option in ("shots", "generations"):
-            if getattr(self, option) < 0:
-                raise ValueError(f"--data.{option} must not be negative, got {getattr(self, option)}")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"--data.max_new_tokens must be positive, got {self.max_new_tokens}")
         chosen = [task for task in self.tasks if not TASKS[task].written]
         if self.shots and not chosen:
             raise ValueError(

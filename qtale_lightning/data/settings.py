@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
 from qtale_lightning.data.asking import Asking
 from qtale_lightning.data.tasks import SUITES, resolve_tasks
-from qtale_lightning.values import UserPath
+from qtale_lightning.values import UserPath, ranged
 
 MIXES = ("proportional", "uniform")
 
@@ -38,24 +40,25 @@ class DataSettings:
         FileNotFoundError: `root` isn't a folder.
     """
 
+    @ranged("data")
     def __init__(
         self,
         tasks: str | list[str] = "csqa",
         root: UserPath | str | None = None,
         prompt_style: str = "cloze",
         choice_labels: str = "letters",
-        shots: int = 0,
+        shots: NonNegativeInt = 0,
         answers: str = "scored",
-        max_new_tokens: int | None = None,
-        generations: int = 8,
-        batch_size: int = 16,
-        max_length: int = 512,
-        limit_train: int | None = None,
-        limit_validation: int | None = None,
-        calibration_rows: int = 64,
+        max_new_tokens: PositiveInt | None = None,
+        generations: NonNegativeInt = 8,
+        batch_size: PositiveInt = 16,
+        max_length: PositiveInt = 512,
+        limit_train: PositiveInt | None = None,
+        limit_validation: PositiveInt | None = None,
+        calibration_rows: PositiveInt = 64,
         mix: str = "proportional",
         seed: int = 0,
-        num_workers: int = 0,
+        num_workers: NonNegativeInt = 0,
     ) -> None:
         super().__init__()  # of the LightningDataModule, where this is one
         self.tasks = resolve_tasks(tasks)
@@ -64,18 +67,6 @@ class DataSettings:
         )
         if mix not in MIXES:
             raise ValueError(f"unknown mix {mix!r} (--data.mix); known: {', '.join(MIXES)}")
-        sizes = {
-            "batch_size": batch_size,
-            "max_length": max_length,
-            "limit_train": limit_train,
-            "limit_validation": limit_validation,
-            "calibration_rows": calibration_rows,
-        }
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"--data.{name} must be positive, got {size}")
-        if num_workers < 0:
-            raise ValueError(f"--data.num_workers must not be negative, got {num_workers}")
         if root is not None and not Path(root).is_dir():
             raise FileNotFoundError(
                 f"--data.root {root}: not a folder; it must hold <task>/train.jsonl files"

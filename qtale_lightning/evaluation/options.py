@@ -1,10 +1,11 @@
 """What is asked of a sweep over θ (``--sweep.…``), checked; nothing is measured for it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from qtale_lightning.values import Floats
+from jsonargparse.typing import ClosedUnitInterval, OpenUnitInterval
+
+from qtale_lightning.values import Floats, ShareAboveZero, in_range
 
 Rule = Literal["one-standard-error", "tolerance", "budget", "layer-budget"]
 
@@ -27,23 +28,18 @@ class SweepOptions:
         ValueError: An option has a value that can't be; the message names it.
     """
 
-    thresholds: Floats[float] = Floats((0.5, 0.3, 0.2, 0.1, 0.03, 0.005))  # noqa: RUF009 (a tuple)
+    thresholds: Floats[ClosedUnitInterval] = Floats((0.5, 0.3, 0.2, 0.1, 0.03, 0.005))  # noqa: RUF009 (a tuple)
     rule: Rule = "one-standard-error"
-    budgets: Floats[float] = Floats()  # noqa: RUF009
-    margin: float | None = None
+    budgets: Floats[ShareAboveZero] = Floats()  # noqa: RUF009
+    margin: OpenUnitInterval | None = None
 
     def __post_init__(self) -> None:
-        check_thresholds(self.thresholds)
-        for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise ValueError(f"--sweep.budgets {budget} is no share of layers: give values in (0, 1]")
+        if not self.thresholds:
+            raise ValueError("the threshold grid is empty: give at least one value (--sweep.thresholds)")
+        in_range("sweep", SweepOptions.__init__, vars(self))
         if self.searches and not self.budgets:
             raise ValueError(
                 f"--sweep.rule {self.rule} needs --sweep.budgets, execution ratios such as '[0.7,0.8]'"
-            )
-        if self.margin is not None and not 0 < self.margin < 1:
-            raise ValueError(
-                f"--sweep.margin {self.margin} must lie between 0 and 1: 0.01 is one point of accuracy"
             )
 
     @property
@@ -64,14 +60,3 @@ class SweepOptions:
         """θ to measure, descending; the rule `tolerance` needs full execution, 0, among them."""
         reference = {0.0} if self.rule == "tolerance" else set()
         return sorted({*self.thresholds, *reference}, reverse=True)
-
-
-def check_thresholds(thresholds: Sequence[float]) -> None:
-    """Refuse a grid that isn't one (ValueError)."""
-    if not thresholds:
-        raise ValueError("the threshold grid is empty: give at least one value (--sweep.thresholds)")
-    for value in thresholds:
-        if not 0 <= value <= 1:
-            raise ValueError(
-                f"threshold {value} is not a probability: give values in [0, 1] (--sweep.thresholds)"
-            )

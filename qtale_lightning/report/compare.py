@@ -142,7 +142,7 @@ def _check_protocols(runs: Sequence[Results], names: Sequence[str | Path]) -> No
         rows = _validation(run)
         if not rows:
             raise ValueError(
-                f"{name} has no validation rows: 'python -m qtale_lightning sweep {name}' makes them"
+                f"{name} has no validation rows: 'python -m qtale_lightning thresholds {name}' makes them"
             )
         if not same_questions(rows[0], _validation(runs[0])[0]):
             raise ValueError(

@@ -125,8 +125,8 @@ WRITTEN_BY = {
     "train": "fit",
     "routing": "fit",
     "evaluation": "evaluate",
-    "selected": "sweep",
-    "searches": "sweep",
+    "selected": "thresholds",
+    "searches": "thresholds",
     "changes": "inspect",
 }
 """The sections, and the stage that writes each."""

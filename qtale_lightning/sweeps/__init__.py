@@ -1,6 +1,6 @@
 """Sweeps over hyper-parameters: W&B's files, run by W&B's agents or without a server.
 
-`python -m qtale_lightning.sweeps` starts, joins and tabulates them. A sweep file's command names `trial`, which gives
+`python -m qtale_lightning sweep` starts, joins and tabulates them. A sweep file's command names `trial`, which gives
 every run a folder of its own, so that an agent of W&B and the local runner do the same.
 """
 

@@ -1,9 +1,8 @@
 """The commands ``table`` and ``figures``: a declaration, what is missing of it, and what is made from it."""
 
 import logging
-import shlex
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 
@@ -15,19 +14,18 @@ from qtale_lightning.tables.figures import write_figures
 from qtale_lightning.tables.progress import Estimate, about, estimate
 from qtale_lightning.tables.publish import publish
 from qtale_lightning.tables.render import failures, write_table
-from qtale_lightning.tables.request import Asked, parse
+from qtale_lightning.tables.request import Asked
 from qtale_lightning.tables.rows import Command
 from qtale_lightning.tables.runs import known_runs
 from qtale_lightning.tables.table import Table
 
 
-def table(arguments: Sequence[str], start: Start = start_process) -> None:
+def table(given: Asked, start: Start = start_process) -> None:
     """Run what a table is missing, and write it.
 
     Raises:
         SystemExit: 1 where a cell failed; the table is there nevertheless.
     """
-    given = parse("table", arguments)
     asked = _table(given)
     missing = asked.missing()
     _say_plan(asked, missing)
@@ -42,8 +40,7 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
         raise
     finally:
         signal.signal(signal.SIGTERM, previous)
-    command = shlex.join(["python", "-m", "qtale_lightning", "table", *arguments])
-    found = content(asked, command, executor.failures)
+    found = content(asked, given.command("table"), executor.failures)
     before = _read(_folder(asked) / "table.json")
     page, *_ = write_table(found, _folder(asked))
     if _read(_folder(asked) / "table.json") != before:
@@ -55,13 +52,13 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
         raise SystemExit(1)
 
 
-def figures(arguments: Sequence[str]) -> None:
+def figures(given: Asked) -> None:
     """Figures of a table, from those of its runs that are there.
 
     Raises:
         FileNotFoundError: None is.
     """
-    asked = _table(parse("figures", arguments))
+    asked = _table(given)
     there = [run for run in asked.runs if run.finished]
     if not there:
         raise FileNotFoundError(
@@ -71,8 +68,7 @@ def figures(arguments: Sequence[str]) -> None:
         console.print(
             f"{len(asked.runs) - len(there)} of {len(asked.runs)} runs aren't there, and are left out"
         )
-    command = shlex.join(["python", "-m", "qtale_lightning", "figures", *arguments])
-    for path in write_figures(asked, _folder(asked) / "figures", command):
+    for path in write_figures(asked, _folder(asked) / "figures", given.command("figures")):
         console.print(str(path))
 
 

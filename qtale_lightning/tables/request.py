@@ -1,12 +1,9 @@
 """What the command line asks of a table; read before anything heavy is imported."""
 
-import argparse
-from collections.abc import Sequence
+import shlex
 from dataclasses import dataclass
-from os.path import expanduser
 from pathlib import Path
 
-from qtale_lightning.experiments import find, names
 from qtale_lightning.tables.declaration import FOLDER
 
 
@@ -32,33 +29,14 @@ class Asked:
 
     file: Path
     request: Request
-    plan_only: bool
+    plan_only: bool = False
 
-
-def parse(command: str, arguments: Sequence[str]) -> Asked:
-    """The arguments of ``table`` or ``figures``.
-
-    Raises:
-        SystemExit: They can't be understood, or ask for help.
-        ValueError: A value that can't be.
-    """
-    parser = argparse.ArgumentParser(
-        f"python -m qtale_lightning {command}",
-        allow_abbrev=False,
-        description="Other options are those of `fit`, for every run of the table.",
-    )
-    parser.add_argument(
-        "name", help=f"a table of {FOLDER} ({', '.join(names('tables'))}), or a file like them"
-    )
-    parser.add_argument("--model", required=True, help="a model of experiments/models")
-    parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
-    parser.add_argument("--seeds", default="0", help="seeds joined by commas")
-    parser.add_argument("--out", type=expanduser, default="outputs", help="the runs' folder")
-    parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
-    own, options = parser.parse_known_args(list(arguments))
-    try:
-        seeds = tuple(dict.fromkeys(int(seed) for seed in own.seeds.split(",")))
-    except ValueError:
-        raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
-    file = find(own.name if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml")
-    return Asked(file, Request(own.model, own.data, seeds, Path(own.out), tuple(options)), own.plan)
+    def command(self, name: str) -> str:
+        """The command line that asks for it, by ``table`` or ``figures``."""
+        asked, table = (
+            self.request,
+            self.file.stem if self.file.parent.name == FOLDER.name else str(self.file),
+        )
+        own = ["--model", asked.model, "--seeds", ",".join(map(str, asked.seeds))]
+        line = ["python", "-m", "qtale_lightning", name, table, *own, "--out", str(asked.out), *asked.options]
+        return shlex.join(line)

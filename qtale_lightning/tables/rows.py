@@ -15,7 +15,7 @@ from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
 from qtale_lightning.tables.runs import TableRun
 
 _SPLITS: tuple[Literal["calibration", "validation"], ...] = ("calibration", "validation")
-Kind = Literal["fit", "quantize", "sweep", "evaluate"]
+Kind = Literal["fit", "quantize", "thresholds", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _at(rows: Sequence[Evaluation], theta: float | list[float] | None) -> Evalua
 
 
 def _choose(run: TableRun, rule: GridRule, rows: Sequence[Evaluation]) -> Evaluation | None:
-    """What the rule chooses from the grid, as `sweep` does; None where a row or its predictions are missing."""
+    """What the rule chooses from the grid, as `thresholds` does; None where a row or its predictions are missing."""
     grid = replace(run.sweep, rule=rule.rule, margin=rule.margin).grid()
     measured = [row for theta in grid if (row := _at(rows, theta))]
     if len(measured) < len(grid):
@@ -208,14 +208,14 @@ def _sweeps(run: TableRun, demands: Sequence[Demand], first: str) -> list[Comman
         options += ["--sweep.margin", str(margin)] if margin is not None else []
         bits = _bits(group, engine)
         count = (1 + len(bits)) * len(run.sweep.thresholds)
-        commands.append(_stage("sweep", run, bits, engine, options, count))
+        commands.append(_stage("thresholds", run, bits, engine, options, count))
     alike: dict[tuple[str, str, tuple[float, ...]], list[float]] = {}
     for (engine, rule, width), values in budgets.items():
         alike.setdefault((engine, rule, tuple(sorted(values))), []).append(width)
     for (engine, rule, targets), widths in alike.items():
         bits = [width for width in widths if width != 16]
         options = ["--sweep.rule", rule, "--sweep.budgets", _list(targets)]
-        commands.append(_stage("sweep", run, bits, engine, options, 2 * len(widths) * len(targets)))
+        commands.append(_stage("thresholds", run, bits, engine, options, 2 * len(widths) * len(targets)))
     return commands
 
 

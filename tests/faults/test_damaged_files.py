@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 READERS: dict[str, list[str]] = {
     "config.yaml": ["report"],
     "results.json": ["report"],
-    "metrics.csv": ["sweep"],  # `report` would make it anew
+    "metrics.csv": ["thresholds"],  # `report` would make it anew
     "logs/*/metrics.csv": ["report"],
     "predictions/validation-16bit-*.jsonl": ["compare", "OTHER", "--to", "COMPARED"],
     "awq-search-4bit.safetensors": ["quantize", "--quantize.refit_norm", "false"],

@@ -104,7 +104,7 @@ def test_what_is_there_is_not_evaluated_again(
 
 @needs_harness
 def test_a_packed_model_is_evaluated(run: RunDirectory) -> None:
-    main(["lm-eval", str(run.root), "--bits", "4", "--limit", "2", "--batch-size", "3"])
+    main(["lm-eval", str(run.root), "--bits", "4", "--limit", "2", "--batch_size", "3"])
     (row,) = harness.load_evaluations(run.root)
     assert (row["bits"], row["engine"], row["theta"]) == (4, "native", 0.5)
     assert row["protocol"]["batch_size"] == "3"
@@ -130,8 +130,8 @@ def test_a_model_without_routers_has_no_threshold(
     ("arguments", "message"),
     [
         (["--tasks", "alpaca,facts", "--data.root", "."], "answered in writing"),
-        (["--theta", "1.5"], "not a probability"),
-        (["--limit", "0"], "must be positive"),
+        (["--theta", "1.5"], "--theta 1.5: must be >= 0 and <= 1"),
+        (["--limit", "0"], "must be > 0"),
         (["--bits", "3"], "quantize"),
         (["--tasks", "arc_easy"], "--data.root FOLDER"),  # no network in tests
     ],

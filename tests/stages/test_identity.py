@@ -24,7 +24,7 @@ SWEEP = ("--sweep.thresholds", "[0.6,0.3]", "--quantize.engine", "rtn", "--quant
 @pytest.fixture(scope="module")
 def made(make_run: Callable[..., RunDirectory], tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_run(tmp_path_factory.mktemp("runs"), "qtale", *SMALL, *SWEEP).root
-    main(["sweep", str(run)])
+    main(["thresholds", str(run)])
     return run
 
 
@@ -54,7 +54,7 @@ def another_model(run: RunDirectory, bits: float) -> None:
 def test_a_changed_model_is_measured_again(run: RunDirectory, bits: float) -> None:
     before, others = rows(run, bits), rows(run, 20 - bits)
     another_model(run, bits)
-    main(["sweep", str(run.root)])
+    main(["thresholds", str(run.root)])
     after = rows(run, bits)
     assert [row["theta"] for row in after] == [row["theta"] for row in before], "each in its old one's place"
     assert all(new["average_nll"] != old["average_nll"] for new, old in zip(after, before, strict=True))
@@ -125,7 +125,7 @@ def test_other_options_make_it_anew_and_its_figures_go(
     assert rows(run, 16) == dense
     main(["quantize", str(run.root), *more])
     assert "there already" in capsys.readouterr().out
-    main(["sweep", str(run.root)])
+    main(["thresholds", str(run.root)])
     assert len(rows(run)) == 4
 
 
@@ -203,7 +203,7 @@ def test_a_quick_look_stands_beside_the_whole(run: RunDirectory) -> None:
 
 def test_a_quick_sweep_selects_nothing(run: RunDirectory, capsys: pytest.CaptureFixture[str]) -> None:
     before = load_results(run.root)
-    main(["sweep", str(run.root), "--data.limit_validation", "7"])
+    main(["thresholds", str(run.root), "--data.limit_validation", "7"])
     after = load_results(run.root)
     assert after["selected"] == before["selected"]
     assert own_rows(after) == own_rows(before)
@@ -214,7 +214,7 @@ def test_a_quick_sweep_selects_nothing(run: RunDirectory, capsys: pytest.Capture
 @pytest.mark.slow
 def test_searches_of_other_questions_take_no_place_and_are_not_taken(run: RunDirectory) -> None:
     budget = [
-        "sweep",
+        "thresholds",
         str(run.root),
         "--quantize.bits",
         "[]",

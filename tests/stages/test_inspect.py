@@ -88,8 +88,8 @@ def test_a_text_of_ones_own_is_shown_and_not_measured(run: RunDirectory) -> None
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--theta", "1.5"), "--theta: 1.5 is not a probability"),
-        (("--questions", "0"), "--questions: 0 must be positive"),
+        (("--theta", "1.5"), "--theta 1.5: must be >= 0 and <= 1"),
+        (("--questions", "0"), "--questions 0: must be > 0"),
         (("--text", " "), "--text ' ' is empty"),
         (("--bits", "2"), "model-rtn-2bit isn't there"),
     ],

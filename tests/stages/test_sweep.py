@@ -80,7 +80,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
 
 
 def sweep(run: Path, *options: str) -> dict[str, Any]:
-    main(["sweep", str(run), *options])
+    main(["thresholds", str(run), *options])
     return dict(load_results(run))
 
 
@@ -252,7 +252,7 @@ def test_a_budget_out_of_reach_is_refused_with_what_can_be_had(
 ) -> None:
     for budget, words in (("0.1", "layers without a router are 0.333 of all"), ("0.34", "from 0.")):
         with pytest.raises(SystemExit) as end:
-            main(["sweep", str(run), "--sweep.rule", "budget", "--sweep.budgets", f"[{budget}]"])
+            main(["thresholds", str(run), "--sweep.rule", "budget", "--sweep.budgets", f"[{budget}]"])
         assert end.value.code == 2
         message = " ".join(capsys.readouterr().err.split())
         assert "--sweep.budgets" in message
@@ -284,14 +284,14 @@ def test_layers_get_their_own_thresholds_and_reports_show_them(
     json.loads((run / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)  # plain JSON
     passes.clear()
     thetas = [f"{theta}" for theta in by_layer[0]["theta"]]
-    main(["evaluate", str(run), "--bits", str(by_layer[0]["bits"]), "--theta", *thetas])
+    main(["evaluate", str(run), "--bits", str(by_layer[0]["bits"]), "--theta", ",".join(thetas)])
     assert passes == [], "the sweep has measured it"
     assert "by layer" in capsys.readouterr().out
 
 
 def test_a_wrong_number_of_thresholds_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
-        main(["evaluate", str(run), "--theta", "0.3", "0.2"])
+        main(["evaluate", str(run), "--theta", "0.3,0.2"])
     assert end.value.code == 2
     assert "2 thresholds for 4 routed layers" in " ".join(capsys.readouterr().err.split())
 

@@ -31,7 +31,7 @@ def sweep_file(tmp_path: Path) -> Callable[..., Path]:
     def write(**keys: Any) -> Path:
         content = {
             "name": "x",
-            "program": "qtale_lightning.sweeps",
+            "program": "qtale_lightning",
             "method": "grid",
             "metric": {"name": "average_nll", "goal": "minimize"},
             "parameters": {"model.lr": {"values": [0.1, 0.2]}},

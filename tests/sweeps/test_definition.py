@@ -58,7 +58,7 @@ def test_every_file_follows_wandbs_own_schema(file: Path) -> None:
 def test_an_agent_and_the_local_runner_make_the_same_command(file: Path) -> None:
     sweep = read_sweep(file).resolved(ENVIRONMENT, ["--data.limit_train", "8"])
     point = {name: (declared.get("values") or [0.25])[0] for name, declared in sweep.parameters.items()}
-    start = ["/usr/bin/env", "python", "-m", "qtale_lightning.sweeps", "trial"]
+    start = ["/usr/bin/env", "python", "-m", "qtale_lightning", "sweep", "trial"]
     assert agents_command(sweep, point) == [*start, *sweep.arguments(point)]
     assert sweep.variables() == []
 

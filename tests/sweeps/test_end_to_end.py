@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
+from qtale_lightning.__main__ import main
 from qtale_lightning.report.results import load_results
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.sweeps.__main__ import main
 from qtale_lightning.sweeps.definition import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ def test_an_agents_run_and_the_local_runners_are_the_same(
     assert [row["bits"] for row in record["outcome"]] == [16]
 
     # The local runner finds the agent's run finished.
-    assert main(["start", "sweeps/lambda2.yaml", "--local", "--count", "1", "--", *SMALL]) == 0
+    main(["sweep", "start", "sweeps/lambda2.yaml", "--local", "--count", "1", "--", *SMALL])
     log = capsys.readouterr()
     assert "1 runs, 1 of them finished" in log.err
     assert str(folder / "sweep.md") in log.out
@@ -86,5 +86,7 @@ def test_a_mistake_ends_in_one_message(
     monkeypatch.chdir(ROOT)
     for name, value in {"MODEL": "tiny", "DATA": "facts", "SEED": "0", "OUT": "o", "RUN": ""}.items():
         monkeypatch.setenv(name, value)
-    assert main(arguments) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["sweep", *arguments])
+    assert end.value.code == 2
     assert words in " ".join(capsys.readouterr().err.split())

@@ -141,7 +141,7 @@ def run(tmp_path: Path) -> Path:
         (["fit", "--quantize.bits", "[4]"], [(16, "none", 0.3), (4, "native", 0.3), (4, "rtn", 0.3)]),
         (["evaluate", "RUN", "--bits=4", "--theta=0.5"], [(4, "native", 0.5), (4, "rtn", 0.5)]),
         (["evaluate", "RUN", "--theta", "0.5"], [(16, "none", 0.5)]),
-        (["sweep", "RUN", "--quantize.bits=[4]", "--quantize.engine=rtn"], [(4, "rtn", 0.3)]),
+        (["thresholds", "RUN", "--quantize.bits=[4]", "--quantize.engine=rtn"], [(4, "rtn", 0.3)]),
         (["evaluate", "RUN", "--bits=16", "--bits=4", "--theta=0.9"], []),
     ],
     ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",

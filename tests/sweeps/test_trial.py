@@ -24,8 +24,12 @@ def test_an_agents_arguments_run_the_right_run(tmp_path: Path) -> None:
 
 
 def test_stages_work_on_the_run_that_comes_first() -> None:
-    trial = Trial.parse(["--to=runs/a/sweeps/bits", "quantize,sweep", "runs/a", "--", "--quantize.bits=[4]"])
-    assert trial.commands() == [[stage, "runs/a", "--quantize.bits=[4]"] for stage in ("quantize", "sweep")]
+    trial = Trial.parse(
+        ["--to=runs/a/sweeps/bits", "quantize,thresholds", "runs/a", "--", "--quantize.bits=[4]"]
+    )
+    assert trial.commands() == [
+        [stage, "runs/a", "--quantize.bits=[4]"] for stage in ("quantize", "thresholds")
+    ]
     assert trial.folder == Path("runs/a/sweeps/bits/bits=4")
     assert str(trial).count("&&") == 1
 
@@ -91,7 +95,7 @@ def test_a_run_that_failed_or_was_stopped_is_tried_again(tmp_path: Path, status:
 
 def test_a_stage_that_fails_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
-    trial = Trial.parse([f"--to={tmp_path}/sweeps", "quantize,sweep", str(tmp_path), "--", "--a=1"])
+    trial = Trial.parse([f"--to={tmp_path}/sweeps", "quantize,thresholds", str(tmp_path), "--", "--a=1"])
     launcher = Launcher(2)
     assert trial.run(launcher)["status"] == "failed (2)"
     assert [command[0] for command in launcher.commands] == ["quantize"]

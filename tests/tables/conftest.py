@@ -106,7 +106,7 @@ class FakeCommands:
             config = {"quantization_config": {"group_size": self.group_size}}
             (folder / "config.json").write_text(json.dumps(config))
 
-    def _sweep(self, options: list[str]) -> None:
+    def _thresholds(self, options: list[str]) -> None:
         run, rule = RunDirectory(options[0]), _value(options, "rule")
         bits, engine = _value(options, "bits"), _value(options, "engine")
         for width in bits:

@@ -1,8 +1,34 @@
-"""Where the tests of tables find what a table wrote."""
+"""Tables from their command lines, and where tests find what they wrote."""
 
 import json
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from qtale_lightning.commands import COMMANDS
+from qtale_lightning.commands.parser import parse
+from qtale_lightning.commands.tables import requested
+from qtale_lightning.tables import command
+from qtale_lightning.tables.execution import Start, start_process
+from qtale_lightning.tables.request import Asked
+
+
+def asked(name: str, arguments: Sequence[str]) -> Asked:
+    """What a command line of ``table`` or ``figures`` asks for."""
+    _, run = parse([name, *arguments], COMMANDS)
+    assert isinstance(run, partial)
+    return requested(**run.keywords)
+
+
+def table(arguments: Sequence[str], start: Start = start_process) -> None:
+    """``table`` from its command line."""
+    command.table(asked("table", arguments), start)
+
+
+def figures(arguments: Sequence[str]) -> None:
+    """``figures`` from its command line."""
+    command.figures(asked("figures", arguments))
 
 
 def folder(arguments: list[str], name: str, data: str = "facts") -> Path:

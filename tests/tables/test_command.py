@@ -1,13 +1,13 @@
 """A table from its command line: what it plans is what it runs, and failures are said."""
 
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qtale_lightning.tables.command import table
-from tests.tables.files import folder, row_of, rows
+from tests.tables.files import folder, row_of, rows, table
 
 Arguments = Callable[..., list[str]]
 
@@ -96,7 +96,7 @@ def test_other_groups_than_asked_for_are_refused_before_anything_runs(
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (("--seeds", "0,x"), "--seeds 0,x: give numbers"),
+        (("--seeds", "0,x"), "--seeds: 'x' is no number: give numbers"),
         (("--model", "huge"), "--model huge: choose one of"),
         (("--data.root", "/not/there"), "/not/there: not a folder"),
     ],
@@ -104,6 +104,6 @@ def test_other_groups_than_asked_for_are_refused_before_anything_runs(
 def test_mistakes_are_refused_before_anything_runs(
     arguments: Arguments, commands: Any, more: tuple[str, ...], says: str
 ) -> None:
-    with pytest.raises((ValueError, OSError), match=says):
+    with pytest.raises((ArgumentError, ValueError, OSError), match=says):
         table(arguments("csqa", *more), commands)
     assert commands.started == []

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.tables.command import table
-from tests.tables.files import folder, row_of, rows
+from tests.tables.files import folder, row_of, rows, table
 
 Arguments = Callable[..., list[str]]
 Declared = Callable[[str], Path]

@@ -13,9 +13,10 @@ import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.locks import INHERITED
-from qtale_lightning.tables.command import stop, table
+from qtale_lightning.tables.command import stop
 from qtale_lightning.tables.execution import start_process
 from qtale_lightning.tables.publish import publish
+from tests.tables.files import table
 
 Arguments = Callable[..., list[str]]
 
@@ -89,7 +90,7 @@ def test_real_commands_make_a_table(
         return 0
 
     table(given, start)
-    assert kinds == ["fit", "sweep", "evaluate"]
+    assert kinds == ["fit", "thresholds", "evaluate"]
     folder = tmp_path / "out/tables/small-tiny-facts"
     first = {one.name: one.read_bytes() for one in folder.glob("table.*")}
     assert b"failed |" not in first["table.md"]

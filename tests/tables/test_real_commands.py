@@ -10,8 +10,8 @@ from qtale_lightning.__main__ import main
 from qtale_lightning.locks import INHERITED
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.report import figures as report_figures
-from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER
+from tests.tables.files import figures, table
 
 pytestmark = pytest.mark.slow
 

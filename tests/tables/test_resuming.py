@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from qtale_lightning.report.results import load_results, save_results
-from qtale_lightning.tables.command import table
-from tests.tables.files import folder
+from tests.tables.files import folder, table
 
 Arguments = Callable[..., list[str]]
 
@@ -60,7 +59,7 @@ def test_rows_of_another_model_are_measured_again(arguments: Arguments, commands
     file = Path(arguments("csqa")[4]) / "tiny-qtale-facts-s0" / "model-awq-4bit" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"changed": True}))
     table(arguments("csqa"), commands)
-    assert commands.kinds() == ["sweep"]
+    assert commands.kinds() == ["thresholds"]
     assert "[4]" in commands.started[0]
 
 
@@ -99,7 +98,7 @@ def rows_at(root: Path, text: str = "which?") -> list[str]:
     row = {"question": text, "answerKey": "A", "choices": {"text": ["a", "b"], "label": ["A", "B"]}}
     for split in ("train", "validation"):
         (root / "arc_easy" / f"{split}.jsonl").write_text(json.dumps(row))
-    return ["--data", "arc_easy", "--data.root", str(root)]
+    return ["--data.tasks", "arc_easy", "--data.root", str(root)]
 
 
 @pytest.mark.slow
@@ -110,11 +109,11 @@ def test_rows_may_move_and_others_make_other_runs(
     assert commands.kinds() == ["fit"] * 3
     commands.started.clear()
     shutil.move(tmp_path / "a", tmp_path / "b")
-    moved = ["--data", "arc_easy", "--data.root", str(tmp_path / "b")]
+    moved = ["--data.tasks", "arc_easy", "--data.root", str(tmp_path / "b")]
     table(arguments("csqa", *moved), commands)
     assert commands.started == []
     table(arguments("csqa", *moved, "--sweep.thresholds", "[0.5,0.1,0.3]"), commands)
-    assert commands.kinds() == ["sweep"]
+    assert commands.kinds() == ["thresholds"]
     assert all(str(tmp_path / "b") in started for started in commands.started), "where the rows lie now"
     commands.started.clear()
     table(arguments("csqa", *rows_at(tmp_path / "b", "which, then?")), commands)

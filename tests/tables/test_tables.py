@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.tables.command import figures, table
 from qtale_lightning.tables.declaration import FOLDER, load_declaration
+from tests.tables.files import figures, table
 
 Arguments = Callable[..., list[str]]
 TABLES = sorted(file.stem for file in (Path(__file__).parents[2] / FOLDER).glob("*.yaml"))
