@@ -10,12 +10,12 @@ from typing import Any
 from qtale_lightning.evaluation import cost
 from qtale_lightning.fingerprint import comparable
 from qtale_lightning.manifest import read_object
-from qtale_lightning.report.notes import TASK_NAMES
 from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.table import Answer, Table, commit_of
+from qtale_lightning.tasks import task_title
 
 Failures = dict[Any, str]
 
@@ -111,7 +111,7 @@ def _columns(table: Table, answers: dict[Any, Answer]) -> list[ColumnOf]:
                 continue
             scores = {task: score for row in rows for task, score in row["accuracy"].items()}
             for task, score in scores.items():
-                name = score_header(TASK_NAMES.get(task, task), score["metric"])
+                name = score_header(task_title(task), score["metric"])
                 if score["metric"] == "perplexity":
                     shown = Kind(name, "lower", 1, 3)
                 else:
@@ -129,7 +129,7 @@ def _needs_no_average(rows: Sequence[Evaluation], columns: Sequence[str]) -> boo
 
 
 def _header(column: ColumnOf, table: Table) -> str:
-    named = column.shown.header.lower().startswith(TASK_NAMES.get(column.data, column.data).lower())
+    named = column.shown.header.lower().startswith(task_title(column.data).lower())
     return f"{column.data} {column.shown.header}" if column.data and not named else column.shown.header
 
 

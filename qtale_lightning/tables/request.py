@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qtale_lightning.experiments import find, names
 from qtale_lightning.tables.declaration import FOLDER
+from qtale_lightning.tasks import built_in
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def parse(command: str, arguments: Sequence[str]) -> Asked:
         "name", help=f"a table of {FOLDER} ({', '.join(names('tables'))}), or a file like them"
     )
     parser.add_argument("--model", required=True, help="a model of experiments/models")
-    parser.add_argument("--data", default="facts", help="tasks of the cells that name none")
+    parser.add_argument("--data", default=built_in()[0], help="tasks of the cells that name none")
     parser.add_argument("--seeds", default="0", help="seeds joined by commas")
     parser.add_argument("--out", type=expanduser, default="outputs", help="the runs' folder")
     parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
