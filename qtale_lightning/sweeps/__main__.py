@@ -11,11 +11,11 @@ import yaml
 from qtale_lightning import errors
 from qtale_lightning.experiments import find
 from qtale_lightning.files import replacing
+from qtale_lightning.launching import Launcher, Local, launcher
+from qtale_lightning.launching.job import console
 from qtale_lightning.sweeps import remote
 from qtale_lightning.sweeps.definition import SweepDefinition, read_sweep
-from qtale_lightning.sweeps.local import console, device_slots, run_locally
 from qtale_lightning.sweeps.points import points
-from qtale_lightning.sweeps.processes import Processes
 from qtale_lightning.sweeps.table import write_table
 from qtale_lightning.sweeps.trial import Trial
 from qtale_lightning.yaml_files import read_yaml
@@ -39,7 +39,12 @@ def start(arguments: list[str]) -> int:
     parser.add_argument("file", type=Path, help="sweep file")
     parser.add_argument("--local", action="store_true", help="without W&B's server")
     parser.add_argument(
-        "--jobs", type=int, help="runs at a time; by default one a GPU, one on a CPU (local only)"
+        "--launch",
+        default="local",
+        help="local, or a cluster's file of experiments/launch (without W&B's server)",
+    )
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; by default one a GPU, one on a CPU (without W&B's server)"
     )
     parser.add_argument("--count", type=int, help="the most runs; by default the file's run_cap")
     parser.add_argument("--seed", type=int, default=0, help="of a random sweep's draws (local only)")
@@ -49,24 +54,28 @@ def start(arguments: list[str]) -> int:
     if own.count is not None and own.count < 1:
         raise ValueError(f"--count {own.count} must be at least 1 (COUNT=… of make)")
     sweep = read_sweep(find(own.file)).resolved(os.environ, options)
-    if not own.local:
+    if not own.local and own.launch == "local":
         folder = Trial.parse(sweep.arguments({})).to
         return _start_remote(sweep, folder, own.project, own.count)
     trials = [Trial.parse(sweep.arguments(point)) for point in points(sweep, own.seed, own.count)]
-    return _run_trials(sweep, trials, own.jobs)
+    return run_trials(sweep, trials, launcher(own.launch, own.jobs, trials[0].to / "jobs"))
 
 
-def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -> int:
-    folder, slots = trials[0].to, device_slots(jobs)
-    for one in trials:
-        one.check()
+def run_trials(sweep: SweepDefinition, trials: list[Trial], launch: Launcher) -> int:
+    """Runs the trials that aren't finished, and writes the table of all; the exit status."""
+    folder = trials[0].to
+    waiting = [trial.job() for trial in trials if not trial.finished()]
     _keep_definition(sweep, folder)
+    console.print(
+        f"{len(trials)} runs, {len(trials) - len(waiting)} of them finished; {launch.at_once} at a time"
+    )
     try:
-        failed = run_locally(trials, slots)
-    except KeyboardInterrupt:
+        launch.run(waiting)
+    except (KeyboardInterrupt, SystemExit) as stopped:
         console.print("stopped; the same command goes on from here")
         _table_of_what_is_there(folder, sweep.name)
-        return 130
+        return int(stopped.code or 0) if isinstance(stopped, SystemExit) else 130
+    failed = [trial for trial in trials if not trial.finished()]
     for trial in failed:
         console.print(f"failed: {trial.label}, alone by:")
         console.print(f"  {trial}")
@@ -109,11 +118,11 @@ def join(arguments: list[str]) -> int:
 
 def trial(arguments: list[str]) -> int:
     """One run, for an agent; the command that reproduces it alone comes first."""
-    one, processes = Trial.parse(arguments), Processes()
+    one = Trial.parse(arguments)
     print(f"this run alone: {one}", flush=True)
-    with processes.stopping_on_signals():
-        record = one.run(lambda command, lock: processes.run(command, lock=lock))
-    if record["status"] != "finished":
+    Local(into_logs=False).run([one.job()])
+    record = one.record()
+    if record is None or record["status"] != "finished":
         return 1
     if one.stages != ("fit",) and os.environ.get("WANDB_SWEEP_ID"):
         remote.log_outcome(record, one.folder)

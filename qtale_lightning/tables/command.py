@@ -2,15 +2,14 @@
 
 import logging
 import shlex
-import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 
+from qtale_lightning.launching import Launcher, launcher
 from qtale_lightning.report.terminal import print_page
 from qtale_lightning.tables.content import content
 from qtale_lightning.tables.declaration import load_declaration
-from qtale_lightning.tables.execution import Executor, Start, console, start_process
+from qtale_lightning.tables.execution import Executor, console
 from qtale_lightning.tables.figures import write_figures
 from qtale_lightning.tables.progress import Estimate, about, estimate
 from qtale_lightning.tables.publish import publish
@@ -21,8 +20,11 @@ from qtale_lightning.tables.runs import known_runs
 from qtale_lightning.tables.table import Table
 
 
-def table(arguments: Sequence[str], start: Start = start_process) -> None:
+def table(arguments: Sequence[str], launch: Launcher | None = None) -> None:
     """Run what a table is missing, and write it.
+
+    Args:
+        launch: Stands in for what the arguments ask for, in tests.
 
     Raises:
         SystemExit: 1 where a cell failed; the table is there nevertheless.
@@ -33,15 +35,13 @@ def table(arguments: Sequence[str], start: Start = start_process) -> None:
     _say_plan(asked, missing)
     if given.plan_only:
         return
-    executor = Executor(_folder(asked) / "logs", _estimate(asked), start)
-    previous = signal.signal(signal.SIGTERM, stop)
+    launch = launch or launcher(given.launch, given.jobs, _folder(asked) / "jobs")
+    executor = Executor(_folder(asked) / "logs", _estimate(asked), launch)
     try:
-        executor.execute(asked.runs, asked.demands, missing)
+        executor.execute(asked.stages, asked.demands, missing)
     except SystemExit:
         console.print("stopped; the same command goes on where this one was")
         raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     command = shlex.join(["python", "-m", "qtale_lightning", "table", *arguments])
     found = content(asked, command, executor.failures)
     before = _read(_folder(asked) / "table.json")
@@ -110,11 +110,6 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
         f"{len(commands)} commands to run, {len(commands) - to_train} of them on finished runs; about "
         f"{about(expected.seconds(commands))} ({expected.source})",
     )
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """A signal's handler that ends by an exception, so that what was started is ended, too."""
-    raise SystemExit(128 + number)
 
 
 def _read(path: Path) -> str:

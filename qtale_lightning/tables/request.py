@@ -29,11 +29,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Asked:
-    """A table's declaration, what is asked of it, and whether only to say what that would run."""
+    """A table's declaration, what is asked of it, and how: whether only to say what that would run, where to launch it
+    (see :func:`~qtale_lightning.launching.launcher`), and how many runs at a time."""
 
     file: Path
     request: Request
     plan_only: bool
+    launch: str
+    jobs: int | None
 
 
 def parse(command: str, arguments: Sequence[str]) -> Asked:
@@ -55,6 +58,10 @@ def parse(command: str, arguments: Sequence[str]) -> Asked:
     parser.add_argument("--data", default=built_in()[0], help="tasks of the cells that name none")
     parser.add_argument("--seeds", default="0", help="seeds joined by commas")
     parser.add_argument("--out", type=expanduser, default="outputs", help="the runs' folder")
+    parser.add_argument("--launch", default="local", help="local, or a cluster's file of experiments/launch")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time; by default 1, or what the cluster's file says"
+    )
     parser.add_argument("--plan", action="store_true", help="only say what would run, and about how long")
     own, options = parser.parse_known_args(list(arguments))
     try:
@@ -62,4 +69,6 @@ def parse(command: str, arguments: Sequence[str]) -> Asked:
     except ValueError:
         raise ValueError(f"--seeds {own.seeds}: give numbers joined by commas, such as 0,1,2") from None
     file = find(own.name if own.name.endswith(".yaml") else FOLDER / f"{own.name}.yaml")
-    return Asked(file, Request(own.model, own.data, seeds, Path(own.out), tuple(options)), own.plan)
+    request = Request(own.model, own.data, seeds, Path(own.out), tuple(options))
+    jobs = 1 if own.launch == "local" and own.jobs is None else own.jobs
+    return Asked(file, request, own.plan, own.launch, jobs)

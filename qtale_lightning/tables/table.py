@@ -59,12 +59,18 @@ class Table:
 
     @cached_property
     def runs(self) -> list[TableRun]:
-        """Every run once, by seed; those that others take their budgets from come first."""
+        """Every run once."""
+        return [run for stage in self.stages for run in stage]
+
+    @cached_property
+    def stages(self) -> list[list[TableRun]]:
+        """Every run once, by seed: those that others take their budgets from, and then the others."""
         liked = {
             (other.method, other.options) for line in self.lines if (other := self.declaration.like(line))
         }
-        ordered = sorted(self._resolved.items(), key=lambda item: (item[0][3], item[0][:2] not in liked))
-        return list({run.identity: run for _, run in ordered}.values())
+        first = {run.identity: run for key, run in self._resolved.items() if key[:2] in liked}
+        others = {run.identity: run for run in self._resolved.values() if run.identity not in first}
+        return [list(stage.values()) for stage in (first, others) if stage]
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""
