@@ -98,9 +98,10 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
     commands = [command for found in missing.values() for command in found]
     to_train = sum(command.kind == "fit" for command in commands)
     finished = sum(run.finished for run in asked.runs)
+    base = " and ".join(map(str, asked.base))
+    console.print(f"table {asked.name}, {asked.request.model}, on {base}:")
     console.print(
-        f"table {asked.name}, {asked.request.model}: {len(asked.lines)} lines of {len(asked.runs)} runs, "
-        f"{finished} there and {to_train} to train",
+        f"{len(asked.lines)} lines of {len(asked.runs)} runs, {finished} there and {to_train} to train",
     )
     if not commands:
         console.print("nothing is missing")

@@ -12,6 +12,7 @@ from qtale_lightning.fingerprint import comparable
 from qtale_lightning.manifest import read_object
 from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header
+from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.table import Answer, Table, commit_of
@@ -77,6 +78,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
         "table": table.name,
         "title": table.declaration.title,
         "model": table.request.model,
+        "base": [file.as_posix() for file in table.base],
         "data": sorted({answer.run.data for answer in answers.values()}),
         "seeds": list(table.request.seeds),
         "command": command,
@@ -86,6 +88,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
         "questions": sorted({answer.row["examples"] for answer in shown if answer.row}),
         "compare": table.declaration.compare,
         "notes": table.declaration.notes,
+        "unlike_the_paper": paper.differences(table),
         "columns": [
             {"key": c.key, "header": _header(c, table), "kind": c.kind, "data": c.data}
             | {"better": c.shown.better, "factor": c.shown.factor, "digits": c.shown.digits}
@@ -155,11 +158,6 @@ def _row(
         rows = [(a, a.row) for (at, _), a in found.items() if at == data]
         if rows and all(row is not None for _, row in rows):
             values[column.key] = _value(column, [(a, row) for a, row in rows if row is not None])
-    paper = {
-        value.column: value.value
-        for value in table.declaration.paper
-        if (value.model, value.cell, value.bits) == (table.request.model, line.name, line.bits)
-    }
     return {
         "name": line.name,
         "method": line.method,
@@ -169,7 +167,7 @@ def _row(
         "engine": line.engine,
         "group": line.group,
         "values": values,
-        "paper": paper,
+        "paper": paper.shown(table, line),
         "failed": failed,
         "sources": [_source(table, seed, a) for (_, seed), a in found.items() if a.row is not None],
     }
