@@ -60,6 +60,8 @@ class Cluster:
             KeyboardInterrupt, SystemExit: Ctrl-C or SIGTERM; what was submitted is cancelled.
             ValueError: There is no such cluster here, or it refuses what the settings ask for.
         """
+        if not jobs:
+            return
         with locked(self._folder, "python -m qtale_lightning", console.print), ExitStack() as begun:
             submissions = _Submissions(self._folder.resolve(), self._settings, self._at_once)
             of_folder: dict[Path, list[Job]] = {}
