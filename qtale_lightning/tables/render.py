@@ -140,7 +140,7 @@ def footnotes(content: dict[str, Any]) -> list[str]:
     )
     notes.append(f"Runs build on {' and '.join(content['base'])}.")
     if unlike := content["unlike_the_paper"]:
-        notes.append(f"The paper's values are of another setting, and aren't shown: {', '.join(unlike)}.")
+        notes.append(f"The paper's values aren't shown where the setting is another: {', '.join(unlike)}.")
     elif not any(row["paper"] for row in content["rows"]):
         notes.append(f"The paper gives no value for {content['model']} that this table could show.")
     notes.append(

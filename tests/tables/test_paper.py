@@ -82,7 +82,7 @@ def test_in_another_setting_they_are_left_out(
     table(given, commands)
     shown = page(given, "facts+arc_easy" if option == "data.tasks" else "facts")
     assert "72.22" not in shown
-    assert f"The paper's values are of another setting, and aren't shown: {option}." in shown
+    assert f"The paper's values aren't shown where the setting is another: {option}." in shown
 
 
 def test_where_and_how_it_runs_is_free(paper: Arguments, commands: Any) -> None:
