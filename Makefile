@@ -8,13 +8,15 @@ DATA   ?= $(if $(PRESET),csqa,facts)
 SEED   ?= 0
 SEEDS  ?= $(SEED)
 OUT    ?= outputs
+LAUNCH ?= local
+JOBS   ?=
 ARGS   ?=
 PYTHON ?= python3.11
 
 VENV   := .venv
 
 # One that nobody knows would change nothing, and silently: model=tiny would train another model.
-VARIABLES := MODEL METHOD PRESET DEVICES DATA SEED SEEDS OUT ARGS PYTHON VENV RUN TASKS TABLE SWEEP LOCAL JOBS COUNT TRIALS
+VARIABLES := MODEL METHOD PRESET DEVICES DATA SEED SEEDS OUT ARGS PYTHON VENV RUN TASKS TABLE SWEEP LOCAL LAUNCH JOBS COUNT TRIALS
 GIVEN     := $(foreach name,$(.VARIABLES),$(if $(filter command line,$(origin $(name))),$(name)))
 upper      = $(shell echo '$(1)' | tr a-z A-Z)
 $(foreach name,$(filter-out $(VARIABLES),$(GIVEN)),\
@@ -33,12 +35,14 @@ CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) 
           --config experiments/methods/$(METHOD).yaml \
           --data.tasks $(call quote,$(DATA)) --seed_everything $(SEED) --out $(call quote,$(OUT)) $(ARGS)
 TABLED := $(TABLE) --model $(MODEL) --data.tasks $(call quote,$(DATA)) --seeds $(SEEDS) --out $(call quote,$(OUT)) $(ARGS)
+STARTED := $(if $(filter-out local,$(LAUNCH)),--launch $(LAUNCH)) $(if $(JOBS),--jobs $(JOBS))
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
 # benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
 BENCHES := train_step linear latency router quantize evaluate llamacpp
 PRESETS := $(patsubst experiments/paper/%.yaml,%,$(wildcard experiments/paper/*.yaml))
 LAYOUTS := $(patsubst experiments/devices/%.yaml,%,$(wildcard experiments/devices/*.yaml))
 SWEEPS  := $(patsubst sweeps/%.yaml,%,$(wildcard sweeps/*.yaml))
+CLUSTERS := $(patsubst experiments/launch/%.yaml,%,$(wildcard experiments/launch/*.yaml))
 TABLES  := $(patsubst experiments/tables/%.yaml,%,$(wildcard experiments/tables/*.yaml))
 METHODS := $(patsubst experiments/methods/%.yaml,%,$(wildcard experiments/methods/*.yaml))
 
@@ -57,6 +61,8 @@ help: ## this list
 	@echo "  SEED    [$(SEED)]"
 	@echo "  TABLE   $(TABLES)"
 	@echo "  SEEDS   of a table, joined by commas   [$(SEEDS)]"
+	@echo "  LAUNCH  of a table or sweep: local, or a cluster: $(CLUSTERS)   [$(LAUNCH)]"
+	@echo "  JOBS    runs at a time of a table or sweep"
 	@echo "  OUT     folder of the run directories   [$(OUT)]"
 	@echo "  RUN     folder of a finished run"
 	@echo "  ARGS    anything for the command line: \`$(QTALE) fit --help\` shows it"
@@ -107,17 +113,17 @@ lm-eval: run-given setup ## a finished run (RUN=<folder>) by lm-evaluation-harne
 table-given:
 	@test -f experiments/tables/$(TABLE).yaml || { echo "error: TABLE=$(TABLE): choose one of $(TABLES)"; exit 2; }
 
-table: table-given setup weights ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing, resumes; ARGS=--plan only says what
-	$(QTALE) table $(TABLED)
+table: table-given setup weights ## a declared table (TABLE=csqa SEEDS=0,1): runs what is missing (JOBS=2 at a time; LAUNCH=slurm), resumes; ARGS=--plan only says what
+	$(QTALE) table $(TABLED) $(STARTED)
 
 figures: table-given setup ## figures of a table's finished runs, with the same variables as the table
 	$(QTALE) figures $(TABLED)
 
-sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 without (JOBS=2 COUNT=8 RUN=<folder>); SWEEP=entity/project/id joins one
+sweep: setup ## SWEEP=<file of sweeps/> by W&B, or LOCAL=1 or LAUNCH=slurm without (JOBS=2 COUNT=8 RUN=<folder>); SWEEP=entity/project/id joins one
 	@test -n "$(SWEEP)" || { echo "error: name the sweep: make sweep SWEEP=… of $(SWEEPS)"; exit 2; }
 	MODEL=$(MODEL) METHOD=$(METHOD) DATA=$(call quote,$(DATA)) SEED=$(SEED) OUT=$(call quote,$(OUT)) RUN=$(call quote,$(RUN)) \
 	  $(QTALE) sweep \
-	  $(if $(findstring /,$(SWEEP)),join $(SWEEP),start sweeps/$(SWEEP).yaml) $(if $(LOCAL),--local) $(if $(JOBS),--jobs $(JOBS)) \
+	  $(if $(findstring /,$(SWEEP)),join $(SWEEP),start sweeps/$(SWEEP).yaml $(STARTED)) $(if $(LOCAL),--local) \
 	  $(if $(COUNT),--count $(COUNT)) $(if $(ARGS),-- $(ARGS))
 
 test: setup ## all tests; QTALE_DATA=<folder> adds those on real rows

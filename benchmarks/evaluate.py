@@ -32,7 +32,7 @@ from latency import ROUTER_WIDTH
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from qtale_lightning.data import EncodedPrompt, Prompt, build_prompt, encode_prompt, resolve_tasks
+from qtale_lightning.data import EncodedPrompt, Prompt, build_prompt, encode_prompt
 from qtale_lightning.data.readers import read
 from qtale_lightning.data.splits import Examples
 from qtale_lightning.evaluation import cost
@@ -41,6 +41,7 @@ from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.harness import HarnessUnavailableError, harness_model
 from qtale_lightning.models import RoutedForCausalLM, route, routed_config
 from qtale_lightning.models.sources import load_base, load_tokenizer
+from qtale_lightning.tasks import resolve_tasks
 
 FOUR_CHOICES = ("arc_easy", "arc_challenge", "openbookqa")
 GOAL = 4.0

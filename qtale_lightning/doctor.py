@@ -119,9 +119,11 @@ def memory_to_train(run: PlannedRun) -> Finding:
 
 def rows(task: str, root: str | None) -> Finding:
     """Whether a task's rows are here, or can be brought."""
-    from qtale_lightning.data.tasks import TASKS
+    from qtale_lightning.tasks import TASKS
 
     thing, source = f"rows of {task}", TASKS[task].hub
+    if TASKS[task].generate is not None:
+        return Finding("ok", thing, "built in")
     if root is not None:
         folder = Path(root) / task
         absent = [
@@ -130,7 +132,7 @@ def rows(task: str, root: str | None) -> Finding:
         mark: Mark = "missing" if absent else "ok"
         return Finding(mark, thing, f"{folder}" + (f" has no {' and no '.join(absent)}" if absent else ""))
     if source is None:
-        return Finding("ok", thing, "built in")
+        return Finding("missing", thing, "it has local rows only", "give --data.root FOLDER")
     kept = hub_cache() / f"datasets--{source.path.replace('/', '--')}" / "snapshots" / source.revision
     if kept.is_dir():
         return Finding("ok", thing, f"{source.path}, in the hub's cache")

@@ -6,7 +6,7 @@ from typing import Any
 
 from qtale_lightning import fingerprint, manifest
 from qtale_lightning.data.readers import local_file
-from qtale_lightning.data.tasks import TASKS, Split, resolve_tasks
+from qtale_lightning.tasks import TASKS, Split, resolve_tasks
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "dev")
 
@@ -36,7 +36,7 @@ def _files(data: Mapping[str, Any]) -> str | None:
     root = data.get("root")
     if root is None or not Path(root).expanduser().is_dir():
         return root
-    tasks = [task for task in resolve_tasks(data.get("tasks", "csqa")) if TASKS[task].hub is not None]
+    tasks = [task for task in resolve_tasks(data.get("tasks", "csqa")) if TASKS[task].generate is None]
     files = {
         f"{task}/{split}": local_file(task, Path(root).expanduser(), split)
         for task in tasks

@@ -10,12 +10,7 @@ from qtale_lightning import checks
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
 from qtale_lightning.machine import in_words
-
-# Public sizes of the training splits, to plan with when the data isn't on this disk.
-TRAINING_ROWS = {
-    "piqa": 16113, "boolq": 9427, "social_iqa": 33410, "arc_easy": 2251, "arc_challenge": 1119, "winogrande": 40398,
-    "openbookqa": 4957, "facts": 2000, "mmlu": 99842, "alpaca": 49760, "samsum": 14731,
-}  # fmt: skip
+from qtale_lightning.tasks import TASKS
 
 
 def trainable_parameters(run: RunConfiguration) -> int:
@@ -84,7 +79,7 @@ def training_flops(run: RunConfiguration) -> float:
 
 def _training_rows(run: RunConfiguration) -> int:
     data = run.datamodule
-    return int(sum(min(TRAINING_ROWS[task], data.limit_train or math.inf) for task in data.tasks))
+    return int(sum(min(TASKS[task].rows, data.limit_train or math.inf) for task in data.tasks))
 
 
 def _training_flops(config: SimpleNamespace, context: float) -> float:

@@ -19,7 +19,7 @@ from qtale_lightning.yaml_files import RefusedYamlError, read_yaml
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
 _FREE_KEYS = {"config", "ckpt_path", "out", "wandb", "wandb_project", "validations", "sweep", "quantize"}
-_FREE_TRAINER_KEYS = {
+FREE_TRAINER_KEYS = {
     "accelerator",
     "devices",
     "num_nodes",
@@ -229,7 +229,7 @@ def identity(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
 def _fixed(config: Mapping[str, Any], places: bool = False) -> dict[str, Any]:
     """What may not differ between two starts; with the places of base and rows, if these are all that is known."""
     fixed = {key: value for key, value in config.items() if key not in _FREE_KEYS}
-    fixed["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k not in _FREE_TRAINER_KEYS}
+    fixed["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k not in FREE_TRAINER_KEYS}
     if not places:
         for section, key in _PLACES:
             fixed[section] = {k: v for k, v in fixed.get(section, {}).items() if k != key}

@@ -30,6 +30,11 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
             ("table", "TABLE=csqa", "OUT=my runs"),
             "table csqa --model smollm2-135m --data.tasks 'facts' --seeds 0 --out 'my runs'",
         ),
+        (("table", "TABLE=csqa", "LAUNCH=slurm", "JOBS=2"), "--launch slurm --jobs 2"),
+        (
+            ("sweep", "SWEEP=lambda2", "LAUNCH=slurm", "JOBS=2"),
+            "start sweeps/lambda2.yaml --launch slurm --jobs 2",
+        ),
         (("figures", "TABLE=csqa", "OUT=my runs"), "--out 'my runs'"),
         (("sweep", "SWEEP=lambda2", "OUT=my runs", "RUN=my runs/tiny"), "OUT='my runs' RUN='my runs/tiny'"),
         (("doctor", "MODEL=tiny", "OUT=my runs"), "--out 'my runs'"),

@@ -168,12 +168,12 @@ def test_a_run_goes_on_in_its_own_precision(
 def test_a_table_finds_runs_that_began_on_another_processor(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    base = (Path("experiments/base.yaml"), Path("experiments/models/smollm2-135m.yaml"))
     request = Request("smollm2-135m", "facts", (0,), tmp_path, ("--trainer.accelerator", "cpu"))
 
     def wanted(*given: tuple[str, str]) -> Path:
-        return resolve(
-            request, Line("a", "qtale", given, (), 16, "none", None, (), ""), "facts", 0, known_runs(tmp_path)
-        ).directory.root
+        line = Line("a", "qtale", given, (), 16, "none", None, (), "")
+        return resolve(request, base, line, "facts", 0, known_runs(tmp_path)).directory.root
 
     has_bfloat16(monkeypatch, False)
     there = tmp_path / "elsewhere" / "run"

@@ -14,6 +14,7 @@ from qtale_lightning.files import replacing
 from qtale_lightning.values import UserPath
 
 if TYPE_CHECKING:
+    from qtale_lightning.launching import Launcher
     from qtale_lightning.sweeps.definition import SweepDefinition
     from qtale_lightning.sweeps.trial import Trial
 
@@ -22,6 +23,7 @@ def start(
     file: UserPath,
     options: tuple[str, ...],
     local: bool = False,
+    launch: str = "local",
     jobs: PositiveInt | None = None,
     count: PositiveInt | None = None,
     seed: int = 0,
@@ -34,20 +36,22 @@ def start(
     Args:
         file: A sweep file, in W&B's format.
         local: Without W&B's server.
-        jobs: Runs at a time; by default one a GPU, one on a CPU (local only).
+        launch: Where runs are started: local, or a cluster's file of experiments/launch (without W&B's server).
+        jobs: Runs at a time; by default one a GPU, one on a CPU (without W&B's server).
         count: The most runs; by default the file's run_cap.
         seed: Of a random sweep's draws (local only).
         wandb_project: W&B project.
     """
+    from qtale_lightning.launching import launcher
     from qtale_lightning.sweeps.definition import read_sweep
     from qtale_lightning.sweeps.points import points
     from qtale_lightning.sweeps.trial import Trial
 
     sweep = read_sweep(find(file)).resolved(os.environ, options)
-    if not local:
+    if not local and launch == "local":
         return _start_remote(sweep, Trial.parse(sweep.arguments({})).to, wandb_project, count)
     trials = [Trial.parse(sweep.arguments(point)) for point in points(sweep, seed, count)]
-    return _run_trials(sweep, trials, jobs)
+    return run_trials(sweep, trials, launcher(launch, jobs, trials[0].to / "jobs"))
 
 
 def join(sweep: str, count: PositiveInt | None = None) -> int:
@@ -67,15 +71,15 @@ def trial(options: tuple[str, ...]) -> int:
 
     The command that reproduces it alone comes first in its output.
     """
+    from qtale_lightning.launching import Local
     from qtale_lightning.sweeps import remote
-    from qtale_lightning.sweeps.processes import Processes
     from qtale_lightning.sweeps.trial import Trial
 
-    one, processes = Trial.parse(options), Processes()
+    one = Trial.parse(options)
     print(f"this run alone: {one}", flush=True)
-    with processes.stopping_on_signals():
-        record = one.run(lambda command, lock: processes.run(command, lock=lock))
-    if record["status"] != "finished":
+    Local(into_logs=False).run([one.job()])
+    record = one.record()
+    if record is None or record["status"] != "finished":
         return 1
     if one.stages != ("fit",) and os.environ.get("WANDB_SWEEP_ID"):
         remote.log_outcome(record, one.folder)
@@ -96,19 +100,23 @@ def table(folder: UserPath) -> None:
     print(write_table(Path(folder), name))
 
 
-def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -> int:
-    from qtale_lightning.sweeps.local import console, device_slots, run_locally
+def run_trials(sweep: SweepDefinition, trials: list[Trial], launch: Launcher) -> int:
+    """Runs the trials that aren't finished, and writes the table of all; the exit status."""
+    from qtale_lightning.launching.job import console
 
-    folder, slots = trials[0].to, device_slots(jobs)
-    for one in trials:
-        one.check()
+    folder = trials[0].to
+    waiting = [trial.job() for trial in trials if not trial.finished()]
     _keep_definition(sweep, folder)
+    console.print(
+        f"{len(trials)} runs, {len(trials) - len(waiting)} of them finished; {launch.at_once} at a time"
+    )
     try:
-        failed = run_locally(trials, slots)
-    except KeyboardInterrupt:
+        launch.run(waiting)
+    except (KeyboardInterrupt, SystemExit) as stopped:
         console.print("stopped; the same command goes on from here")
         _table_of_what_is_there(folder, sweep.name)
-        return 130
+        return int(stopped.code or 0) if isinstance(stopped, SystemExit) else 130
+    failed = [trial for trial in trials if not trial.finished()]
     for trial in failed:
         console.print(f"failed: {trial.label}, alone by:")
         console.print(f"  {trial}")
@@ -117,8 +125,8 @@ def _run_trials(sweep: SweepDefinition, trials: list[Trial], jobs: int | None) -
 
 
 def _start_remote(sweep: SweepDefinition, folder: Path, project: str, count: int | None) -> int:
+    from qtale_lightning.launching.job import console
     from qtale_lightning.sweeps import remote
-    from qtale_lightning.sweeps.local import console
 
     path = remote.create(sweep, project)
     _keep_definition(sweep, folder)
@@ -137,7 +145,7 @@ def _keep_definition(sweep: SweepDefinition, folder: Path) -> None:
 
 
 def _table_of_what_is_there(folder: Path, name: str) -> None:
-    from qtale_lightning.sweeps.local import console
+    from qtale_lightning.launching.job import console
     from qtale_lightning.sweeps.table import write_table
 
     try:

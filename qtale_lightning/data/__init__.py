@@ -1,12 +1,9 @@
-"""Questions: tasks and their rows, prompts, token ids, and the Lightning data module."""
+"""Questions: rows of tasks, prompts, token ids, and the Lightning data module."""
 
 from typing import TYPE_CHECKING
 
-from qtale_lightning.data.facts import facts_corpus, generate_facts
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import CHOICE_LABELS, PROMPT_STYLES, Prompt, build_prompt
 from qtale_lightning.data.readers import read_hub, read_local
-from qtale_lightning.data.tasks import SUITES, TASKS, Task, resolve_tasks
 from qtale_lightning.lazy import lazily
 
 if TYPE_CHECKING:
@@ -24,24 +21,17 @@ if TYPE_CHECKING:
 __all__ = [
     "CHOICE_LABELS",
     "PROMPT_STYLES",
-    "SUITES",
-    "TASKS",
     "CommonsenseDataModule",
     "EncodedPrompt",
     "LengthBatchSampler",
     "Prompt",
-    "Question",
-    "Task",
     "TrainingExample",
     "build_prompt",
     "collate",
     "encode_pair",
     "encode_prompt",
-    "facts_corpus",
-    "generate_facts",
     "read_hub",
     "read_local",
-    "resolve_tasks",
     "training_example",
 ]
 

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import CHOICE_LABELS, PROMPT_STYLES, build_prompt
-from qtale_lightning.data.tasks import TASKS
 from qtale_lightning.data.tokenization import EncodedPrompt, encode_prompt
+from qtale_lightning.tasks import TASKS, Question
 
 if TYPE_CHECKING:  # what is planned and checked doesn't wait for it
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +46,7 @@ class Asking:
                 f"--data.shots {self.shots}: there are no examples for {', '.join(self.tasks)}; only tasks with "
                 "choices have them"
             )
-        unlisted = [task for task in chosen if not TASKS[task].template and self.prompt_style == "cloze"]
+        unlisted = [task for task in chosen if not TASKS[task].lists_choices(self.prompt_style)]
         if self.answers == "generated" and (unlisted or not chosen):
             raise ValueError(
                 f"--data.answers generated is for tasks with choices that the prompt lists, which "

@@ -11,17 +11,16 @@ from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
 from qtale_lightning import fingerprint
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.data.splits import Examples, task_rows
-from qtale_lightning.data.tasks import TASKS
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
     collate,
     training_example,
 )
+from qtale_lightning.tasks import TASKS, Question
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,11 @@
-"""Rows of a task as questions: from local JSON Lines files, the Hugging Face hub, or the built-in generator."""
+"""Rows of a task as questions: from local JSON Lines files, the Hugging Face hub, or made by the task itself."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from qtale_lightning.data.facts import generate_facts
 from qtale_lightning.data.lines import read_rows
-from qtale_lightning.data.parsing import Question, Row
-from qtale_lightning.data.tasks import TASKS, Split
 from qtale_lightning.hub.repository import Repository
+from qtale_lightning.tasks import TASKS, Question, Row, Split, built_in
 
 
 def read(task: str, root: str | None, split: Split, seed: int) -> list[Question]:
@@ -16,8 +14,8 @@ def read(task: str, root: str | None, split: Split, seed: int) -> list[Question]
     Raises:
         FileNotFoundError, ConnectionError, ValueError: as `read_local` and `read_hub`.
     """
-    if TASKS[task].hub is None:
-        return generate_facts(split, seed)
+    if (generate := TASKS[task].generate) is not None:
+        return generate(split, seed)
     return read_hub(task, split) if root is None else read_local(task, root, split)
 
 
@@ -53,7 +51,10 @@ def read_hub(task: str, split: Split) -> list[Question]:
     """
     source = TASKS[task].hub
     if source is None:
-        raise ValueError(f"task {task!r} is built in and has no hub dataset")
+        raise ValueError(
+            f"task {task!r} has no hub dataset: "
+            + ("its rows are built in" if TASKS[task].generate else "give its rows by --data.root FOLDER")
+        )
     name = source.split(split)
     if name is None:
         raise ValueError(f"task {task!r} has no {split} split on the hub")
@@ -66,7 +67,8 @@ def read_hub(task: str, split: Split) -> list[Question]:
         source.revision,
         f"the rows of task {task!r}",
         f"Or pass --data.root FOLDER with files FOLDER/{task}/train.jsonl and FOLDER/{task}/validation.jsonl (one row "
-        "a line, in the dataset's own field names), or choose the built-in --data.tasks facts, which needs neither.",
+        f"a line, in the dataset's own field names), or choose the built-in --data.tasks {' or '.join(built_in())}, "
+        "which needs neither.",
     )
     rows = read_dataset(repository, source.config, name)
     if missing := [column for column in source.required if column not in rows.column_names]:

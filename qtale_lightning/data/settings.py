@@ -5,7 +5,7 @@ from pathlib import Path
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from qtale_lightning.data.asking import Asking
-from qtale_lightning.data.tasks import SUITES, resolve_tasks
+from qtale_lightning.tasks import SUITES, resolve_tasks
 from qtale_lightning.values import UserPath, ranged
 
 MIXES = ("proportional", "uniform")
@@ -15,15 +15,15 @@ class DataSettings:
     """The options of a :class:`~qtale_lightning.data.CommonsenseDataModule`, which inherits them.
 
     Args:
-        tasks: A task, a suite (csqa, generality), or a list of them; "facts" is built in and needs no files.
+        tasks: A task, a suite, or a list of them, such as csqa (seven commonsense tasks) or facts (built in).
         root: Folder with <task>/train.jsonl and <task>/validation.jsonl. None reads the Hugging Face hub.
-        prompt_style: cloze (score each choice's text) or choice (score each choice's letter); mmlu is always choice.
+        prompt_style: cloze (score each choice's text) or choice (score each choice's label); some tasks have one only.
         choice_labels: What choices are called in the choice style: letters or numbers.
-        shots: Examples before each scored question: of mmlu its first dev rows (<root>/mmlu/dev.jsonl), of other tasks
-            with choices their first training rows.
+        shots: Examples before each scored question of a task with choices: its first dev rows
+            (<root>/<task>/dev.jsonl) where it has such a split, else its first training rows.
         answers: How validation questions with choices are answered: scored (by log-likelihood) or generated (the model
             writes; what can't be read is wrong).
-        max_new_tokens: Tokens of the longest generated answer. None: 16 where choices are given, samsum 96, alpaca 128.
+        max_new_tokens: Tokens of the longest generated answer. None: the task's own limit, 16 where choices are given.
         generations: Validation rows of each task measured by perplexity whose generated answer is kept with the run.
         batch_size: Sequences in a batch of one device.
         max_length: Tokens of the longest sequence, its EOS included; longer ones are cut at their left, and long texts

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from itertools import islice
 from random import Random
 
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.readers import local_file, read
-from qtale_lightning.data.tasks import TASKS, Split
+from qtale_lightning.tasks import TASKS, Question, Split
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def task_rows(
 ) -> TaskRows:
     """Reads a task's rows and chooses among them by the seed.
 
-    Calibration rows are a task's own (mmlu's validation split on the hub, or `<root>/mmlu/calibration.jsonl`), or
+    Calibration rows are a task's own (of the hub, or `<root>/<task>/calibration.jsonl`) where it has such a split, or
     else held out of the training rows; a training row that asks a calibration question again is left out.
 
     Args:

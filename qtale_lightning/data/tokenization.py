@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qtale_lightning.data.prompts import Prompt
-from qtale_lightning.data.tasks import TASKS
+from qtale_lightning.tasks import TASKS
 
 if TYPE_CHECKING:  # what is planned and checked doesn't wait for them
     from torch import Tensor

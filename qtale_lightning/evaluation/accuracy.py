@@ -27,7 +27,7 @@ def task_accuracy(
     ``acc`` takes the choice of highest log-likelihood, ``acc_norm`` that of the highest per character
     (lm-evaluation-harness), ``acc_generated`` the one that is read from what the model wrote (`read_answer`); the
     standard error is binomial. A task with subjects has a row for each, its value is the mean over all questions,
-    so that a subject weighs by its size, and its error is pooled over subjects: what the harness reports for mmlu.
+    so that a subject weighs by its size, and its error is pooled over subjects: as the harness reports them.
 
     Args:
         questions: The task's.

@@ -10,7 +10,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 import transformers
 
-from qtale_lightning.data import SUITES, CommonsenseDataModule
+from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.fingerprint import comparable, of, of_model
 from qtale_lightning.harness.backend import (
     SOFTMAX_DTYPE,
@@ -26,6 +26,7 @@ from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
 from qtale_lightning.stages.loading import load_tokenizer
 from qtale_lightning.stages.progress import console
+from qtale_lightning.tasks import SUITES
 
 SCHEMA = 1
 

@@ -1,9 +1,8 @@
 """Task files with which lm-evaluation-harness reads our questions: the prompts of `data.prompts`, ready to score.
 
-A row holds what the harness is to ask, so that the wording is written once and any prompt style can be evaluated. For
-six of the seven commonsense tasks the cloze prompts are letter for letter those of the harness's own task files. boolq
-differs where a row has no passage, which the harness's file needs, and where a question already ends in "?", which the
-harness doubles.
+A row holds what the harness is to ask, so that the wording is written once and any prompt style can be evaluated. The
+cloze prompts of the commonsense tasks are letter for letter those of the harness's own task files, except where a row
+has no passage that the harness's file needs, or a question already ends in "?", which the harness doubles.
 """
 
 import json
@@ -13,8 +12,9 @@ from typing import Any
 
 import yaml
 
-from qtale_lightning.data import TASKS, CommonsenseDataModule, Prompt, build_prompt
+from qtale_lightning.data import CommonsenseDataModule, Prompt, build_prompt
 from qtale_lightning.data.splits import Examples, task_rows
+from qtale_lightning.tasks import TASKS
 
 # What the name of a task gains: figures on local rows aren't those of the harness's task of the same name.
 LOCAL = "_local"
@@ -22,7 +22,7 @@ LOCAL = "_local"
 
 def is_local(data: CommonsenseDataModule, task: str) -> bool:
     """Whether a task's rows are local: from the data's root, or built in."""
-    return task in TASKS and (data.root is not None or TASKS[task].hub is None)
+    return task in TASKS and (data.root is not None or TASKS[task].generate is not None)
 
 
 def local_prompts(data: CommonsenseDataModule, task: str) -> list[Prompt]:
@@ -49,7 +49,7 @@ def write_tasks(folder: Path, prompts: Mapping[str, Sequence[Prompt]]) -> list[s
     """Write ``<task>_local.yaml`` and its rows for each task; return the names by which the harness knows them.
 
     The accuracies are ``acc``, and ``acc_norm`` where the choices are what is scored: where they stand in the
-    context (winogrande's cloze prompts) the harness would divide by the contexts' lengths, and its own task has no
+    context the harness would divide by the contexts' lengths, and its own task has no
     ``acc_norm`` either.
 
     Args:

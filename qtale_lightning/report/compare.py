@@ -9,13 +9,14 @@ from qtale_lightning.files import replacing
 from qtale_lightning.fingerprint import same_questions
 from qtale_lightning.report import markdown
 from qtale_lightning.report.figures import DPI, STYLES
-from qtale_lightning.report.notes import TASK_NAMES, run_title, theta_text
+from qtale_lightning.report.notes import run_title, theta_text
 from qtale_lightning.report.pairs import paired_table
 from qtale_lightning.report.results import Evaluation, Results, load_results
 from qtale_lightning.report.scores import score_header, score_text
 from qtale_lightning.report.series import own_rows
 from qtale_lightning.report.style import plain
 from qtale_lightning.report.tables import FactTable
+from qtale_lightning.tasks import task_title
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
@@ -51,7 +52,7 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
             lines.append([_method(run), theta, *cells])
     headers = ["method", "θ", *(f"{bits} bits" for bits in precisions)]
     one = _validation(runs[0])[0]
-    names = (score_header(TASK_NAMES.get(t, t), score["metric"]) for t, score in one["accuracy"].items())
+    names = (score_header(task_title(t), score["metric"]) for t, score in one["accuracy"].items())
     measured = "Average accuracy in %" if _averaged(runs) else " / ".join(names)
     commands = "\n".join(f"{run['run']['command']}  # commit {_commit(run)}" for run in runs)
     pairs = ""

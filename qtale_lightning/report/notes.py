@@ -4,19 +4,8 @@ import math
 
 from qtale_lightning.report.results import Evaluation, Results, same_theta
 from qtale_lightning.report.series import best_row, selected_row, validation_series
+from qtale_lightning.tasks import task_title
 
-TASK_NAMES = {
-    "piqa": "PIQA",
-    "boolq": "BoolQ",
-    "social_iqa": "SIQA",
-    "arc_easy": "ARC-e",
-    "arc_challenge": "ARC-c",
-    "winogrande": "WinoGrande",
-    "openbookqa": "OBQA",
-    "mmlu": "MMLU",
-    "alpaca": "Alpaca",
-    "samsum": "SAMSum",
-}
 DLLM_THETA = 0.5
 """D-LLM's decision, argmax over (skip, execute): what a selected θ is compared with."""
 
@@ -55,7 +44,7 @@ def protocol_lines(results: Results) -> list[str]:
     for row in rows:
         for task, score in row["accuracy"].items():
             reported = f"{score['metric']} on {score['examples']:,} questions"
-            metrics.setdefault(f"{TASK_NAMES.get(task, task)} reports", set()).add(reported)
+            metrics.setdefault(f"{task_title(task)} reports", set()).add(reported)
     settings: dict[str, set[str]] = {"questions": {f"{row['examples']:,}" for row in rows}} | metrics
     if reasons := {row["no_average"] for row in rows if "no_average" in row}:
         settings["no average"] = reasons

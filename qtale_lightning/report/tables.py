@@ -17,7 +17,6 @@ from qtale_lightning.report import markdown
 from qtale_lightning.report.notes import (
     COST_RULE,
     NOISE_RULE,
-    TASK_NAMES,
     cost_notes,
     noise_notes,
     protocol_lines,
@@ -35,6 +34,7 @@ from qtale_lightning.report.series import (
     validation_series,
 )
 from qtale_lightning.report.terminal import FactTable, print_table
+from qtale_lightning.tasks import task_title
 
 CAPTIONS = {
     "accuracy": "Accuracy and negative log-likelihood against the share of layers executed.",
@@ -201,7 +201,7 @@ def _task_columns(rows: Sequence[Evaluation]) -> dict[str, Callable[[Evaluation]
     columns: dict[str, Callable[[Evaluation], str]] = {}
     for row in rows:
         for task, score in row["accuracy"].items():
-            name = TASK_NAMES.get(task, task)
+            name = task_title(task)
             columns.setdefault(score_header(name, score["metric"]), partial(_task_cell, task))
             if score["metric"] == "acc_generated":
                 columns.setdefault(f"{name} unreadable %", partial(_unreadable_cell, task))

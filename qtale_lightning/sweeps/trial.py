@@ -1,12 +1,11 @@
 """One run of a sweep: its folder and commands, from the arguments that an agent gives."""
 
 import json
-import logging
 import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from os.path import expanduser
@@ -14,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from qtale_lightning.files import replacing
-from qtale_lightning.locks import locked
+from qtale_lightning.launching import Command, Job, Steps
+from qtale_lightning.launching.job import console
 from qtale_lightning.sweeps.outcome import outcome
-
-log = logging.getLogger(__name__)
 
 RECORD = "trial.json"
 STRAY = "_wandb"
@@ -28,9 +26,6 @@ LONGEST = 100
 
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
 """Exit statuses of a command that was told to end."""
-
-Launch = Callable[[Sequence[str], int | None], int]
-"""Runs `python -m qtale_lightning` with these arguments, under a held lock; returns its exit status."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +120,8 @@ class Trial:
         if self.stages != ("fit",) and not (Path(self.fixed[0]) / "config.yaml").is_file():
             raise ValueError(f"{self.fixed[0]} is no run: it has no config.yaml. `make train` makes one.")
 
-    def run(self, launch: Launch) -> dict[str, Any]:
-        """Runs what isn't finished, and keeps a record: status, seconds, and what was measured.
+    def job(self) -> Job:
+        """What isn't finished, to be launched.
 
         Trials that work on one run wait for each other, since all of them write its results.
 
@@ -134,21 +129,31 @@ class Trial:
             ValueError: as `check`.
         """
         self.check()
-        self.folder.mkdir(parents=True, exist_ok=True)
         folder = self.folder if self.stages == ("fit",) else Path(self.fixed[0])
-        with locked(folder, "a trial of a sweep", log.info) as lock:
-            if (kept := self.record()) and kept["status"] == "finished":
-                return kept
-            started, status = time.time(), 0
-            self._keep("running", 0.0)
-            for command in self.commands():
-                status = launch(command, lock)
-                if status:
-                    break
-            said = "finished" if status == 0 else "stopped" if status in STOPPED else f"failed ({status})"
-            return self._keep(said, time.time() - started)
+        return Job(folder, "a trial of a sweep", self._steps)
 
-    def _keep(self, status: str, seconds: float) -> dict[str, Any]:
+    def _steps(self) -> Steps:
+        """Its commands, and a record of how they ended: status, seconds, and what was measured."""
+        if self.finished():
+            return
+        started, said = time.time(), "stopped"
+        log = self.folder / "log.txt"
+        console.print(f"{self.label}, log in {log}:")
+        console.print(f"  {self}")
+        self._keep("running", 0.0)
+        try:
+            for command in self.commands():
+                status = yield Command(tuple(command), log)
+                if status:
+                    said = "stopped" if status in STOPPED else f"failed ({status})"
+                    return
+            said = "finished"
+        finally:
+            seconds = time.time() - started
+            self._keep(said, seconds)
+            console.print(f"{self.label}: {said} in {seconds:.0f} s")
+
+    def _keep(self, status: str, seconds: float) -> None:
         run = self.run_directory()
         measured = outcome(run, self.commands()[-1]) if status == "finished" and run else []
         record = {
@@ -161,7 +166,6 @@ class Trial:
         }
         with replacing(self.folder / RECORD) as temporary:
             temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        return record
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], str, list[str]]:

@@ -1,15 +1,14 @@
 """The commands ``table`` and ``figures``: a declaration, what is missing of it, and what is made from it."""
 
 import logging
-import signal
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 
+from qtale_lightning.launching import Launcher, launcher
 from qtale_lightning.report.terminal import print_page
 from qtale_lightning.tables.content import content
 from qtale_lightning.tables.declaration import load_declaration
-from qtale_lightning.tables.execution import Executor, Start, console, start_process
+from qtale_lightning.tables.execution import Executor, console
 from qtale_lightning.tables.figures import write_figures
 from qtale_lightning.tables.progress import Estimate, about, estimate
 from qtale_lightning.tables.publish import publish
@@ -20,8 +19,11 @@ from qtale_lightning.tables.runs import known_runs
 from qtale_lightning.tables.table import Table
 
 
-def table(given: Asked, start: Start = start_process) -> None:
+def table(given: Asked, launch: Launcher | None = None) -> None:
     """Run what a table is missing, and write it.
+
+    Args:
+        launch: Stands in for what the arguments ask for, in tests.
 
     Raises:
         SystemExit: 1 where a cell failed; the table is there nevertheless.
@@ -31,15 +33,13 @@ def table(given: Asked, start: Start = start_process) -> None:
     _say_plan(asked, missing)
     if given.plan_only:
         return
-    executor = Executor(_folder(asked) / "logs", _estimate(asked), start)
-    previous = signal.signal(signal.SIGTERM, stop)
+    launch = launch or launcher(given.launch, given.jobs, _folder(asked) / "jobs")
+    executor = Executor(_folder(asked) / "logs", _estimate(asked), launch)
     try:
-        executor.execute(asked.runs, asked.demands, missing)
+        executor.execute(asked.stages, asked.demands, missing)
     except SystemExit:
         console.print("stopped; the same command goes on where this one was")
         raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
     found = content(asked, given.command("table"), executor.failures)
     before = _read(_folder(asked) / "table.json")
     page, *_ = write_table(found, _folder(asked))
@@ -94,9 +94,10 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
     commands = [command for found in missing.values() for command in found]
     to_train = sum(command.kind == "fit" for command in commands)
     finished = sum(run.finished for run in asked.runs)
+    base = " and ".join(map(str, asked.base))
+    console.print(f"table {asked.name}, {asked.request.model}, on {base}:")
     console.print(
-        f"table {asked.name}, {asked.request.model}: {len(asked.lines)} lines of {len(asked.runs)} runs, "
-        f"{finished} there and {to_train} to train",
+        f"{len(asked.lines)} lines of {len(asked.runs)} runs, {finished} there and {to_train} to train",
     )
     if not commands:
         console.print("nothing is missing")
@@ -106,11 +107,6 @@ def _say_plan(asked: Table, missing: Mapping[Path, list[Command]]) -> None:
         f"{len(commands)} commands to run, {len(commands) - to_train} of them on finished runs; about "
         f"{about(expected.seconds(commands))} ({expected.source})",
     )
-
-
-def stop(number: int, frame: FrameType | None) -> None:
-    """A signal's handler that ends by an exception, so that what was started is ended, too."""
-    raise SystemExit(128 + number)
 
 
 def _read(path: Path) -> str:

@@ -10,12 +10,13 @@ from typing import Any
 from qtale_lightning.evaluation import cost
 from qtale_lightning.fingerprint import comparable
 from qtale_lightning.manifest import read_object
-from qtale_lightning.report.notes import TASK_NAMES
 from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header
+from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.table import Answer, Table, commit_of
+from qtale_lightning.tasks import task_title
 
 Failures = dict[Any, str]
 
@@ -77,6 +78,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
         "table": table.name,
         "title": table.declaration.title,
         "model": table.request.model,
+        "base": [file.as_posix() for file in table.base],
         "data": sorted({answer.run.data for answer in answers.values()}),
         "seeds": list(table.request.seeds),
         "command": command,
@@ -86,6 +88,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
         "questions": sorted({answer.row["examples"] for answer in shown if answer.row}),
         "compare": table.declaration.compare,
         "notes": table.declaration.notes,
+        "unlike_the_paper": paper.differences(table),
         "columns": [
             {"key": c.key, "header": _header(c, table), "kind": c.kind, "data": c.data}
             | {"better": c.shown.better, "factor": c.shown.factor, "digits": c.shown.digits}
@@ -111,7 +114,7 @@ def _columns(table: Table, answers: dict[Any, Answer]) -> list[ColumnOf]:
                 continue
             scores = {task: score for row in rows for task, score in row["accuracy"].items()}
             for task, score in scores.items():
-                name = score_header(TASK_NAMES.get(task, task), score["metric"])
+                name = score_header(task_title(task), score["metric"])
                 if score["metric"] == "perplexity":
                     shown = Kind(name, "lower", 1, 3)
                 else:
@@ -129,7 +132,7 @@ def _needs_no_average(rows: Sequence[Evaluation], columns: Sequence[str]) -> boo
 
 
 def _header(column: ColumnOf, table: Table) -> str:
-    named = column.shown.header.lower().startswith(TASK_NAMES.get(column.data, column.data).lower())
+    named = column.shown.header.lower().startswith(task_title(column.data).lower())
     return f"{column.data} {column.shown.header}" if column.data and not named else column.shown.header
 
 
@@ -155,11 +158,6 @@ def _row(
         rows = [(a, a.row) for (at, _), a in found.items() if at == data]
         if rows and all(row is not None for _, row in rows):
             values[column.key] = _value(column, [(a, row) for a, row in rows if row is not None])
-    paper = {
-        value.column: value.value
-        for value in table.declaration.paper
-        if (value.model, value.cell, value.bits) == (table.request.model, line.name, line.bits)
-    }
     return {
         "name": line.name,
         "method": line.method,
@@ -169,7 +167,7 @@ def _row(
         "engine": line.engine,
         "group": line.group,
         "values": values,
-        "paper": paper,
+        "paper": paper.shown(table, line),
         "failed": failed,
         "sources": [_source(table, seed, a) for (_, seed), a in found.items() if a.row is not None],
     }

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from qtale_lightning.experiments import names
+from qtale_lightning.experiments import find, names
 from qtale_lightning.quantization.options import Engine
 from qtale_lightning.report.fields import Bits, Fraction
 from qtale_lightning.yaml_files import read_yaml
@@ -105,7 +105,7 @@ class Cell(_Declared):
 
 
 class PaperValue(_Declared):
-    """A value that the paper gives: `value` in percent for accuracies."""
+    """A value that the paper gives in the setting of experiments/paper/<model>.yaml: in percent for accuracies."""
 
     model: str
     cell: str
@@ -155,6 +155,9 @@ class Declaration(_Declared):
     """A whole table."""
 
     title: str
+    base: str | None = None
+    """The configuration that its runs build on, a method's file coming after it; {model} stands for the model. None,
+    or where a model has no such file: experiments/base.yaml and the model's."""
     cells: list[Cell] = Field(min_length=1)
     columns: list[Column] = Field(["theta", "execution_ratio", "tasks", "average", "nll"], min_length=1)
     compare: list[Literal["bits", "name", "method", "engine", "setting", "group"]] = ["bits"]
@@ -168,6 +171,25 @@ class Declaration(_Declared):
     def lines(self) -> list[Line]:
         """All lines, in the declaration's order."""
         return [line for cell in self.cells for line in _lines(cell)]
+
+    def base_of(self, model: str) -> tuple[Path, ...]:
+        """The files that runs of a model build on, in order.
+
+        Raises:
+            ValueError: The base is one file, which is of another model, or isn't there.
+        """
+        given = (Path("experiments/base.yaml"), Path(f"experiments/models/{model}.yaml"))
+        if self.base is None:
+            return given
+        path = Path(self.base.replace("{model}", model))
+        if not find(path).is_file():
+            if self.base == str(path):
+                raise ValueError(f"base: {path} isn't there")
+            return given
+        named = (read_yaml(find(path)) or {}).get("model", {}).get("name")
+        if named != model:
+            raise ValueError(f"base: {path} is of the model {named}: give --model {named} (MODEL=… of make)")
+        return (path,)
 
     def like(self, line: Line) -> Line | None:
         """The line whose execution ratio is the budget of this one."""
@@ -195,6 +217,10 @@ class Declaration(_Declared):
             if isinstance(named[0].theta, BudgetRule) and named[0].theta.like:
                 raise ValueError(f"cell {line.name!r}: like {line.theta.like!r} is itself like another cell")
         for value in self.paper:
+            if value.model not in names("paper"):
+                raise ValueError(
+                    f"paper: there is no experiments/paper/{value.model}.yaml, which says the setting of its values"
+                )
             if not any((line.name, line.bits) == (value.cell, value.bits) for line in lines):
                 raise ValueError(f"paper: there is no line {value.cell!r} at {value.bits:g} bits")
         return self

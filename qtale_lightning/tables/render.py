@@ -138,7 +138,10 @@ def footnotes(content: dict[str, Any]) -> list[str]:
         f"Validation questions: {', '.join(f'{count:,}' for count in content['questions']) or 'none'}; "
         f"model {content['model']}; {', '.join(content['hardware'])}."
     )
-    if not any(row["paper"] for row in content["rows"]):
+    notes.append(f"Runs build on {' and '.join(content['base'])}.")
+    if unlike := content["unlike_the_paper"]:
+        notes.append(f"The paper's values aren't shown where the setting is another: {', '.join(unlike)}.")
+    elif not any(row["paper"] for row in content["rows"]):
         notes.append(f"The paper gives no value for {content['model']} that this table could show.")
     notes.append(
         f"Commit: {', '.join(content['commits']) or 'none'}. Every number's run and row: table.json."

@@ -25,11 +25,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Asked:
-    """A table's declaration, what is asked of it, and whether only to say what that would run."""
+    """A table's declaration, what is asked of it, and how: whether only to say what that would run, where to launch it
+    (see :func:`~qtale_lightning.launching.launcher`), and how many runs at a time."""
 
     file: Path
     request: Request
     plan_only: bool = False
+    launch: str = "local"
+    jobs: int | None = 1
 
     def command(self, name: str) -> str:
         """The command line that asks for it, by ``table`` or ``figures``."""

@@ -9,7 +9,7 @@ import yaml
 
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
-from qtale_lightning.experiments import find, names
+from qtale_lightning.experiments import find
 from qtale_lightning.manifest import digest
 from qtale_lightning.origin import origin
 from qtale_lightning.plan import optimizer_steps, training_flops
@@ -93,20 +93,21 @@ def known_runs(out: Path) -> dict[str, Path]:
     return found
 
 
-def resolve(request: Request, line: Line, data: str, seed: int, known: dict[str, Path]) -> TableRun:
+def resolve(
+    request: Request, base: Sequence[Path], line: Line, data: str, seed: int, known: dict[str, Path]
+) -> TableRun:
     """A line's run for one seed: its configuration resolved, checked and found among those that are there.
+
+    It is the table's base, then the method's file, then options.
 
     A new run goes to `<out>/<model>-<method>-<data>-s<seed>`; with options of its line, or where that folder holds
     another configuration, to a folder of their own below `out`.
 
     Raises:
-        FileNotFoundError: There is no such model.
         ValueError: The configuration can't work.
     """
-    if request.model not in names("models"):
-        raise FileNotFoundError(f"--model {request.model}: choose one of {', '.join(names('models'))}")
-    files = ("base.yaml", f"models/{request.model}.yaml", f"methods/{line.method}.yaml")
-    arguments = [part for file in files for part in ("--config", str(find(f"experiments/{file}")))]
+    files = (*base, Path(f"experiments/methods/{line.method}.yaml"))
+    arguments = [part for file in files for part in ("--config", str(find(file)))]
     arguments += request.options
     for key, value in line.options:
         arguments += [f"--{key}", _argument(value)]

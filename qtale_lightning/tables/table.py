@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from qtale_lightning.experiments import names
 from qtale_lightning.report.results import Evaluation, Results
 from qtale_lightning.tables.declaration import BudgetRule, Declaration, Line
 from qtale_lightning.tables.request import Request
@@ -34,6 +35,19 @@ class Table:
         return self.declaration.lines
 
     @cached_property
+    def base(self) -> tuple[Path, ...]:
+        """The configuration that all runs build on.
+
+        Raises:
+            FileNotFoundError: There is no such model.
+            ValueError: as `Declaration.base_of`.
+        """
+        model = self.request.model
+        if model not in names("models"):
+            raise FileNotFoundError(f"--model {model}: choose one of {', '.join(names('models'))}")
+        return self.declaration.base_of(model)
+
+    @cached_property
     def _resolved(self) -> dict[tuple[object, ...], TableRun]:
         known = known_runs(self.request.out)
         found: dict[tuple[object, ...], TableRun] = {}
@@ -42,7 +56,7 @@ class Table:
                 for data in self.data_of(line):
                     key = self._key(line, data, seed)
                     if key not in found:  # parsing a configuration takes a third of a second
-                        found[key] = resolve(self.request, line, data, seed, known)
+                        found[key] = resolve(self.request, self.base, line, data, seed, known)
         return found
 
     def data_of(self, line: Line) -> tuple[str, ...]:
@@ -59,12 +73,18 @@ class Table:
 
     @cached_property
     def runs(self) -> list[TableRun]:
-        """Every run once, by seed; those that others take their budgets from come first."""
+        """Every run once."""
+        return [run for stage in self.stages for run in stage]
+
+    @cached_property
+    def stages(self) -> list[list[TableRun]]:
+        """Every run once, by seed: those that others take their budgets from, and then the others."""
         liked = {
             (other.method, other.options) for line in self.lines if (other := self.declaration.like(line))
         }
-        ordered = sorted(self._resolved.items(), key=lambda item: (item[0][3], item[0][:2] not in liked))
-        return list({run.identity: run for _, run in ordered}.values())
+        first = {run.identity: run for key, run in self._resolved.items() if key[:2] in liked}
+        others = {run.identity: run for run in self._resolved.values() if run.identity not in first}
+        return [list(stage.values()) for stage in (first, others) if stage]
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""

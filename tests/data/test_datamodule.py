@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from qtale_lightning.data import SUITES, TASKS, CommonsenseDataModule, EncodedPrompt, LengthBatchSampler
+from qtale_lightning.data import CommonsenseDataModule, EncodedPrompt, LengthBatchSampler
+from qtale_lightning.tasks import SUITES, TASKS
 
 Ids = tuple[int, ...]
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from qtale_lightning.data import SUITES, CommonsenseDataModule
+from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.tasks import SUITES
 
 SUBJECTS = ("anatomy", "world_religions")
 

@@ -2,9 +2,8 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import CHOICE_LABELS, PROMPT_STYLES, build_prompt
-from qtale_lightning.data.tasks import TASKS
+from qtale_lightning.tasks import TASKS, Question
 
 Rows = dict[str, dict[str, Any]]
 STYLED = sorted(name for name, task in TASKS.items() if not task.template)

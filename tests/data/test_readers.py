@@ -8,8 +8,8 @@ import pytest
 from datasets import Dataset, load_dataset
 
 from qtale_lightning.data.readers import read_hub, read_local
-from qtale_lightning.data.tasks import SUITES, TASKS
 from qtale_lightning.hub.repository import COMMIT, Repository
+from qtale_lightning.tasks import SUITES, TASKS
 
 Rows = dict[str, dict[str, Any]]
 BUILT_IN = {"facts"}
@@ -179,7 +179,7 @@ def test_alpacas_validation_rows_are_cut_from_its_training_split(tmp_path: Path)
 
 def test_built_in_tasks_have_no_hub_dataset() -> None:
     assert {name for name, task in TASKS.items() if task.hub is None} == BUILT_IN
-    with pytest.raises(ValueError, match="built in"):
+    with pytest.raises(ValueError, match="no hub dataset: its rows are built in"):
         read_hub("facts", "train")
 
 

@@ -6,10 +6,8 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.prompts import PROMPT_STYLES, Prompt, build_prompt
 from qtale_lightning.data.readers import read_local
-from qtale_lightning.data.tasks import SUITES, TASKS
 from qtale_lightning.data.tokenization import (
     EncodedPrompt,
     TrainingExample,
@@ -18,6 +16,7 @@ from qtale_lightning.data.tokenization import (
     encode_prompt,
     training_example,
 )
+from qtale_lightning.tasks import SUITES, TASKS, Question
 
 Rows = dict[str, dict[str, Any]]
 CONTEXT = "Question: What colour is milk?\nAnswer:"

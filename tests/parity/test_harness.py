@@ -22,12 +22,13 @@ from tokenizers import processors
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from qtale_lightning.data import SUITES, TASKS, Prompt, build_prompt, encode_prompt, read_local
+from qtale_lightning.data import Prompt, build_prompt, encode_prompt, read_local
 from qtale_lightning.evaluation.accuracy import accuracy_by_task
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.harness import evaluate_tasks, find_tasks, harness_model, write_tasks
 from qtale_lightning.models import RoutedForCausalLM, route
 from qtale_lightning.models.sources import load_base, load_tokenizer
+from qtale_lightning.tasks import SUITES, TASKS
 from tests.llama import llama_config
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs requirements-lm-eval.txt")

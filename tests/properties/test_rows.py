@@ -7,9 +7,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qtale_lightning.data.parsing import Question
 from qtale_lightning.data.readers import read_local
-from qtale_lightning.data.tasks import TASKS
+from qtale_lightning.tasks import TASKS, Question
 
 texts = st.text(max_size=12) | st.sampled_from(["A", "B", "1", "0", "2", "a_b", " _ x", " "])
 scalars = st.none() | st.booleans() | st.integers(-2, 5) | st.floats() | texts

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qtale_lightning.launching import Local
 from qtale_lightning.sweeps.trial import Trial
 
 
@@ -62,34 +63,41 @@ def test_folders_are_readable_and_never_shared(tmp_path: Path) -> None:
 
 
 class Launcher:
-    """Stands for the suite: notes its commands, writes what `fit` would, and returns the statuses it was given."""
+    """Stands for the suite: notes its commands, and returns the statuses it was given."""
 
     def __init__(self, *statuses: int) -> None:
         self.statuses = list(statuses)
         self.commands: list[list[str]] = []
 
-    def __call__(self, command: Sequence[str], lock: int | None) -> int:
+    def __call__(self, command: Sequence[str], log: Path | None, lock: int | None) -> int:
         self.commands.append(list(command))
         return self.statuses.pop(0) if self.statuses else 0
+
+    def run(self, trial: Trial) -> str:
+        """How it ended, by its record."""
+        Local(start=self).run([trial.job()])
+        record = trial.record()
+        assert record is not None
+        return str(record["status"])
 
 
 def test_a_finished_run_isnt_repeated_and_another_command_is(tmp_path: Path) -> None:
     launcher = Launcher()
     for _ in range(2):
-        assert parse(tmp_path, "--a.b=1").run(launcher)["status"] == "finished"
+        assert launcher.run(parse(tmp_path, "--a.b=1")) == "finished"
     assert len(launcher.commands) == 1
     other = Trial.parse([f"--to={tmp_path}", "fit", "--config", "other.yaml", "--", "--a.b=1"])
     assert not other.finished()
-    other.run(launcher)
+    launcher.run(other)
     assert len(launcher.commands) == 2
 
 
 @pytest.mark.parametrize(("status", "said"), [(2, "failed (2)"), (143, "stopped"), (-15, "stopped")])
 def test_a_run_that_failed_or_was_stopped_is_tried_again(tmp_path: Path, status: int, said: str) -> None:
     trial = parse(tmp_path, "--a.b=1")
-    assert trial.run(Launcher(status))["status"] == said
+    assert Launcher(status).run(trial) == said
     assert json.loads((trial.folder / "trial.json").read_text())["status"] == said
-    assert trial.run(Launcher(0))["status"] == "finished"
+    assert Launcher(0).run(trial) == "finished"
     assert trial.finished()
 
 
@@ -97,7 +105,7 @@ def test_a_stage_that_fails_ends_the_run(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").touch()
     trial = Trial.parse([f"--to={tmp_path}/sweeps", "quantize,thresholds", str(tmp_path), "--", "--a=1"])
     launcher = Launcher(2)
-    assert trial.run(launcher)["status"] == "failed (2)"
+    assert launcher.run(trial) == "failed (2)"
     assert [command[0] for command in launcher.commands] == ["quantize"]
 
 
@@ -105,4 +113,14 @@ def test_a_run_that_isnt_there_is_refused(tmp_path: Path) -> None:
     run = f"{tmp_path}/nowhere"
     trial = Trial.parse([f"--to={run}/sweeps", "evaluate", run, "--", "--theta=0.1"])
     with pytest.raises(ValueError, match="nowhere is no run"):
-        trial.run(Launcher())
+        trial.job()
+
+
+def test_a_run_that_is_interrupted_says_so(tmp_path: Path) -> None:
+    def interrupted(command: Sequence[str], log: Path | None, lock: int | None) -> int:
+        raise KeyboardInterrupt
+
+    trial = parse(tmp_path, "--a.b=1")
+    with pytest.raises(KeyboardInterrupt):
+        Local(start=interrupted).run([trial.job()])
+    assert json.loads((trial.folder / "trial.json").read_text())["status"] == "stopped"

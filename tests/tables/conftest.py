@@ -12,6 +12,7 @@ import yaml
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.predictions import Prediction, save_predictions
 from qtale_lightning.fingerprint import Fingerprint, of_model, of_split
+from qtale_lightning.launching import Job, Local
 from qtale_lightning.origin import origin
 from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
 from qtale_lightning.run import RunDirectory
@@ -41,11 +42,18 @@ class FakeCommands:
         self.advantage = {"full": 0.3, "qtale": 0.1, "dllm": 0.0}
         self.group_size = 32
 
-    def __call__(self, arguments: Sequence[str], log: Path, lock: int | None) -> int:
+    at_once = 1
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        Local(start=self).run(jobs)
+
+    def __call__(self, arguments: Sequence[str], log: Path | None, lock: int | None) -> int:
         if self.stops is not None and len(self.started) >= self.stops:
             raise KeyboardInterrupt
         self.started.append(list(arguments))
         if self.fails and all(word in arguments for word in self.fails):
+            assert log is not None
+            log.parent.mkdir(parents=True, exist_ok=True)
             log.write_text("some lines\nerror: it isn't there\n", encoding="utf-8")
             return 1
         getattr(self, f"_{arguments[0]}")(list(arguments[1:]))

@@ -9,8 +9,8 @@ from typing import Any
 from qtale_lightning.commands import COMMANDS
 from qtale_lightning.commands.parser import parse
 from qtale_lightning.commands.tables import requested
+from qtale_lightning.launching import Launcher
 from qtale_lightning.tables import command
-from qtale_lightning.tables.execution import Start, start_process
 from qtale_lightning.tables.request import Asked
 
 
@@ -21,9 +21,9 @@ def asked(name: str, arguments: Sequence[str]) -> Asked:
     return requested(**run.keywords)
 
 
-def table(arguments: Sequence[str], start: Start = start_process) -> None:
+def table(arguments: Sequence[str], launch: Launcher | None = None) -> None:
     """``table`` from its command line."""
-    command.table(asked("table", arguments), start)
+    command.table(asked("table", arguments), launch)
 
 
 def figures(arguments: Sequence[str]) -> None:

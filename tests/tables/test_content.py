@@ -52,21 +52,6 @@ def test_one_seed_has_its_error_over_questions(arguments: Arguments, commands: A
     assert page.rstrip().splitlines()[-2].startswith("python -m qtale_lightning table csqa --model tiny")
 
 
-def test_the_papers_values_stand_beside_ours(arguments: Arguments, commands: Any, declared: Declared) -> None:
-    file = declared(
-        "title: t\ncolumns: [average]\ncells: [{name: full, method: full, bits: [16, 3]}]\n"
-        "paper: [{model: tiny, cell: full, bits: 3, column: average, value: 72.22}]\n"
-    )
-    given = arguments(str(file))
-    table(given, commands)
-    page = (folder(given, "mine") / "table.md").read_text(encoding="utf-8")
-    assert "| average %, the paper's |" in page
-    assert [line.split("|")[-2].strip() for line in page.splitlines() if line.startswith("| full")] == [
-        "",
-        "72.22",
-    ]
-
-
 @pytest.mark.slow
 def test_differences_are_to_the_first_of_a_group(arguments: Arguments, commands: Any) -> None:
     given = arguments("fairness")

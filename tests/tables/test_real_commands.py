@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.__main__ import main
+from qtale_lightning.launching import Local
 from qtale_lightning.locks import INHERITED
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.report import figures as report_figures
@@ -26,19 +27,21 @@ TEXTS = ("--data.max_length", "1024", "--data.max_new_tokens", "3", "--data.gene
 Arguments = Callable[[str], list[str]]
 
 
-def in_process(arguments: Sequence[str], log: Path, lock: int | None) -> int:
+def in_process(arguments: Sequence[str], log: Path | None, lock: int | None) -> int:
     """A table's command without a process of its own, which would spend its time on imports."""
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(INHERITED, str(lock))
             main([*arguments])
     except SystemExit as ended:
+        assert log is not None
+        log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(f"error: {arguments[0]} ended with {ended.code}", encoding="utf-8")
         return int(ended.code or 0)
     return 0
 
 
-def nothing(arguments: Sequence[str], log: Path, lock: int | None) -> int:
+def nothing(arguments: Sequence[str], log: Path | None, lock: int | None) -> int:
     raise AssertionError(f"it was there: {arguments}")
 
 
@@ -65,7 +68,7 @@ def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_and_its_figures(name: str, arguments: Arguments, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     given = arguments(name)
-    table(given, in_process)
+    table(given, Local(start=in_process))
     (folder,) = (Path(given[given.index("--out") + 1]) / "tables").glob(f"{name}-*")
     file = folder / "table.json"
     content = json.loads(file.read_text(encoding="utf-8"))
@@ -74,7 +77,7 @@ def test_a_table_and_its_figures(name: str, arguments: Arguments, monkeypatch: p
         found = [value["value"] if isinstance(value, dict) else value for value in row["values"]]
         assert sum(value is not None for value in found) >= 3, f"{row['name']} was measured"
     before = file.read_bytes()
-    table(given, nothing)
+    table(given, Local(start=nothing))
     assert file.read_bytes() == before
     figures(given)
     assert any((folder / "figures").glob("*.png"))

@@ -26,7 +26,7 @@ def content() -> dict[str, Any]:
     failed = row | {"name": "=cmd|'/c calc'!A1", "values": {}, "failed": {"facts, seed 0": HOSTILE}}
     return {
         "table": HOSTILE, "title": HOSTILE, "model": HOSTILE, "data": [HOSTILE], "seeds": [0],
-        "command": f"```\n{HOSTILE}",
+        "command": f"```\n{HOSTILE}", "base": [HOSTILE], "unlike_the_paper": [HOSTILE],
         "commits": [HOSTILE], "hardware": [HOSTILE], "protocols": {HOSTILE: {HOSTILE: HOSTILE}}, "questions": [20],
         "compare": ["bits"], "notes": [HOSTILE], "columns": columns, "rows": [row, failed],
         "differences": [{"row": 1, "against": 0, "values": {}}],

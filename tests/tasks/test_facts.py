@@ -3,8 +3,8 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.data.fact_table import RELATIONS
-from qtale_lightning.data.facts import DISTRACTORS, asked_facts, facts_corpus, generate_facts
+from qtale_lightning.tasks.fact_table import RELATIONS
+from qtale_lightning.tasks.facts import DISTRACTORS, asked_facts, facts_corpus, generate_facts
 
 SPLITS = ("train", "validation")
 

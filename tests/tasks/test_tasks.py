@@ -2,8 +2,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.data.parsing import Question
-from qtale_lightning.data.tasks import SUITES, TASKS, resolve_tasks
+from qtale_lightning.tasks import SUITES, TASKS, Question, resolve_tasks
 
 Rows = dict[str, dict[str, Any]]
 BUILT_IN = {"facts"}
@@ -100,5 +99,5 @@ def test_resolve_tasks(spec: str | list[str], expected: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize("spec", ["gsm8k", "piqa,", "", []])
 def test_unknown_tasks_are_refused_with_the_known_ones(spec: str | list[str]) -> None:
-    with pytest.raises(ValueError, match=r"csqa.*winogrande.*facts"):
+    with pytest.raises(ValueError, match=r"csqa.*facts.*winogrande"):
         resolve_tasks(spec)

@@ -10,9 +10,10 @@ from random import Random
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from qtale_lightning.data.fact_table import RELATIONS
-from qtale_lightning.data.parsing import Question
-from qtale_lightning.data.tasks import TASKS, Split
+from qtale_lightning.tasks import fields, wording
+from qtale_lightning.tasks.fact_table import RELATIONS
+from qtale_lightning.tasks.registry import register
+from qtale_lightning.tasks.task import Question, Split, Task
 
 DISTRACTORS = 3
 
@@ -83,4 +84,17 @@ def _question(fact: AskedFact, random: Random) -> Question:
     labels = list(ascii_uppercase[: len(choices)])
     answer_key = labels[choices.index(fact.answer)]
     row = {"question": fact.text, "choices": {"text": choices, "label": labels}, "answerKey": answer_key}
-    return TASKS["facts"].parse(row)
+    return FACTS.parse(row)
+
+
+FACTS = register(
+    Task(
+        name="facts",
+        metric="acc",
+        rows=2000,
+        generate=generate_facts,
+        parse=fields.lettered("facts", "question"),
+        cloze=wording.cloze,
+        choice=wording.choice,
+    )
+)
