@@ -76,6 +76,7 @@ def _fit(cli: QTALECLI, args: list[str]) -> None:
 
     run, data = cli.run, cli.prepare_data()
     cli.check_rows()
+    cli.prepare_method()
     checkpoint = cli.config["ckpt_path"]
     if checkpoint in (None, "last"):
         found = resume_point(run) or (run.last if checkpoint else None)
@@ -187,13 +188,13 @@ def evaluate(args: list[str]) -> None:
     cli = _configured(run, options, "evaluate")
     engine = cli.quantization.engine
     model = stages.load_exported(run, own.bits, engine)
-    if model.config.routed_layers:
+    if model.config.has_theta:
         theta = model.config.threshold if own.theta is None else own.theta
         if isinstance(theta, list) and len(theta) == 1:
             theta = theta[0]
         model.config.thresholds(theta)  # refuses a wrong number of them
     elif own.theta is not None:
-        raise ValueError(f"{run.root} has no routers: leave --theta out")
+        raise ValueError(f"{run.root} has no θ, by its method {cli.model.method}: leave --theta out")
     else:
         theta = None
     data = cli.prepare_data()

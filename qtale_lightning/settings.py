@@ -5,11 +5,10 @@ from typing import Any, Literal
 
 from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
+from qtale_lightning.routing import method_of
 from qtale_lightning.values import Names, UserPath, not_negative, positive, share
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-METHODS = ("full", "dllm", "qtale")
 
 
 class ModelSettings:
@@ -22,15 +21,19 @@ class ModelSettings:
         path: A local folder or hub id to load its weights from, instead of the preset's own source.
         revision: Commit, branch or tag of the hub's repository. By default the preset's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
-        method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
+        method: What decides about layers: full (LoRA alone, nothing is skipped), dllm, qtale, static (whole layers are
+            dropped), random or mod (Mixture-of-Depths).
         router_width: Width of every router (D-LLM: 512).
-        start_layer: First layer with a router (D-LLM: 2).
+        start_layer: First layer that tokens may skip (D-LLM: 2).
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2).
         target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
-        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5).
-        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Must be 0 for dllm and full.
+        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5). Of dllm and qtale; 0 for other methods.
+        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Of qtale; 0 for other methods.
+        lambda_prediction: Weight of foreseeing which tokens a layer's capacity goes to (unpublished; ours). Of mod; 0
+            for other methods.
         temperature: Of the Gumbel-softmax (paper: 1).
         ratio_schedule: Share of training over which the target ratio falls from 1 to target_ratio; 0 is the paper.
+            Without effect for full and static.
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
         lora_rank: Rank of LoRA (paper: 8).
         lora_alpha: LoRA's scale is alpha / rank (unpublished; ours).
@@ -58,6 +61,7 @@ class ModelSettings:
         target_ratio: float = 0.5,
         lambda_ratio: float = 5.0,
         lambda_entropy: float = 0.5,
+        lambda_prediction: float = 0.0,
         temperature: float = 1.0,
         ratio_schedule: float = 0.0,
         train_all: bool = False,
@@ -75,22 +79,21 @@ class ModelSettings:
         super().__init__()  # of the LightningModule, where this is one
         self._arguments = arguments
         family, _ = known_model(name)
-        if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r} (--model.method): choose one of {', '.join(METHODS)}"
-            )
-        if method != "qtale" and lambda_entropy != 0:
-            raise ValueError(
-                f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
-                "(METHOD=… of make sets it)"
-            )
+        self.how = method_of(method)
+        lambdas = {option: value for option, value in arguments.items() if option.startswith("lambda_")}
+        for option, value in lambdas.items():
+            if option not in self.how.weights and value != 0:
+                raise ValueError(
+                    f"method {method} has no {option.removeprefix('lambda_')} loss: --model.{option} is {value}, and "
+                    "must be 0 (METHOD=… of make sets it)"
+                )
         for option in ("target_ratio", "ratio_schedule", "warmup"):
             share(f"model.{option}", arguments[option])
         # Of the reserved tokens one is needed in every layer: a query needs a key to attend to.
         for option in ("lr", "temperature", "lora_rank", "lora_alpha", "router_width", "reserved_tokens"):
             positive(f"model.{option}", arguments[option])
         positive("model.router_lr", lr if router_lr is None else router_lr)
-        for option in ("lambda_ratio", "lambda_entropy", "weight_decay"):
+        for option in (*lambdas, "weight_decay"):
             not_negative(f"model.{option}", arguments[option])
         if not 0 <= lora_dropout < 1:
             raise ValueError(f"--model.lora_dropout {lora_dropout} must be in [0, 1)")
@@ -112,7 +115,7 @@ class ModelSettings:
             "reserved_tokens": reserved_tokens,
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
-        self.lambda_ratio, self.lambda_entropy = lambda_ratio, lambda_entropy
+        self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}
         self.train_all = train_all
         self.lora_options: dict[str, Any] = {
             "rank": lora_rank,
@@ -127,8 +130,14 @@ class ModelSettings:
     def shape(self) -> SimpleNamespace:
         """The architecture that is trained, in the fields of RoutedConfig that costs are counted from."""
         base = planned_config(self.name, self.path)
-        return SimpleNamespace(**base, **self.routing(base["num_hidden_layers"]))
+        return SimpleNamespace(**base | self.routing(base["num_hidden_layers"]))
 
-    def routing(self, layers: int) -> dict[str, int]:
-        """The routers of a model of so many layers, in the fields of RoutedConfig; ``full`` has none."""
-        return self.routing_options | ({"start_layer": layers} if self.method == "full" else {})
+    def routing(self, layers: int) -> dict[str, Any]:
+        """The routing of a base model of so many layers, in the fields of RoutedConfig.
+
+        Raises:
+            ValueError: The method can't have it so.
+        """
+        start_layer = self.routing_options["start_layer"]
+        fields = self.how.fields(layers, start_layer, self.target_ratio, self.seed)
+        return self.routing_options | {"method": self.method} | fields
