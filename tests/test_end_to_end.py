@@ -21,8 +21,8 @@ from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.report.results import load_results
+from qtale_lightning.routing import METHODS
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.settings import METHODS
 from tests.tolerance import close, depth
 
 pytestmark = pytest.mark.slow

@@ -13,6 +13,7 @@ from torch import Tensor
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.module import QTALEModule
+from tests.objectives import objective
 from tests.tolerance import close, depth
 
 Make = Callable[..., QTALEModule]
@@ -105,9 +106,9 @@ def test_gradients_do_not_depend_on_accumulation() -> None:
 
 
 def test_full_method_has_no_routers_and_no_routing_losses() -> None:
-    module = make_module(method="full", lambda_entropy=0.0)
+    module = make_module(**objective("full"))
     losses = module.losses(make_batch(), Routing(), 0.5)
-    assert losses.ratio == 0
+    assert losses.terms == {}
     assert torch.equal(losses.total, losses.ce)
     assert not [name for name, _ in module.model.named_parameters() if ".router." in name]
 
@@ -185,6 +186,8 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"method": "magic"}, "unknown method 'magic'.*qtale"),
         ({"target_ratio": 1.5}, "target_ratio 1.5"),
         ({"method": "dllm", "lambda_entropy": 0.5}, "lambda_entropy"),
+        ({"method": "mod", "lambda_entropy": 0.0}, "lambda_ratio is 5.0, and must be 0"),
+        ({"lambda_prediction": 1.0}, "method qtale has no prediction loss"),
         ({"lr": 0.0}, "--model.lr"),
         ({"lr": float("nan")}, "--model.lr nan must be positive, and finite"),
         ({"router_lr": float("inf")}, "--model.router_lr inf"),

@@ -3,8 +3,8 @@
 A multiply-add counts as 2 FLOPs. Only matrix products are counted (linears, attention scores and values,
 routers, `lm_head`); norms, activations, softmax, rotary embeddings and bias additions are not.
 
-Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus fields of routed models: `router_width` (absent or
-None: nothing is routed), `start_layer`, the first layer that tokens may skip, the `method` that decides (absent: one
+Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus fields of routed models: `router_width` (absent
+or None: nothing is routed), `start_layer`, the first layer that tokens may skip, the `method` that decides (absent: one
 with routers), and `dropped_layers` of the base model, which the model was made without.
 """
 

@@ -29,7 +29,7 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
     [
         (HEAD + "  - {name: a, method: qtal, theta: 0.5}\n", "cells.0.method: Input should be 'full'"),
         (HEAD + "  - {name: a, method: qtale}\n", "cells.0: the method qtale needs 'theta'"),
-        (HEAD + "  - {name: a, method: full, theta: 0.5}\n", "cells.0: the method full has no routers"),
+        (HEAD + "  - {name: a, method: full, theta: 0.5}\n", "cells.0: the method full has no θ"),
         (HEAD + "  - {name: a, method: qtale, theta: 1.5}\n", "cells.0.theta: Input should be less than"),
         (HEAD + "  - {name: a, method: qtale, theta: {rule: best}}\n", "cells.0.theta.rule: Input should be"),
         (HEAD + "  - {name: a, method: qtale, theta: {rule: budget}}\n", "cells.0.theta: give either 'budget'"),
@@ -40,7 +40,7 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
         (HEAD + "  - {name: a, method: full}\n  - {name: a, method: full}\n", "2 lines are the same: 'a'"),
         (
             HEAD + "  - {name: a, method: qtale, theta: {rule: budget, like: b}}\n",
-            "like 'b' must name one line with routers at 16 bits",
+            "like 'b' must name one line that skips layers at 16 bits",
         ),
         ("title: t\ncells: []\n", "cells: List should have at least 1"),
         ("title: t\ncolumns: [speed]\ncells: [{name: a, method: full}]\n", "columns.0: Input should be"),

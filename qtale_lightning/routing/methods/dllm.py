@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from qtale_lightning.routing.method import Method, Pass
 
@@ -19,7 +19,7 @@ class DLLM(Method):
     name = "dllm"
     title = "D-LLM"
     decides = routers = theta = noisy = True
-    weights = ("lambda_ratio",)
+    weights: ClassVar[tuple[str, ...]] = ("lambda_ratio",)
 
     def sample(self, routing: Pass, layer: int) -> Tensor:
         """Straight-through Gumbel-softmax of the router's logits."""
