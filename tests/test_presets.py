@@ -80,7 +80,10 @@ def test_a_preset_says_everything(preset: str) -> None:
     given: dict[str, Any] = yaml.safe_load(text)
     cli = QTALECLI(files(preset), "fit")
     resolved = yaml.safe_load(cli.config_text())
-    free = {"model": {"path", "revision", "train_all", "router_lr"}, "quantize": {"symmetric", "patterns"}}
+    free = {
+        "model": {"path", "revision", "train_all", "router_lr", "lambda_prediction"},
+        "quantize": {"symmetric", "patterns"},
+    }
     for section in ("model", "quantize"):
         assert resolved[section].keys() - given[section].keys() <= free[section] | {"seed"}
     assert "# λ2, ours" in text

@@ -63,7 +63,7 @@ def test_the_model_is_the_base_without_its_dropped_layers() -> None:
     module.configure_model()
     config = module.model.config
     assert (config.num_hidden_layers, len(config.dropped_layers)) == (4, 2)
-    reference = make_module(**objective("full"), name="tiny")
+    reference = QTALEModule(name="tiny", lora_dropout=0.0, **objective("full"))
     reference.configure_model()
     tokens, kept = torch.arange(5, 25)[None], [i for i in range(6) if i not in config.dropped_layers]
     with torch.no_grad():
