@@ -26,8 +26,8 @@ from qtale_lightning.models.sources import find_commit, load_base, load_tokenize
 from qtale_lightning.routing import Rows
 from qtale_lightning.settings import ModelSettings
 
-# Begins the names of what a checkpoint says that the method measured.
-MEASURED = "measured."
+# What a checkpoint calls that which the method measured.
+MEASURED = "measured"
 
 
 class QTALEModule(ModelSettings, L.LightningModule):
@@ -37,7 +37,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
 
     Attributes:
         rows: What the method may measure on before training; set it before the model is loaded where it does.
-        measured: What it found, or a checkpoint says that it did; None as long as the model isn't loaded.
+        measured: What it found, or a checkpoint says that it did; None until then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -83,8 +83,10 @@ class QTALEModule(ModelSettings, L.LightningModule):
         return self.revision
 
     def fresh(self) -> "QTALEModule":
-        """A module of the same configuration, and the same commit, its model not loaded yet."""
-        return type(self)(**self._arguments | {"revision": self.revision})
+        """A module of the same configuration, commit and measurement, its model not loaded yet."""
+        made = type(self)(**self._arguments | {"revision": self.revision})
+        made.measured = self.measured
+        return made
 
     def attach(self, base: Any) -> None:
         """Make ``base``, a model of a declared family, the one that is trained: routers, LoRA, and what is frozen.
@@ -97,7 +99,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
             if self.how.measures and self.rows is None:
                 raise ValueError(
                     f"the method {self.method} measures on training rows before training: set the module's `rows`, or "
-                    "give it a checkpoint by `recall`"
+                    "`measured` to what a checkpoint says"
                 )
             self.measured = self.how.measure(base, self.rows, fields) if self.rows is not None else {}
         fields |= self.measured
@@ -121,30 +123,28 @@ class QTALEModule(ModelSettings, L.LightningModule):
     # ---------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trainable weights only, and what the method measured before training."""
-        measured = {
-            f"{MEASURED}{name}": torch.tensor(
-                value, dtype=torch.float64 if isinstance(value, float) else None
-            )
-            for name, value in (self.measured or {}).items()
-        }
-        return measured | {f"model.{name}": value for name, value in trainable_state(self.model).items()}
-
-    def recall(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what the method measured before the training that a state is from; the model isn't loaded yet."""
-        self.measured = _measured(state_dict)
+        """Trainable weights only."""
+        return {f"model.{name}": value for name, value in trainable_state(self.model).items()}
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """Load trainable weights, refusing those of another model or configuration (ValueError)."""
-        if (theirs := _measured(state_dict)) != self.measured:
+        load_trainable_state(
+            self.model, {name.removeprefix("model."): value for name, value in state_dict.items()}
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside the weights: what the method measured before training, without which they fit no model."""
+        checkpoint[MEASURED] = self.measured
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a model that something else was measured for (ValueError)."""
+        if (theirs := checkpoint.get(MEASURED, {})) != self.measured:
             raise ValueError(
-                f"the checkpoint's model was made with {theirs or 'nothing'} measured before training, this one with "
-                f"{self.measured or 'nothing'}: train anew, or resume where the run began"
+                f"the checkpoint's model was made with {theirs or 'nothing'}, measured before training, this one with "
+                f"{self.measured or 'nothing'}: resume where the run began, or start a new run"
             )
-        weights = {name: value for name, value in state_dict.items() if not name.startswith(MEASURED)}
-        load_trainable_state(self.model, {name.removeprefix("model."): w for name, w in weights.items()})
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -242,9 +242,3 @@ class QTALEModule(ModelSettings, L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def _measured(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """What a state says that the method measured."""
-    found = {name: value for name, value in state_dict.items() if name.startswith(MEASURED)}
-    return {name.removeprefix(MEASURED): value.tolist() for name, value in found.items()}

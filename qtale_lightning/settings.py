@@ -79,7 +79,7 @@ class ModelSettings:
         super().__init__()  # of the LightningModule, where this is one
         self._arguments = arguments
         family, _ = known_model(name)
-        self.how = method_of(method)
+        self.how = method_of(method)  # what the name stands for
         lambdas = {option: value for option, value in arguments.items() if option.startswith("lambda_")}
         for option, value in lambdas.items():
             if option not in self.how.weights and value != 0:

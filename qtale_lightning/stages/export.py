@@ -37,8 +37,6 @@ def export(
     """
     if run.model().is_dir():
         return
-    if checkpoint is not None:
-        module.recall(checkpoint)
     module.configure_model()
     if checkpoint is not None:
         module.load_state_dict(checkpoint)
