@@ -4,7 +4,7 @@
 
 A layer of each hidden width (SmolLM2-135M's, LLaMA-3.2-1B's, LLaMA-2-7B's shape, random weights in bfloat16) computes
 all tokens of one sequence without a cache, beside routers that get the same bfloat16 states: by float32 arithmetic,
-as in training, and by the wide product in bfloat16, as in inference (`models/router.py`). Weights stay in the caches
+as in training, and by the wide product in bfloat16, as in inference (`routing/router.py`). Weights stay in the caches
 that they fit in. The counted share is that of the FLOPs, `evaluation/cost.py`.
 
 With a finished run and the folder of the rows, the share of decisions that the two arithmetics take differently: the
@@ -27,9 +27,9 @@ from qtale_lightning.evaluation import cost
 from qtale_lightning.models import RoutedForCausalLM, Routing, route, routed_config
 from qtale_lightning.models.attention import Packed
 from qtale_lightning.models.packing import Packing
-from qtale_lightning.models.router import Router, execute_probability
 from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import padded_batches
+from qtale_lightning.routing.router import Router, execute_probability
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
 

@@ -30,6 +30,7 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.options import add_run_options, with_files
 from qtale_lightning.precision import Origin, training_precision
 from qtale_lightning.quantization.options import MIN_TOKENS
+from qtale_lightning.routing import Rows
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
@@ -40,6 +41,9 @@ log = logging.getLogger(__name__)
 # The best checkpoint is chosen by this logged value: the objective at
 # inference decisions and the final target ratio, so that a schedule's early, expensive models don't win.
 BEST = "val/loss"
+
+# Training rows that a method measures on, at most, of all tasks in turn: rankings of layers don't move with more.
+MEASURED_ROWS = 64
 
 # How often training saves what it would resume from: an interruption costs a twentieth of it at most.
 SAVES = 20
@@ -165,15 +169,26 @@ class QTALECLI(RunConfiguration, LightningCLI):
         validated = -(-len(self.datamodule.questions("calibration")) // self.datamodule.batch_size)
         checks.limited(self.config["trainer"], "limit_val_batches", validated)
         self.check_calibration()
-        if self.sweep.searches and self.model.method != "full":
-            from qtale_lightning.evaluation.branches import computed_tokens
+        if self.sweep.searches and self.model.how.theta:
             from qtale_lightning.evaluation.budget import TOLERANCE
 
-            questions = self.datamodule.questions("calibration")
-            tokens, first = computed_tokens(questions, self.model.routing_options["reserved_tokens"])
             start = self.model.routing_options["start_layer"] / self.model.shape.num_hidden_layers
-            least = start + (1 - start) * first / tokens
+            least = start + (1 - start) * self._reserved_share()
             self.sweep.check_budgets(least - TOLERANCE, "layers without a router and reserved tokens")
+
+    def prepare_method(self) -> None:
+        """Give the module what its method measures on before training; :meth:`prepare_data` comes before."""
+        if self.model.how.measures:
+            sequences = self.datamodule.calibration_sequences(MEASURED_ROWS)
+            self.model.rows = Rows(sequences, self._reserved_share())
+
+    def _reserved_share(self) -> float:
+        """Of the tokens that scoring calibration questions computes: those that execute every layer."""
+        from qtale_lightning.evaluation.branches import computed_tokens
+
+        questions = self.datamodule.questions("calibration")
+        tokens, first = computed_tokens(questions, self.model.routing_options["reserved_tokens"])
+        return first / tokens
 
     def check_calibration(self) -> None:
         """Refuse rows that are too few to quantize on; :meth:`prepare_data` comes before (ValueError)."""

@@ -10,6 +10,7 @@ from typing import Any
 from qtale_lightning import checks
 from qtale_lightning.architectures import architecture_of
 from qtale_lightning.data.settings import DataSettings
+from qtale_lightning.evaluation import cost
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.options import run_parser, with_files, without_lightnings
 from qtale_lightning.quantization.options import MIN_TOKENS, QuantizationOptions
@@ -59,27 +60,26 @@ class RunConfiguration:
     @property
     def reserved_tokens(self) -> int:
         """Tokens of a sequence that every layer sees for certain, as far as a quantization's search needs them."""
-        return MIN_TOKENS if self.model.method == "full" else self.model.routing_options["reserved_tokens"]
+        return self.model.routing_options["reserved_tokens"] if self.model.how.decides else MIN_TOKENS
 
     def check(self) -> None:
         """Refuse what can't work before anything expensive starts (ValueError)."""
         config = self.model.shape
-        routed = self.model.method != "full"
         shapes = architecture_of(config).shapes(config)
         layers = [f"model.layers.{i}" for i in range(config.num_hidden_layers)]
         named = {f"{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
         self.quantization.check(named, self.reserved_tokens)
-        start = self.model.routing_options["start_layer"]
-        if not 0 <= start < config.num_hidden_layers:
+        start, layers_of_base = self.model.routing_options["start_layer"], cost.base_layers(config)
+        if not 0 <= start < layers_of_base:
             raise ValueError(
-                f"--model.start_layer {start} is outside the {config.num_hidden_layers} layers of {self.model.name}"
+                f"--model.start_layer {start} is outside the {layers_of_base} layers of {self.model.name}"
             )
         if not self.model.train_all and self.model.lora_options["rank"] > config.hidden_size:
             raise ValueError(
                 f"--model.lora_rank {self.model.lora_options['rank']} is above the width {config.hidden_size} of "
                 f"{self.model.name}, whose weights have no higher rank: give a smaller one, or --model.train_all true"
             )
-        if routed:
+        if self.model.how.theta:
             self.sweep.check_budgets(start / config.num_hidden_layers)
         metrics = self.datamodule.asking.metrics("calibration")
         texts = [task for task, metric in metrics.items() if metric == "perplexity"]

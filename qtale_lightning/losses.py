@@ -1,9 +1,10 @@
-"""The losses: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
+"""The losses: L = L_CE + Σ λ · L of the method's terms, such as L_ratio and L_entropy.
 
 Every term is averaged within a sequence first, then over sequences: what D-LLM's one sequence a device amounts to.
 So it depends neither on padding nor on how an effective batch is cut into micro-batches or over devices.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,16 +59,13 @@ def entropy_loss(logits: Tensor, free: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Losses:
-    """The terms of one batch, and their weighted sum; scalars."""
+    """The terms of one batch, the method's by name, and their weighted sum; scalars."""
 
     ce: Tensor
-    ratio: Tensor
-    entropy: Tensor
+    terms: Mapping[str, Tensor]
     total: Tensor
 
     @classmethod
-    def weigh(
-        cls, ce: Tensor, ratio: Tensor, entropy: Tensor, lambda_ratio: float, lambda_entropy: float
-    ) -> "Losses":
-        """L = L_CE + λ1 · L_ratio + λ2 · L_entropy."""
-        return cls(ce, ratio, entropy, ce + lambda_ratio * ratio + lambda_entropy * entropy)
+    def weigh(cls, ce: Tensor, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> "Losses":
+        """L = L_CE + Σ λ · L of the terms, with λ by their names."""
+        return cls(ce, terms, sum((weights[name] * term for name, term in terms.items()), ce))

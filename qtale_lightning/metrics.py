@@ -1,15 +1,15 @@
 """Routing statistics: what was executed, and how firmly the routers decided."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from qtale_lightning.losses import binary_entropy
-from qtale_lightning.models.router import EXECUTE, SKIP, execute_probability
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.paths import PathDiversity
+from qtale_lightning.routing.router import execute_probability, logit_gap
 
 
 class ExecutionRatio(Metric):
@@ -19,15 +19,16 @@ class ExecutionRatio(Metric):
 
     Args:
         layers: Number of the model's layers.
+        dropped: Layers of its base model that it was made without: none of them is executed.
     """
 
     executed: Tensor
     tokens: Tensor
     full_state_update = False
 
-    def __init__(self, layers: int, **kwargs: Any) -> None:
+    def __init__(self, layers: int, dropped: Sequence[int] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.layers = layers
+        self.layers, self.dropped = layers, {*(dropped or ())}
         self.add_state("executed", torch.zeros(layers, dtype=torch.long), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
@@ -37,34 +38,14 @@ class ExecutionRatio(Metric):
         self.tokens += routing.tokens.sum()
 
     def compute(self) -> Tensor:
-        """Ratio of each layer, ``(layers,)``; its mean is the model's."""
-        return self.executed / self.tokens.clamp_min(1)
-
-
-@torch.no_grad()
-def router_statistics(routing: Routing) -> dict[str, Tensor]:
-    """Of a forward pass's free decisions: mean entropy (nats), mean |logit gap|, flip ratio, and that of each layer.
-
-    The flip ratio is the share of decisions that Gumbel noise turned: taken otherwise than at p(execute) ≥ 0.5. That of
-    routed layer i is ``flip_ratio_layer_i``, in two digits.
-    """
-    logits, gates = routing.stacked_logits(), routing.stacked_gates()
-    values = {
-        "entropy": binary_entropy(logits),
-        "logit_gap": logit_gap(logits).abs(),
-        "flip_ratio": ((execute_probability(logits) >= 0.5) != (gates > 0.5)).float(),
-    }
-    count = routing.free.sum().clamp_min(1)
-    by_layer = {name: (value * routing.free).sum((1, 2)) / count for name, value in values.items()}
-    flips = zip(sorted(routing.gates), by_layer["flip_ratio"], strict=True)
-    return {name: value.mean() for name, value in by_layer.items()} | {
-        f"flip_ratio_layer_{layer:02d}": ratio for layer, ratio in flips
-    }
-
-
-def logit_gap(logits: Tensor) -> Tensor:
-    """execute − skip, ``(...)`` from logits ``(..., 2)``: the log-odds of p(execute)."""
-    return logits[..., EXECUTE] - logits[..., SKIP]
+        """Ratio of each layer of the base model, ``(layers,)``; its mean is the model's."""
+        ratios = self.executed / self.tokens.clamp_min(1)
+        if not self.dropped:
+            return ratios
+        kept = [layer for layer in range(self.layers + len(self.dropped)) if layer not in self.dropped]
+        return ratios.new_zeros(self.layers + len(self.dropped)).index_copy(
+            0, torch.tensor(kept, device=ratios.device), ratios
+        )
 
 
 class Histogram(Metric):
@@ -95,11 +76,11 @@ class Histogram(Metric):
 
 
 class RoutingDiagnostics(nn.Module):
-    """What every validation records of the routers, over the real tokens that they decide about.
+    """What every validation records of decisions, over the real tokens that they are about.
 
     Paths are taken twice: as inference decides (p(execute) ≥ 0.5), and as Gumbel noise would decide at the same logits,
     that is, each layer with probability p(execute). The second leaves out that an earlier layer's other decision would
-    move the later logits.
+    move the later logits. A method without such noise, or without routers, has the parts that it can have.
     """
 
     def __init__(self) -> None:
@@ -108,30 +89,29 @@ class RoutingDiagnostics(nn.Module):
         self.logit_gap, self.probability = Histogram(-8.0, 8.0, 64), Histogram(0.0, 1.0, 20)
 
     def update(self, routing: Routing, seed: int) -> None:
-        """Record a forward pass; nothing, for a model without routers. ``seed`` is the noise's."""
+        """Record a forward pass; nothing, for a model that decides nothing. ``seed`` is the noise's."""
         if not routing.gates:
+            return
+        self.paths.update(routing.stacked_gates()[:, routing.free] > 0.5)
+        if not routing.logits:
             return
         logits = routing.stacked_logits()[:, routing.free]
         probability = execute_probability(logits)
-        noise = torch.Generator(logits.device).manual_seed(seed)
-        self.paths.update(routing.stacked_gates()[:, routing.free] > 0.5)
-        self.noisy_paths.update(torch.bernoulli(probability, generator=noise) > 0.5)
         self.logit_gap.update(logit_gap(logits))
         self.probability.update(probability)
+        if routing.method.noisy:
+            noise = torch.Generator(logits.device).manual_seed(seed)
+            self.noisy_paths.update(torch.bernoulli(probability, generator=noise) > 0.5)
 
     def compute(self) -> dict[str, dict[str, Any]]:
         """``paths`` and ``noisy_paths`` as `path_statistics`, ``logit_gap`` and ``probability`` as histograms.
 
-        Over all processes, which must all call it; empty for a model without routers.
+        Over all processes, which must all call it; without what was never recorded.
         """
-        if not self.paths.update_called:
-            return {}
-        return {
-            "paths": self.paths.compute(),
-            "noisy_paths": self.noisy_paths.compute(),
-            "logit_gap": self.logit_gap.summary(),
-            "probability": self.probability.summary(),
-        }
+        paths = {"paths": self.paths, "noisy_paths": self.noisy_paths}
+        counts = {"logit_gap": self.logit_gap, "probability": self.probability}
+        found = {name: metric.compute() for name, metric in paths.items() if metric.update_called}
+        return found | {name: metric.summary() for name, metric in counts.items() if metric.update_called}
 
     def reset(self) -> None:
         """Forget everything."""

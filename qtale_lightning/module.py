@@ -1,4 +1,4 @@
-"""The LightningModule: a frozen base model with trainable routers and LoRA, and QTALE's losses."""
+"""The LightningModule: a frozen base model with trainable LoRA, and with what a method of routing adds."""
 
 import time
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from qtale_lightning.losses import Losses, answer_loss, entropy_loss, ratio_loss
-from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs, router_statistics
+from qtale_lightning.losses import Losses, answer_loss
+from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs
 from qtale_lightning.models.adapters import (
     add_lora,
     load_trainable_state,
@@ -23,13 +23,21 @@ from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sharding import shard
 from qtale_lightning.models.sources import find_commit, load_base, load_tokenizer
+from qtale_lightning.routing import Rows
 from qtale_lightning.settings import ModelSettings
+
+# What a checkpoint calls that which the method measured.
+MEASURED = "measured"
 
 
 class QTALEModule(ModelSettings, L.LightningModule):
-    """Fine-tunes a routed model: L = L_CE + λ1 · L_ratio + λ2 · L_entropy.
+    """Fine-tunes a routed model: L = L_CE + the method's losses, each with its λ.
 
     The options are those of :class:`~qtale_lightning.settings.ModelSettings`.
+
+    Attributes:
+        rows: What the method may measure on before training; set it before the model is loaded where it does.
+        measured: What it found, or a checkpoint says that it did; None until then.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,6 +47,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.model: RoutedForCausalLM
         self._tuner: Any = None
+        self.rows: Rows | None = None
+        self.measured: dict[str, Any] | None = None
         self.routing_record: dict[str, dict[str, Any]] = {}  # of the last validation, see RoutingDiagnostics
 
     @property
@@ -60,7 +70,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
             self.attach(base)
         if self.device_mesh is not None:  # of a strategy that shards
             shard(self.model, self.device_mesh["data_parallel"])
-        self.validation_ratio = ExecutionRatio(len(self.model.model.layers))
+        self.validation_ratio = self._ratio()
         self.validation_routing = RoutingDiagnostics()
 
     def commit(self) -> str | None:
@@ -73,16 +83,35 @@ class QTALEModule(ModelSettings, L.LightningModule):
         return self.revision
 
     def fresh(self) -> "QTALEModule":
-        """A module of the same configuration, and the same commit, its model not loaded yet."""
-        return type(self)(**self._arguments | {"revision": self.revision})
+        """A module of the same configuration, commit and measurement, its model not loaded yet."""
+        made = type(self)(**self._arguments | {"revision": self.revision})
+        made.measured = self.measured
+        return made
 
     def attach(self, base: Any) -> None:
-        """Make ``base``, a model of a declared family, the one that is trained: routers, LoRA, and what is frozen."""
-        self.model = route(base, routed_config(base.config, **self.routing(base.config.num_hidden_layers)))
+        """Make ``base``, a model of a declared family, the one that is trained: routers, LoRA, and what is frozen.
+
+        Raises:
+            ValueError: The method measures something before training, and there are neither rows nor a finding.
+        """
+        fields = self.routing(base.config.num_hidden_layers)
+        if self.measured is None:
+            if self.how.measures and self.rows is None:
+                raise ValueError(
+                    f"the method {self.method} measures on training rows before training: set the module's `rows`, or "
+                    "`measured` to what a checkpoint says"
+                )
+            self.measured = self.how.measure(base, self.rows, fields) if self.rows is not None else {}
+        fields |= self.measured
+        self.how.change(base, fields)
+        self.model = route(base, routed_config(base.config, **fields))
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning would keep it there
+
+    def _ratio(self, **options: Any) -> ExecutionRatio:
+        return ExecutionRatio(len(self.model.model.layers), self.model.config.dropped_layers, **options)
 
     def merge(self) -> RoutedForCausalLM:
         """Fold LoRA into the model, in place, and return it; nothing can be trained afterwards."""
@@ -105,6 +134,18 @@ class QTALEModule(ModelSettings, L.LightningModule):
             self.model, {name.removeprefix("model."): value for name, value in state_dict.items()}
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Beside the weights: what the method measured before training, without which they fit no model."""
+        checkpoint[MEASURED] = self.measured
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of a model that something else was measured for (ValueError)."""
+        if (theirs := checkpoint.get(MEASURED, {})) != self.measured:
+            raise ValueError(
+                f"the checkpoint's model was made with {theirs or 'nothing'}, measured before training, this one with "
+                f"{self.measured or 'nothing'}: resume where the run began, or start a new run"
+            )
+
     # ------------------------------------------------------------------------------------------------- training
 
     def losses(self, batch: dict[str, Tensor], routing: Routing, target: float) -> Losses:
@@ -119,17 +160,15 @@ class QTALEModule(ModelSettings, L.LightningModule):
         answer = targets != -100
         # The head is computed where an answer token is predicted, and nowhere else.
         ce = answer_loss(self.model.lm_head(hidden[:, :-1][answer]), targets, answer)
-        if not routing.gates:
-            return Losses.weigh(ce, ce.new_zeros(()), ce.new_zeros(()), 0.0, 0.0)
-        ratio = ratio_loss(routing.stacked_gates(), len(self.model.model.layers), target, routing.free)
-        entropy = entropy_loss(routing.stacked_logits(), routing.free)
-        return Losses.weigh(ce, ratio, entropy, self.lambda_ratio, self.lambda_entropy)
+        layers = len(self.model.model.layers)
+        terms = self.how.losses(routing, layers, target) if routing.gates else {}
+        return Losses.weigh(ce, terms, self.lambdas)
 
-    def current_target(self) -> float:
-        """The target ratio of this step: falling linearly from 1 while ``ratio_schedule`` lasts."""
+    def scheduled(self, final: float) -> float:
+        """A ratio as it is in this step: falling linearly from 1 to ``final`` while ``ratio_schedule`` lasts."""
         steps = self.ratio_schedule * float(self.trainer.estimated_stepping_batches)
         progress = min(1.0, self.trainer.global_step / steps) if steps else 1.0
-        return 1.0 + progress * (self.target_ratio - 1.0)
+        return 1.0 + progress * (final - 1.0)
 
     def batch_seed(self, batch: int) -> int:
         """Seed of a batch's noise on this device."""
@@ -142,10 +181,10 @@ class QTALEModule(ModelSettings, L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One micro-batch: losses, routing statistics, logs."""
-        routing = Routing(temperature=self.temperature)
-        target = self.current_target()
+        rate = self.scheduled(self.model.config.rate)
+        routing, target = Routing(temperature=self.temperature, rate=rate), self.scheduled(self.target_ratio)
         losses = self.losses(batch, routing, target)
-        layers = ExecutionRatio(len(self.model.model.layers), sync_on_compute=False).to(self.device)
+        layers = self._ratio(sync_on_compute=False).to(self.device)
         layers.update(routing)
         per_layer = layers.compute()
         logs: dict[str, Any] = {
@@ -154,13 +193,9 @@ class QTALEModule(ModelSettings, L.LightningModule):
             "train/execution_ratio": per_layer.mean(),
         }
         if routing.gates:
-            statistics = router_statistics(routing)
-            logs |= {
-                "train/ratio_loss": losses.ratio,
-                "train/entropy_loss": losses.entropy,
-                "train/target_ratio": target,
-            }
-            logs |= {f"train/{name}": value for name, value in statistics.items()}
+            logs |= {f"train/{name}_loss": value for name, value in losses.terms.items()}
+            logs["train/target_ratio"] = target
+            logs |= {f"train/{name}": value for name, value in self.how.statistics(routing).items()}
             logs |= {f"train/execution_ratio_layer_{i:02d}": ratio for i, ratio in enumerate(per_layer)}
         self.log_dict({name: torch.as_tensor(value).detach() for name, value in logs.items()})
         self.log("loss", losses.total.detach(), prog_bar=True, logger=False)
@@ -183,8 +218,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.validation_ratio.update(routing)
         self.validation_routing.update(routing, self.batch_seed(batch_idx))
         values = {"val/loss": losses.total, "val/ce": losses.ce}
-        if routing.gates:
-            values |= {"val/ratio_loss": losses.ratio, "val/entropy_loss": losses.entropy}
+        values |= {f"val/{name}_loss": value for name, value in losses.terms.items()}
         self.log_dict(values, batch_size=len(batch["input_ids"]), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:

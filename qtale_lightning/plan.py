@@ -29,18 +29,18 @@ def print_plan(run: RunConfiguration) -> None:
     counts, trainable = cost.parameter_counts(config), trainable_parameters(run)
     length = min(data.max_length, 128)
     context = (length + 1) / 2
-    routed = len(cost.routed_layers(config))
-    ratio = model.target_ratio if routed else 1.0
-    # R_target is over all layers, of which those without a router always execute.
-    each = max(0.0, (ratio * config.num_hidden_layers - config.start_layer) / routed) if routed else 1.0
-    execution = [each if i in cost.routed_layers(config) else 1.0 for i in range(config.num_hidden_layers)]
+    # R_target is over all layers, of which those that can't be skipped always execute.
+    execution = cost.expected_execution(config, model.target_ratio)
+    ratio = model.target_ratio if model.how.decides else sum(execution) / len(execution)
 
     table = Table(title=f"{model.name}, {model.method}, {data.label}", show_header=False)
     table.add_row("parameters", f"{counts.total:,}")
     table.add_row("  of these routers", f"{counts.routers:,}")
+    if dropped := cost.base_layers(config) - config.num_hidden_layers:
+        table.add_row("layers dropped", f"{dropped} of {cost.base_layers(config)}")
     table.add_row("trainable parameters", f"{trainable:,}")
     flops = cost.token_flops(config, execution, context)
-    table.add_row(f"FLOPs a token at R_target {ratio:g} (counted, {length} tokens)", f"{flops:.3g}")
+    table.add_row(f"FLOPs a token at R_target {ratio:.3g} (counted, {length} tokens)", f"{flops:.3g}")
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
     table.add_row("memory to train, about", _training_memory(run))
@@ -87,7 +87,7 @@ def _training_flops(config: SimpleNamespace, context: float) -> float:
 
     Masked execution computes every layer; the weights' own gradient, the third part, is needed for LoRA alone.
     """
-    return 2 * cost.token_flops(config, [1.0] * config.num_hidden_layers, context, head=False)
+    return 2 * cost.token_flops(config, cost.expected_execution(config, 1.0), context, head=False)
 
 
 def _training_memory(run: RunConfiguration) -> str:

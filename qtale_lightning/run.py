@@ -32,6 +32,8 @@ FREE_TRAINER_KEYS = {
 
 # Where the base model and the rows lie is free, too, where it is known by content what they were.
 _PLACES = (("model", "path"), ("data", "root"))
+# Options that older runs don't say: what these values mean is what they did.
+_ADDED = (("model", "lambda_prediction", 0.0),)
 _SECTIONS = ("trainer", "model", "data", "quantize", "sweep")
 _SPLITS = {"train": "training", "calibration": "calibration", "validation": "validation"}
 
@@ -230,6 +232,8 @@ def _fixed(config: Mapping[str, Any], places: bool = False) -> dict[str, Any]:
     """What may not differ between two starts; with the places of base and rows, if these are all that is known."""
     fixed = {key: value for key, value in config.items() if key not in _FREE_KEYS}
     fixed["trainer"] = {k: v for k, v in config.get("trainer", {}).items() if k not in FREE_TRAINER_KEYS}
+    for section, key, value in _ADDED:
+        fixed[section] = {k: v for k, v in fixed.get(section, {}).items() if (k, v) != (key, value)}
     if not places:
         for section, key in _PLACES:
             fixed[section] = {k: v for k, v in fixed.get(section, {}).items() if k != key}

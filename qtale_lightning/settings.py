@@ -7,11 +7,10 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
+from qtale_lightning.routing import method_of
 from qtale_lightning.values import Names, NonNegative, Positive, ShareBelowOne, UserPath, ranged
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
-
-METHODS = ("full", "dllm", "qtale")
 
 
 class ModelSettings:
@@ -24,16 +23,20 @@ class ModelSettings:
         path: A local folder or hub id to load its weights from, instead of the model's own source.
         revision: Commit, branch or tag of the hub's repository. By default the model's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
-        method: full (LoRA only, no routers), dllm (no entropy loss) or qtale.
+        method: What decides about layers: full (LoRA alone, nothing is skipped), dllm, qtale, static (whole layers are
+            dropped), random or mod (Mixture-of-Depths).
         router_width: Width of every router (D-LLM: 512).
-        start_layer: First layer with a router (D-LLM: 2).
+        start_layer: First layer that tokens may skip (D-LLM: 2).
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2). One is needed: a query needs
             a key to attend to.
         target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
-        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5).
-        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Must be 0 for dllm and full.
+        lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5). Of dllm and qtale; 0 for other methods.
+        lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Of qtale; 0 for other methods.
+        lambda_prediction: Weight of foreseeing which tokens a layer's capacity goes to (unpublished; ours). Of mod; 0
+            for other methods.
         temperature: Of the Gumbel-softmax (paper: 1).
         ratio_schedule: Share of training over which the target ratio falls from 1 to target_ratio; 0 is the paper.
+            Without effect for full and static.
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
         lora_rank: Rank of LoRA (paper: 8).
         lora_alpha: LoRA's scale is alpha / rank (unpublished; ours).
@@ -62,6 +65,7 @@ class ModelSettings:
         target_ratio: ClosedUnitInterval = 0.5,
         lambda_ratio: NonNegative = 5.0,
         lambda_entropy: NonNegative = 0.5,
+        lambda_prediction: NonNegative = 0.0,
         temperature: Positive = 1.0,
         ratio_schedule: ClosedUnitInterval = 0.0,
         train_all: bool = False,
@@ -79,15 +83,14 @@ class ModelSettings:
         super().__init__()  # of the LightningModule, where this is one
         self._arguments = arguments
         family, _ = known_model(name)
-        if method not in METHODS:
-            raise ValueError(
-                f"unknown method {method!r} (--model.method): choose one of {', '.join(METHODS)}"
-            )
-        if method != "qtale" and lambda_entropy != 0:
-            raise ValueError(
-                f"method {method} has no entropy loss: --model.lambda_entropy is {lambda_entropy}, and must be 0 "
-                "(METHOD=… of make sets it)"
-            )
+        self.how = method_of(method)  # what the name stands for
+        lambdas = {option: value for option, value in arguments.items() if option.startswith("lambda_")}
+        for option, value in lambdas.items():
+            if option not in self.how.weights and value != 0:
+                raise ValueError(
+                    f"method {method} has no {option.removeprefix('lambda_')} loss: --model.{option} is {value}, and "
+                    "must be 0 (METHOD=… of make sets it)"
+                )
         if not lora_targets and not train_all:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"
@@ -106,7 +109,7 @@ class ModelSettings:
             "reserved_tokens": reserved_tokens,
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
-        self.lambda_ratio, self.lambda_entropy = lambda_ratio, lambda_entropy
+        self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}
         self.train_all = train_all
         self.lora_options: dict[str, Any] = {
             "rank": lora_rank,
@@ -121,8 +124,14 @@ class ModelSettings:
     def shape(self) -> SimpleNamespace:
         """The architecture that is trained, in the fields of RoutedConfig that costs are counted from."""
         base = planned_config(self.name, self.path)
-        return SimpleNamespace(**base, **self.routing(base["num_hidden_layers"]))
+        return SimpleNamespace(**base | self.routing(base["num_hidden_layers"]))
 
-    def routing(self, layers: int) -> dict[str, int]:
-        """The routers of a model of so many layers, in the fields of RoutedConfig; ``full`` has none."""
-        return self.routing_options | ({"start_layer": layers} if self.method == "full" else {})
+    def routing(self, layers: int) -> dict[str, Any]:
+        """The routing of a base model of so many layers, in the fields of RoutedConfig.
+
+        Raises:
+            ValueError: The method can't have it so.
+        """
+        start_layer = self.routing_options["start_layer"]
+        fields = self.how.fields(layers, start_layer, self.target_ratio, self.seed)
+        return self.routing_options | {"method": self.method} | fields

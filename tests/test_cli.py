@@ -70,7 +70,7 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
     [
         pytest.param(("--model.name", "gpt9"), ("'gpt9'", "--model.name", "tiny", "llama2-7b"), id="model"),
         pytest.param(
-            ("--model.method", "lora"), ("'lora'", "--model.method", "full, dllm, qtale"), id="method"
+            ("--model.method", "lora"), ("'lora'", "--model.method", "dllm, full, mod, qtale"), id="method"
         ),
         pytest.param(("--data.tasks", "gsm8k"), ("'gsm8k'", "csqa", "facts"), id="task"),
         pytest.param(("--data.tasks", '["piqa","gsm8k"]'), ("'gsm8k'", "csqa", "facts"), id="task of a list"),

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.models import RoutedForCausalLM, Routing
-from qtale_lightning.module import QTALEModule
+from qtale_lightning.module import MEASURED, QTALEModule
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.report.results import load_results
+from qtale_lightning.routing import METHODS
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.settings import METHODS
 from tests.tolerance import close, depth
 
 pytestmark = pytest.mark.slow
 
-# dllm trains every weight, as the tiny model does by default; the others train LoRA, which is merged afterwards.
-TRAIN_ALL = {"full": False, "dllm": True, "qtale": False}
+# These train every weight, as the tiny model does by default; the others train LoRA, which is merged afterwards.
+TRAIN_ALL = {"dllm", "mod"}
 GROUP = 32
 THRESHOLDS = (0.5, 0.1)
 SMALL = (
@@ -57,7 +57,7 @@ class Run:
         return dict(load_results(self.root))
 
     def thresholds(self) -> tuple[float | None, ...]:
-        return (None,) if self.method == "full" else THRESHOLDS
+        return THRESHOLDS if METHODS[self.method].theta else (None,)
 
     def model(self, folder: str = "model") -> RoutedForCausalLM:
         return AutoModelForCausalLM.from_pretrained(self.root / folder).eval()
@@ -69,6 +69,7 @@ class Run:
         """A new module of the run's configuration, with the best checkpoint's weights."""
         config = yaml.safe_load((self.root / "config.yaml").read_text(encoding="utf-8"))
         module = QTALEModule(**config["model"], seed=config["seed_everything"])
+        module.measured = self.checkpoint()[MEASURED]
         module.configure_model()
         module.load_state_dict(self.checkpoint()["state_dict"])
         return module.eval()
@@ -85,7 +86,7 @@ def finished(options: Callable[..., list[str]], tmp_path_factory: pytest.TempPat
     def make(method: str) -> Run:
         if method not in runs:
             out = tmp_path_factory.mktemp(method)
-            train_all = str(TRAIN_ALL[method]).lower()
+            train_all = str(method in TRAIN_ALL).lower()
             more = (*SMALL, "--model.train_all", train_all, "--out", str(out))
             command = ["fit", *options("tiny", method, *more)]
             main(command)
@@ -147,14 +148,14 @@ def test_results_are_complete(run: Run) -> None:
     assert results["run"]["command"].startswith("python -m qtale_lightning fit --config")
     assert results["train"]["steps"] == 8
     assert results["train"]["examples"] == 64
-    assert ("routing" in results) == (run.method != "full")
+    assert ("routing" in results) == METHODS[run.method].decides
 
 
 @each_method
 def test_every_precision_is_evaluated_at_every_threshold(run: Run) -> None:
-    """θ is chosen on calibration questions; a model without routers has no θ to choose."""
+    """θ is chosen on calibration questions, where there is one to choose."""
     results = run.results()
-    splits = ("validation",) if run.method == "full" else ("validation", "calibration")
+    splits = ("validation", "calibration") if METHODS[run.method].theta else ("validation",)
     expected = {(bits, theta, split) for bits in (16, 4, 3) for theta in run.thresholds() for split in splits}
     assert grid(results["evaluation"]) == expected
     assert len(results["evaluation"]) == len(expected)
@@ -177,10 +178,12 @@ def test_one_threshold_is_selected_at_each_precision(run: Run) -> None:
 
 
 @each_method
-def test_without_routers_everything_is_executed(run: Run) -> None:
+def test_every_method_but_full_skips_layers(run: Run) -> None:
     ratios = [row["execution_ratio"] for row in run.results()["evaluation"]]
     if run.method == "full":
         assert set(ratios) == {1.0}
+    elif run.method == "static":
+        assert set(ratios) == {0.5}
     else:
         assert min(ratios) < 1.0
 
@@ -209,12 +212,13 @@ def test_checkpoints_hold_exactly_the_trainable_weights(run: Run) -> None:
     for name in ("best", "last"):
         state = run.checkpoint(name)["state_dict"]
         assert {key: value.shape for key, value in state.items()} == trainable
+        assert bool(run.checkpoint(name)[MEASURED]) == METHODS[run.method].measures
     assert run.results()["train"]["trainable_parameters"] == sum(s.numel() for s in trainable.values())
-    if TRAIN_ALL[run.method]:
+    if run.method in TRAIN_ALL:
         assert len(trainable) == len(list(module.parameters()))
     else:
         assert all(".router." in name or "lora_" in name for name in trainable)
-    assert any(".router." in name for name in trainable) == (run.method != "full")
+    assert any(".router." in name for name in trainable) == METHODS[run.method].routers
 
 
 @each_method
@@ -234,7 +238,7 @@ def test_the_exported_model_is_the_merged_checkpoint(run: Run) -> None:
     merged = module.merge()
     assert torch.equal(logits(exported), logits(merged))
     assert not any("lora" in name for name, _ in exported.named_parameters())
-    assert list(exported.config.routed_layers) == ([] if run.method == "full" else [2, 3, 4, 5])
+    assert list(exported.config.routed_layers) == ([2, 3, 4, 5] if METHODS[run.method].decides else [])
 
 
 @each_method
@@ -257,7 +261,7 @@ def test_the_packed_model_is_near_the_exported_one(run: Run, bits: int) -> None:
     """All seven linears of each layer are packed, and stand for weights near those before; the rest is as it was."""
     full, quantized = run.model(), run.model(f"model-awq-{bits}bit")
     packed = {name: part for name, part in quantized.named_modules() if isinstance(part, QuantizedLinear)}
-    assert len(packed) == 7 * 6
+    assert len(packed) == 7 * (3 if run.method == "static" else 6)
     assert {part.bits for part in packed.values()} == {bits}
     before = dict(full.named_parameters())
     for name, weight in quantized.named_parameters():
@@ -339,7 +343,7 @@ def test_a_terminated_run_ends_with_an_error_and_resumes(
     assert run.results()["selected"]
 
 
-@pytest.mark.parametrize("run", ["full", "dllm", "qtale"], indirect=True)
+@each_method
 def test_starting_again_repeats_nothing(run: Run) -> None:
     times, before = written(run.root), run.results()
     main(run.command)

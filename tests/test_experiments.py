@@ -9,7 +9,7 @@ import yaml
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.settings import METHODS
+from qtale_lightning.routing import METHODS
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 # Results keep the resolved configuration of a run that was, which nobody starts from.
@@ -53,4 +53,4 @@ def test_a_method_changes_nothing_but_the_objective() -> None:
     for method in METHODS:
         content = yaml.safe_load((EXPERIMENTS / f"methods/{method}.yaml").read_text(encoding="utf-8"))
         assert content.keys() == {"model"}
-        assert content["model"].keys() <= {"method", "lambda_ratio", "lambda_entropy"}
+        assert content["model"].keys() <= {"method", "lambda_ratio", "lambda_entropy", "lambda_prediction"}

@@ -51,7 +51,7 @@ def test_answer_loss_by_hand() -> None:
 
 def test_total_is_the_weighted_sum() -> None:
     one, two, three = (torch.tensor(float(i)) for i in (1, 2, 3))
-    assert Losses.weigh(one, two, three, 5.0, 0.5).total.item() == 1 + 5 * 2 + 0.5 * 3
+    assert Losses.weigh(one, {"a": two, "b": three}, {"a": 5.0, "b": 0.5}).total.item() == 1 + 5 * 2 + 0.5 * 3
 
 
 def random_case(batch: int = 4, length: int = 7) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtale_lightning.metrics import Histogram, RoutingDiagnostics, path_logs, router_statistics
+from qtale_lightning.metrics import Histogram, RoutingDiagnostics, path_logs
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.routing.statistics import router_statistics
 
 
 def decided(probability: Tensor, executed: Tensor, free: Tensor) -> Routing:
@@ -29,7 +30,7 @@ def routing() -> Routing:
 
 
 def test_flips_are_counted_by_layer_among_free_tokens(routing: Routing) -> None:
-    found = router_statistics(routing)
+    found = router_statistics(routing, "flip_ratio")
     assert float(found["flip_ratio_layer_02"]) == 0
     assert float(found["flip_ratio_layer_03"]) == pytest.approx(0.25)
     assert float(found["flip_ratio"]) == pytest.approx(0.125)

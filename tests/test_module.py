@@ -11,8 +11,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.losses import Losses
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.module import QTALEModule
+from tests.objectives import objective
 from tests.tolerance import close, depth
 
 Make = Callable[..., QTALEModule]
@@ -80,15 +82,21 @@ def test_cross_entropy_alone_reaches_every_router() -> None:
         assert layer.router.down.weight.grad.abs().sum() > 0
 
 
-def test_losses_do_not_depend_on_padding() -> None:
-    module, batch = make_module(), make_batch()
+@pytest.mark.parametrize("method", ["qtale", "mod"])
+def test_losses_do_not_depend_on_padding(method: str) -> None:
+    module, batch = make_module(**objective(method)), make_batch()
     wider = {
         name: torch.nn.functional.pad(value, (0, 6), value=-100 if name == "labels" else 0)
         for name, value in batch.items()
     }
     narrow, wide = (module.losses(b, decided(module, b), 0.5) for b in (batch, wider))
-    for term in ("ce", "ratio", "entropy", "total"):
-        close(getattr(wide, term), getattr(narrow, term), depth(module.model.config))
+    assert wide.terms.keys() == narrow.terms.keys() == module.lambdas.keys() & wide.terms.keys() != set()
+    for one, other in ((wide.ce, narrow.ce), (wide.total, narrow.total), *_pairs(wide, narrow)):
+        close(one, other, depth(module.model.config))
+
+
+def _pairs(one: Losses, other: Losses) -> list[tuple[Tensor, Tensor]]:
+    return [(one.terms[name], other.terms[name]) for name in one.terms]
 
 
 def test_gradients_do_not_depend_on_accumulation() -> None:
@@ -105,9 +113,9 @@ def test_gradients_do_not_depend_on_accumulation() -> None:
 
 
 def test_full_method_has_no_routers_and_no_routing_losses() -> None:
-    module = make_module(method="full", lambda_entropy=0.0)
+    module = make_module(**objective("full"))
     losses = module.losses(make_batch(), Routing(), 0.5)
-    assert losses.ratio == 0
+    assert losses.terms == {}
     assert torch.equal(losses.total, losses.ce)
     assert not [name for name, _ in module.model.named_parameters() if ".router." in name]
 
@@ -185,6 +193,8 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"method": "magic"}, "unknown method 'magic'.*qtale"),
         ({"target_ratio": 1.5}, "target_ratio 1.5"),
         ({"method": "dllm", "lambda_entropy": 0.5}, "lambda_entropy"),
+        ({"method": "mod", "lambda_entropy": 0.0}, "lambda_ratio is 5.0, and must be 0"),
+        ({"lambda_prediction": 1.0}, "method qtale has no prediction loss"),
         ({"lr": 0.0}, "--model.lr"),
         ({"lr": float("nan")}, "--model.lr nan: must be > 0 and < infinity"),
         ({"router_lr": float("inf")}, "--model.router_lr inf"),

@@ -13,7 +13,7 @@ import yaml
 from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.report.results import load_results
-from qtale_lightning.settings import METHODS
+from qtale_lightning.routing import METHODS
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 PRESETS = sorted(file.stem for file in (EXPERIMENTS / "paper").glob("*.yaml"))
@@ -65,7 +65,7 @@ def test_the_papers_setting_whatever_the_devices(preset: str, devices: str | Non
     assert cli.config["trainer"]["strategy"] == (devices or "auto")
     assert cli.model.lr == pytest.approx(9e-3 * 8 / 256)
     assert (cli.config["trainer"]["max_epochs"], cli.model.warmup) == (10, 0.2)
-    assert (cli.model.lambda_ratio, cli.model.target_ratio, cli.model.temperature) == (5.0, 0.5, 1.0)
+    assert (cli.model.lambdas["ratio"], cli.model.target_ratio, cli.model.temperature) == (5.0, 0.5, 1.0)
     assert cli.model.lora_options["rank"] == 8
     assert cli.quantization.bits == (4, 3)
     assert cli.quantization.group_size == 128
@@ -80,7 +80,10 @@ def test_a_preset_says_everything(preset: str) -> None:
     given: dict[str, Any] = yaml.safe_load(text)
     cli = QTALECLI(files(preset), "fit")
     resolved = yaml.safe_load(cli.config_text())
-    free = {"model": {"path", "revision", "train_all", "router_lr"}, "quantize": {"symmetric", "patterns"}}
+    free = {
+        "model": {"path", "revision", "train_all", "router_lr", "lambda_prediction"},
+        "quantize": {"symmetric", "patterns"},
+    }
     for section in ("model", "quantize"):
         assert resolved[section].keys() - given[section].keys() <= free[section] | {"seed"}
     assert "# λ2, ours" in text

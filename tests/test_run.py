@@ -88,6 +88,14 @@ def test_a_key_that_only_one_side_has_is_a_difference(tmp_path: Path) -> None:
         run.claim(text(model__router_width=32))
 
 
+def test_an_option_that_came_later_is_no_difference_where_it_changes_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.claim(text())
+    run.check_claim(text(model__lambda_prediction=0.0))
+    with pytest.raises(ValueError, match=r"lambda_prediction is None there, 1.0 here"):
+        run.check_claim(text(model__lambda_prediction=1.0))
+
+
 def test_many_differences_are_cut_short(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.claim(text())

@@ -13,6 +13,7 @@ from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbTracker
 
 WINDOW = 50  # micro-batches: long enough to average Gumbel noise out, short enough to be the end of training
+STATISTICS = ("flip_ratio", "prediction_error", "logit_gap", "entropy")
 EXECUTED, FLIPPED = "execution_ratio_layer_", "flip_ratio_layer_"
 HISTOGRAMS = ("logit_gap", "probability")
 
@@ -31,7 +32,7 @@ class RoutingMonitor(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Read what the module logged for this micro-batch."""
-        names = ("flip_ratio", "logit_gap", "entropy", EXECUTED)
+        names = (*STATISTICS, EXECUTED)
         logged = {
             k.removeprefix("train/"): v for k, v in trainer.callback_metrics.items() if k.startswith("train/")
         }
@@ -47,21 +48,22 @@ class RoutingMonitor(Callback):
         self.record = pl_module.routing_record
         for logger in trainer.loggers:
             if isinstance(logger, WandbTracker):
-                histograms = {f"val/{name}": self.record[name] for name in HISTOGRAMS}
+                histograms = {f"val/{name}": self.record[name] for name in HISTOGRAMS if name in self.record}
                 logger.log_histograms(histograms, trainer.global_step)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Average the window, also one of an earlier start; a model without routers has no such section."""
+        """Average the window, also one of an earlier start; a model that decides nothing has no such section."""
         if not trainer.is_global_zero or not self.window or not self.window[-1]:
             return
         mean = {k: sum(entry[k] for entry in self.window) / len(self.window) for k in self.window[-1]}
         layers = sorted(name for name in mean if name.startswith(EXECUTED))
-        summary: dict[str, Any] = {name: mean[name] for name in ("flip_ratio", "logit_gap", "entropy")}
+        summary: dict[str, Any] = {name: mean[name] for name in STATISTICS if name in mean}
         summary["execution_ratio_per_layer"] = [mean[name] for name in layers]
-        summary["flip_ratio_per_layer"] = [mean.get(name.replace(EXECUTED, FLIPPED)) for name in layers]
-        if self.record:
-            summary["histograms"] = {name: self.record[name] for name in HISTOGRAMS}
-            summary |= {name: self.record[name] for name in ("paths", "noisy_paths")}
+        if "flip_ratio" in mean:
+            summary["flip_ratio_per_layer"] = [mean.get(name.replace(EXECUTED, FLIPPED)) for name in layers]
+        if histograms := {name: self.record[name] for name in HISTOGRAMS if name in self.record}:
+            summary["histograms"] = histograms
+        summary |= {name: self.record[name] for name in ("paths", "noisy_paths") if name in self.record}
         update_results(self.run.root, "routing", summary)
 
     def state_dict(self) -> dict[str, Any]:

@@ -85,12 +85,12 @@ def evaluate(
         engine = cli.quantization.engine
         model = stages.load_exported(directory, bits, engine)
         at: float | list[float] | None = None
-        if model.config.routed_layers:
+        if model.config.has_theta:
             given = None if theta is None else [*theta]
             at = model.config.threshold if given is None else given[0] if len(given) == 1 else given
             model.config.thresholds(at)  # refuses a wrong number of them
         elif theta is not None:
-            raise ValueError(f"{run} has no routers: leave --theta out")
+            raise ValueError(f"{run} has no θ, by its method {cli.model.method}: leave --theta out")
         stages.evaluate(directory, cli.prepare_data(), model, bits, engine, at, "validation")
 
 

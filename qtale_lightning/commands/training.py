@@ -47,6 +47,7 @@ def _fit(cli: QTALECLI, options: tuple[str, ...]) -> None:
 
     run, data = cli.run, cli.prepare_data()
     cli.check_rows()
+    cli.prepare_method()
     checkpoint = cli.config["ckpt_path"]
     if checkpoint in (None, "last"):
         found = resume_point(run) or (run.last if checkpoint else None)

@@ -12,8 +12,8 @@ import numpy as np
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.models.modeling import RoutedForCausalLM
-from qtale_lightning.models.router import EXECUTE, SKIP
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.routing.router import EXECUTE, SKIP
 
 TOLERANCE = 0.005
 """How near to the budget the execution ratio on the calibration questions must come."""

@@ -3,8 +3,9 @@
 A multiply-add counts as 2 FLOPs. Only matrix products are counted (linears, attention scores and values,
 routers, `lm_head`); norms, activations, softmax, rotary embeddings and bias additions are not.
 
-Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus two fields of routed models:
-`router_width` (absent or None: no routers) and `start_layer`, the first layer that has a router.
+Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus fields of routed models: `router_width` (absent
+or None: nothing is routed), `start_layer`, the first layer that tokens may skip, the `method` that decides (absent: one
+with routers), and `dropped_layers` of the base model, which the model was made without.
 """
 
 import math
@@ -14,6 +15,7 @@ from typing import Any
 
 from qtale_lightning.architectures import architecture_of, head_width
 from qtale_lightning.quantization.rtn import check_quantizable
+from qtale_lightning.routing import method_of
 
 FULL_BITS = 16  # unquantized weights: bfloat16
 ROUTER_BITS = 32  # routers stay in float32
@@ -50,11 +52,33 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
     return {name.rpartition(".")[2]: shape for name, shape in architecture_of(config).shapes(config).items()}
 
 
-def routed_layers(config: Any) -> range:
-    """Indices of the decoder layers that have a router."""
+def base_layers(config: Any) -> int:
+    """Number of the base model's decoder layers, of which execution ratios are shares."""
+    return config.num_hidden_layers + len(_dropped(config))
+
+
+def _dropped(config: Any) -> Sequence[int]:
+    return getattr(config, "dropped_layers", None) or ()
+
+
+def decided_layers(config: Any) -> range:
+    """Indices of the decoder layers that tokens may skip."""
     if getattr(config, "router_width", None) is None:
         return range(0)
     return range(config.start_layer, config.num_hidden_layers)
+
+
+def routed_layers(config: Any) -> range:
+    """Indices of the decoder layers that have a router."""
+    return decided_layers(config) if method_of(getattr(config, "method", "qtale")).routers else range(0)
+
+
+def expected_execution(config: Any, target_ratio: float) -> list[float]:
+    """Each layer's execution ratio where a token executes `target_ratio` of all layers, as far as the model can."""
+    layers, decided, dropped = base_layers(config), decided_layers(config), _dropped(config)
+    always = layers - len(decided) - len(dropped)
+    each = max(0.0, (target_ratio * layers - always) / len(decided)) if decided else 1.0
+    return [0.0 if i in dropped else each if i in decided else 1.0 for i in range(layers)]
 
 
 def layer_flops(config: Any, context: float) -> float:
@@ -88,7 +112,8 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
     so attention costs r_l² of the full model's. This takes executions of different tokens to be independent.
 
     Args:
-        execution: each layer's execution ratio r_l, in 0..1; 1 for a layer without a router.
+        execution: each of the base model's layers' execution ratio r_l, in 0..1; 1 for one that can't be skipped, 0 for
+            one that was dropped.
         context: tokens up to and including this one, see `layer_flops`.
         head: whether `lm_head` runs for this token.
 
@@ -101,11 +126,11 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
 
 
 def flops_ratio(config: Any, execution: Sequence[float], context: float, head: bool = True) -> float:
-    """`token_flops` with routers over those of the same model without routers, which executes every layer.
+    """`token_flops` over those of the base model, which executes every layer and has no routers.
 
     Routers cost something: the ratio is above 1 where a routed model executes everything.
     """
-    dense = sum(layer_flops(config, context) for _ in range(config.num_hidden_layers))
+    dense = base_layers(config) * layer_flops(config, context)
     return token_flops(config, execution, context, head) / (dense + (head_flops(config) if head else 0.0))
 
 
@@ -167,12 +192,16 @@ def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
 
 
 def _check_execution(config: Any, execution: Sequence[float]) -> None:
-    if len(execution) != config.num_hidden_layers:
-        raise ValueError(
-            f"got {len(execution)} execution ratios for {config.num_hidden_layers} decoder layers"
-        )
+    if len(execution) != base_layers(config):
+        raise ValueError(f"got {len(execution)} execution ratios for {base_layers(config)} decoder layers")
+    decided, dropped = decided_layers(config), _dropped(config)
     for layer, ratio in enumerate(execution):
         if not 0 <= ratio <= 1:
             raise ValueError(f"the execution ratio of layer {layer} is {ratio}, must be from 0 to 1")
-        if ratio != 1 and layer not in routed_layers(config):
+        if layer in dropped:
+            if ratio != 0:
+                raise ValueError(
+                    f"the execution ratio of layer {layer} is {ratio}, must be 0: it was dropped"
+                )
+        elif ratio != 1 and layer not in decided:
             raise ValueError(f"the execution ratio of layer {layer} is {ratio}, must be 1: it has no router")

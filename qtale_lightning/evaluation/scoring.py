@@ -26,8 +26,8 @@ class Scores:
 
     Attributes:
         loglikelihoods: Per question, the summed log-likelihood in nats of each choice's tokens.
-        execution: Share of computed tokens that executed each layer, ``(layers,)``; what choices, or questions, share
-            is computed, and counted, once.
+        execution: Share of computed tokens that executed each layer of the base model, ``(layers,)``; what choices, or
+            questions, share is computed, and counted, once.
         tokens: Number of computed tokens.
         seconds: Measured time. Thresholds that are scored together share it: theirs add up to the whole.
     """
@@ -81,7 +81,10 @@ def score_thresholds(
     count = len(thresholds)
     # Scoring runs on one process, also where training ran on many.
     ratios = [
-        ExecutionRatio(len(model.model.layers), sync_on_compute=False).to(model.device) for _ in thresholds
+        ExecutionRatio(len(model.model.layers), model.config.dropped_layers, sync_on_compute=False).to(
+            model.device
+        )
+        for _ in thresholds
     ]
     results = [[np.zeros(len(question.contexts)) for question in questions] for _ in thresholds]
     seconds = [0.0] * count

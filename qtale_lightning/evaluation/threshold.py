@@ -12,7 +12,7 @@ ONE_STANDARD_ERROR = (
     "the lowest execution ratio whose average accuracy on the calibration questions is within one standard error "
     "of the best of the grid (ties: the higher accuracy); by nll, where tasks report other things than accuracies"
 )
-NO_ROUTERS = "no routers"
+NO_THETA = "nothing to select: the method has no θ"
 
 
 def within_one_standard_error(rows: Sequence[Row]) -> Row:

@@ -26,9 +26,9 @@ from transformers import PreTrainedTokenizerBase
 from qtale_lightning.evaluation.accuracy import standard_error
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.modeling import RoutedForCausalLM
-from qtale_lightning.models.router import execute_probability
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.paths import path_codes, path_statistics
+from qtale_lightning.routing.router import execute_probability
 
 BATCH_TOKENS = 2048
 
@@ -75,7 +75,7 @@ def trace(
     """Run texts through a model and record its decisions.
 
     Args:
-        model: In evaluation mode, with routers.
+        model: In evaluation mode, with routers: of a method that has θ.
         texts: In any order; traces come in the same.
         threshold: θ; None is the model's own.
         forced: Traces of the same texts whose decisions are taken instead of the model's own; ``probability`` stays

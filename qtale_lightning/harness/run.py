@@ -97,14 +97,16 @@ def lm_eval(
         manager = find_tasks(names, Path(temporary), defaults=len(local) < len(names))
         model = load_exported(run, bits, engine)
         if theta is not None:
-            if not model.config.routed_layers:
-                raise ValueError(f"{run.root} has no routers: leave --theta out")
+            if not model.config.has_theta:
+                raise ValueError(
+                    f"{run.root} has no θ, by its method {model.config.method}: leave --theta out"
+                )
             model.config.threshold = theta
         lm = harness_model(model, load_tokenizer(run, run.model(bits, engine)), batch_size)
         row: Evaluation = {
             "bits": bits,
             "engine": "none" if bits == 16 else engine,
-            "theta": model.config.threshold if model.config.routed_layers else None,
+            "theta": model.config.threshold if model.config.has_theta else None,
             "tasks": names,
             "protocol": {
                 "harness": f"lm-eval {harness_version()}",

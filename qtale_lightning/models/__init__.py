@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from qtale_lightning.models.config import RoutedConfig
     from qtale_lightning.models.families import route, routed_config
     from qtale_lightning.models.modeling import RoutedForCausalLM, RoutedModel
-    from qtale_lightning.models.router import Router
     from qtale_lightning.models.routing import Routing
+    from qtale_lightning.routing.router import Router
 
 __all__ = [
     "RoutedCache",
@@ -30,7 +30,7 @@ __getattr__ = lazily(
         f"{__name__}.config": ["RoutedConfig"],
         f"{__name__}.families": ["route", "routed_config"],
         f"{__name__}.modeling": ["RoutedForCausalLM", "RoutedModel"],
-        f"{__name__}.router": ["Router"],
+        "qtale_lightning.routing.router": ["Router"],
         f"{__name__}.routing": ["Routing"],
     },
 )

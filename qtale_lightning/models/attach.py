@@ -11,7 +11,8 @@ from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.fused import FASTER, FusedLayer
 from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.routed_layer import RoutedLayer, attach_router
-from qtale_lightning.models.router import Router
+from qtale_lightning.routing import method_of
+from qtale_lightning.routing.router import Router
 
 
 def attach_routers(model: Any, config: RoutedConfig) -> None:
@@ -32,7 +33,7 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
     config._attn_implementation = ATTENTION
     for index, layer in enumerate(model.model.layers):
         router = None
-        if index in config.routed_layers:
+        if index in config.routed_layers and method_of(config.method).routers:
             router = Router(config.hidden_size, config.router_width).to(next(layer.parameters()).device)
         attach_router(
             layer,

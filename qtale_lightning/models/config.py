@@ -1,7 +1,9 @@
-"""The configuration of a routed model: the routers' part, shared by all families."""
+"""The configuration of a routed model: the routing's part, shared by all families."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from qtale_lightning.routing import method_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig as _Base
@@ -11,19 +13,27 @@ else:
 
 
 class RoutedConfig(_Base):
-    """The routers' part of a routed model's configuration; `families` makes a class of it and of each family's own.
+    """The routing's part of a routed model's configuration; `families` makes a class of it and of each family's own.
 
     Args:
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
         threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a routed layer.
+        method: That decides, by name; of folders that don't say it, one with routers and θ.
+        rate: Share of a layer's free tokens that execute it, of methods that fix it.
+        routing_seed: Of decisions by chance.
+        dropped_layers: Layers of the base model, by its numbers, that this one was made without.
     """
 
     router_width: int = 512
     start_layer: int = 2
     reserved_tokens: int = 2
     threshold: float | list[float] = 0.5
+    method: str = "qtale"
+    rate: float = 1.0
+    routing_seed: int = 0
+    dropped_layers: list[int] | None = None
 
     def validate_routing(self) -> None:
         """Refuse values that no routed model can have."""
@@ -40,12 +50,20 @@ class RoutedConfig(_Base):
             raise ValueError(
                 "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
             )
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate {self.rate} is no share of tokens: it must be in [0, 1]")
+        method_of(self.method)
         self.thresholds(self.threshold)
 
     @property
     def routed_layers(self) -> range:
-        """The layers that have a router."""
+        """The layers that are decided about token by token."""
         return range(self.start_layer, self.num_hidden_layers)
+
+    @property
+    def has_theta(self) -> bool:
+        """Whether decisions go by a threshold."""
+        return bool(self.routed_layers) and method_of(self.method).theta
 
     def thresholds(self, threshold: float | Sequence[float]) -> dict[int, float]:
         """θ by routed layer, from one for all of them or one each.

@@ -14,6 +14,7 @@ from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.packing import branch_mask
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.routing import method_of
 
 # The name under which `quantization.checkpoint` registers its quantizer with transformers.
 PACKED = "qtale"
@@ -76,6 +77,7 @@ class RoutedModel(PreTrainedModel):
                 )
             if routing.branch is not None:
                 raise ValueError("branches of a prompt are computed in one call: leave the cache out")
+        routing.ids = input_ids
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
@@ -98,6 +100,9 @@ class RoutedModel(PreTrainedModel):
         if routing.threshold is None:
             routing.threshold = self.config.threshold
         routing.thresholds = self.config.thresholds(routing.threshold)
+        routing.method, routing.seed = method_of(self.config.method), self.config.routing_seed
+        if routing.rate is None:
+            routing.rate = self.config.rate
         if routing.sample is None:
             routing.sample = self.training
         if routing.execution is None:

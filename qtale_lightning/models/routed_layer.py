@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from qtale_lightning.models.attention import Attention, Masked, Packed
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.router import Router
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.routing.router import Router
 
 
 class RoutedLayer(nn.Module):
@@ -43,7 +43,7 @@ class RoutedLayer(nn.Module):
         gate = routing.decide(self.layer_idx, self.router, hidden_states)
         if routing.execution == "masked":
             bias = routing.attention_bias(hidden_states.dtype, self.window)
-            if self.router is None:
+            if gate is routing.tokens:  # a layer that isn't decided about
                 return self.execute(hidden_states, position_embeddings, Masked(bias, None))
             output = self.execute(hidden_states, position_embeddings, Masked(bias, gate))
             weight = gate.to(output.dtype).unsqueeze(-1)

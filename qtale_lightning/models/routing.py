@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qtale_lightning.models.packing import Packing, Reach, Subset, branch_mask
-from qtale_lightning.models.router import Router, execute_probability, gumbel_gate
+from qtale_lightning.routing import METHODS, Method
+from qtale_lightning.routing.router import Router
 
 Execution = Literal["masked", "packed"]
 
@@ -24,8 +25,9 @@ class Routing:
             layer, in order. None: the model's configured one.
         execution: ``masked`` computes every token and mixes; ``packed`` computes executing tokens only (needs no
             gradient). None: masked while training, packed otherwise.
-        sample: Decide by straight-through Gumbel noise instead of the threshold. None: while training.
+        sample: Decide as the method does in training. None: while training.
         temperature: Of the Gumbel-softmax.
+        rate: Share of a layer's free tokens that execute it, of methods that fix it. None: the model's configured one.
         forced: Decisions to use instead of the routers', layer → bool ``(B, T)``.
         branch: Several continuations of one text in one sequence, and of these again, int ``(B, T, levels)``: a token
             sees those before it whose number is 0 or its own at every level. Give their ``position_ids`` to the model,
@@ -39,13 +41,16 @@ class Routing:
         resume: First layer to compute: those before decide and give what they did in this object's last pass, over the
             same inputs, and aren't computed again. Packed execution only. 0: compute all.
         tokens: Real (not padding) tokens of this call, bool ``(B, T)``. Set by the model.
+        ids: The tokens, int64 ``(B, T)``; None where the model is given embeddings. Set by the model.
         free: Tokens that routers decide about: real and behind the reserved initial ones, bool ``(B, T)``. Set by
             the model.
         places: Of real tokens in their sequences, from 0, int64 ``(B, T)``. Set by the model.
         length: Of the longest sequence so far, with what a cache holds and padding. Set by the model.
         logits: Layer → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
         gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
-        thresholds: Routed layer → its θ. Set by the model.
+        method: How decisions are made. Set by the model.
+        seed: Of decisions by chance at inference. Set by the model.
+        thresholds: Routed layer, one that is decided about, → its θ. Set by the model.
         states: Layer in ``keep`` → its input ``(B, T, D)``. Filled by the forward pass.
     """
 
@@ -53,6 +58,7 @@ class Routing:
     execution: Execution | None = None
     sample: bool | None = None
     temperature: float = 1.0
+    rate: float | None = None
     forced: Mapping[int, Tensor] | None = None
     branch: Tensor | None = None
     align: bool = True
@@ -61,10 +67,13 @@ class Routing:
     resume: int = 0
     tokens: Tensor = field(default_factory=lambda: torch.empty(0))
     free: Tensor = field(default_factory=lambda: torch.empty(0))
+    ids: Tensor | None = None
     places: Tensor = field(default_factory=lambda: torch.empty(0))
     length: int = 0
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
+    method: Method = METHODS["qtale"]
+    seed: int = 0
     thresholds: Mapping[int, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: dict[int | None, Tensor] = field(default_factory=dict)
@@ -86,18 +95,15 @@ class Routing:
             return torch.zeros_like(self.tokens)
         if layer in self.keep:
             self.states[layer] = hidden_states
-        if router is None:
+        if layer not in self.thresholds:
             return self.tokens
-        logits = router(hidden_states)
-        self.logits[layer] = logits
-        gate: Tensor
+        if router is not None:
+            self.logits[layer] = router(hidden_states)
         if self.forced is not None and layer in self.forced:
-            gate = torch.where(self.free, self.forced[layer], self.tokens)
-        elif self.sample:
-            sampled = gumbel_gate(logits, self.temperature)
-            gate = torch.where(self.free, sampled, self.tokens.to(sampled.dtype))
+            decided = self.forced[layer]
         else:
-            gate = torch.where(self.free, execute_probability(logits) >= self.thresholds[layer], self.tokens)
+            decided = (self.method.sample if self.sample else self.method.decide)(self, layer)
+        gate = torch.where(self.free, decided, self.tokens.to(decided.dtype))
         self.gates[layer] = gate
         return gate
 

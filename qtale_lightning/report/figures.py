@@ -23,9 +23,10 @@ from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE, plain
 PANELS = {
     "loss": ["train/loss", "val/loss"],
     "cross-entropy, nats": ["train/ce", "val/ce"],
-    "routing losses": ["train/ratio_loss", "train/entropy_loss"],
+    "routing losses": ["train/ratio_loss", "train/entropy_loss", "train/prediction_loss"],
     "share of layers executed": ["train/execution_ratio", "val/execution_ratio", "train/target_ratio"],
     "decisions flipped by noise": ["train/flip_ratio"],
+    "decisions not foreseen": ["train/prediction_error"],
     "logit gap, |execute − skip|": ["train/logit_gap"],
 }
 """The panels of the training figure: the y label, and the columns of `metrics.csv` in it."""
@@ -120,18 +121,20 @@ def _annotate_thetas(
 def layer_curves(results: Results) -> list[tuple[str, list[float], dict[str, Any]]]:
     """Label, execution ratio per layer of shape `(layers,)` and style, for training and each selected row.
 
-    Empty for a model without routers, whose layers all execute.
+    Empty for a model whose layers all execute.
     """
     curves = []
     if routing := results.get("routing"):
         curves.append(("training", routing["execution_ratio_per_layer"], TRAINING_STYLE))
     for position, (label, rows) in enumerate(validation_series(results).items()):
         row = selected_row(results, rows)
-        if row is not None and row["theta"] is not None:
-            style = STYLES[position % len(STYLES)]
-            curves.append(
-                (f"{label}, θ = {theta_text(row['theta'])}", row["execution_ratio_per_layer"], style)
-            )
+        if row is None:
+            continue
+        ratios, style = row["execution_ratio_per_layer"], STYLES[position % len(STYLES)]
+        if row["theta"] is not None:
+            curves.append((f"{label}, θ = {theta_text(row['theta'])}", ratios, style))
+        elif min(ratios, default=1.0) < 1:
+            curves.append((label, ratios, style))
     return [curve for curve in curves if curve[1]]
 
 
@@ -144,7 +147,7 @@ def plot_layers(results: Results) -> Figure:
     curves = layer_curves(results)
     if not curves:
         raise ValueError(
-            "no execution ratios per layer to plot: the model has no routers, or none was selected"
+            "no execution ratios per layer to plot: the model skips no layer, or no row was selected"
         )
     figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     figure.suptitle(plain(figure_title(results)), fontsize=11)

@@ -31,10 +31,11 @@ class HistogramCounts(TypedDict):
 
 
 class Routing(TypedDict):
-    """How the routers decide at the end of training; a run without routers has no such section.
+    """How tokens' layers are decided at the end of training; a run where nothing is has no such section.
 
-    Of the last training batches: `flip_ratio`, the share of decisions that Gumbel noise flips, `logit_gap`, the mean
-    distance between the execute and the skip logit, and `entropy`, the mean binary entropy in nats;
+    Of the last training batches, where the method has it: `flip_ratio`, the share of decisions that Gumbel noise flips,
+    `prediction_error`, the share that a layer's fixed capacity takes otherwise than its router foresees, `logit_gap`,
+    the mean distance between the execute and the skip logit, and `entropy`, the mean binary entropy in nats;
     `execution_ratio_per_layer` and `flip_ratio_per_layer` (None where there is no router) have shape `(layers,)`.
 
     Of the last validation, on held-out training rows: the `histograms` of `logit_gap` (execute − skip) and of
@@ -42,9 +43,10 @@ class Routing(TypedDict):
     Gumbel noise would (`noisy_paths`).
     """
 
-    flip_ratio: Fraction
-    logit_gap: Quantity
-    entropy: Quantity
+    flip_ratio: NotRequired[Fraction]
+    prediction_error: NotRequired[Fraction]
+    logit_gap: NotRequired[Quantity]
+    entropy: NotRequired[Quantity]
     execution_ratio_per_layer: list[Fraction]
     flip_ratio_per_layer: NotRequired[list[Fraction | None]]
     histograms: NotRequired[dict[str, HistogramCounts]]

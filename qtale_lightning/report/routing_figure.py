@@ -117,11 +117,16 @@ def _compared(results: Results) -> list[Changes]:
 def _diversity_panels(metrics: pd.DataFrame) -> list[Panel]:
     panels: list[Panel] = []
     for name, label in CURVES.items():
-        columns = {kind: f"val/{kind}/{name}" for kind in PATHS}
+        columns = {kind: f"val/{kind}/{name}" for kind in PATHS if f"val/{kind}/{name}" in metrics}
         sampled = all(f"{column}{SAMPLE}" in metrics for column in columns.values())
         if sampled:
             columns = {kind: f"{column}{SAMPLE}" for kind, column in columns.items()}
-        if not all(column in metrics and metrics[column].notna().any() for column in columns.values()):
+        columns = {
+            kind: column
+            for kind, column in columns.items()
+            if column in metrics and metrics[column].notna().any()
+        }
+        if not columns:
             continue
 
         def draw(

@@ -105,11 +105,15 @@ def training_table(results: Results) -> FactTable:
             *([f"final loss: {name}", f"{loss:.4f}"] for name, loss in train["final_losses"].items()),
         ]
     if routing := results.get("routing"):
-        table.rows += [
-            ["decisions flipped by Gumbel noise", f"{100 * routing['flip_ratio']:.2f} %"],
-            ["logit gap, |execute − skip|", f"{routing['logit_gap']:.3f}"],
-            ["routing entropy", f"{routing['entropy']:.3f} nats"],
-        ]
+        if "flip_ratio" in routing:
+            table.rows.append(["decisions flipped by Gumbel noise", f"{100 * routing['flip_ratio']:.2f} %"])
+        if "prediction_error" in routing:
+            error = f"{100 * routing['prediction_error']:.2f} %"
+            table.rows.append(["decisions that routers don't foresee", error])
+        if "logit_gap" in routing:
+            table.rows.append(["logit gap, |execute − skip|", f"{routing['logit_gap']:.3f}"])
+        if "entropy" in routing:
+            table.rows.append(["routing entropy", f"{routing['entropy']:.3f} nats"])
     return table
 
 

@@ -72,7 +72,7 @@ class Subject:
         """Score a split at every θ, those that are missing in one go, and keep the rows.
 
         Args:
-            thetas: [None] for a model without routers.
+            thetas: [None] for a model without θ.
             split: Whose questions.
             pairs: What was answered to each question is needed, too: rows without it are scored again.
         """

@@ -73,9 +73,7 @@ def _model_card(run: RunDirectory, module: QTALEModule) -> str:
     return (
         f"---\nlibrary_name: transformers\ntags: [qtale, routed-llama]\n---\n# {run.root.name}\n\n"
         f"{module.name} ({source}), fine-tuned with method `{module.method}`; LoRA is "
-        f"merged. Layers {config.start_layer} to {config.num_hidden_layers - 1} have routers of width "
-        f"{config.router_width}: a token executes such a layer iff p(execute) ≥ θ = {config.threshold} "
-        "(`config.threshold`; 0 is the dense model).\n\n"
+        f"merged. {module.how.describe(config)}\n\n"
         "```python\nimport qtale_lightning  # registers the model\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model = AutoModelForCausalLM.from_pretrained("model")\n'

@@ -48,7 +48,7 @@ def inspect(
         The page.
 
     Raises:
-        ValueError: The model has no routers, or a θ of its own for each layer and none was given.
+        ValueError: The model's method has no θ, or the model one of its own for each layer and none was given.
         FileNotFoundError: A precision isn't there.
     """
     widths = sorted(there(run, engine) if bits is None else set(bits) - {16}, reverse=True)
@@ -58,9 +58,10 @@ def inspect(
                 f"{run.model(width, engine)} isn't there: `python -m qtale_lightning quantize {run.root}` makes it."
             )
     model = load_exported(run)
-    if not model.config.routed_layers:
+    if not model.config.has_theta:
         raise ValueError(
-            f"{run.root} has no routers: every token executes every layer, there is nothing to inspect"
+            f"{run.root} has no routers, by its method {model.config.method}: what a token executes goes by no score, "
+            "and no precision changes it, so there is nothing to inspect"
         )
     theta = _common_theta(model.config.threshold) if theta is None else theta
     reference = trace(model, texts, theta)

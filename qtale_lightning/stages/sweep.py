@@ -12,7 +12,7 @@ from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.scoring import Scores
 from qtale_lightning.evaluation.threshold import (
-    NO_ROUTERS,
+    NO_THETA,
     ONE_STANDARD_ERROR,
     budget_in_words,
     tolerance_in_words,
@@ -42,9 +42,9 @@ def sweep(
     """At every precision: the θ that the rule selects on calibration questions, and what validation questions say.
 
     Calibration questions come from the training split and were not trained on. A rule on a grid has every θ of it
-    measured on both splits, a budget only the θ that meets it. A model without routers has one row a precision, and
-    no θ. What an earlier sweep has measured or found isn't repeated. A sweep of other questions than the run's own adds
-    its rows, and leaves what is selected as it is.
+    measured on both splits, a budget only the θ that meets it. A model without θ has one row a precision. What an
+    earlier sweep has measured or found isn't repeated. A sweep of other questions than the run's own adds its rows, and
+    leaves what is selected as it is.
 
     Raises:
         ValueError: A budget can't be met.
@@ -52,9 +52,9 @@ def sweep(
     selected: list[Selected] = []
     for b in (16, *sorted(bits, reverse=True)):
         subject = Subject(run, data, load_exported(run, b, engine), b, "none" if b == 16 else engine)
-        if not subject.model.config.routed_layers:
+        if not subject.model.config.has_theta:
             (row,) = subject.evaluate([None], "validation")
-            selected.append(_selected(row, NO_ROUTERS))
+            selected.append(_selected(row, NO_THETA))
         elif options.searches:
             config = subject.model.config
             options.check_budgets(config.start_layer / config.num_hidden_layers)

@@ -11,11 +11,21 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from qtale_lightning.experiments import find, names
 from qtale_lightning.quantization.options import Engine
 from qtale_lightning.report.fields import Bits, Fraction
+from qtale_lightning.routing import method_of
 from qtale_lightning.yaml_files import read_yaml
 
 FOLDER = Path("experiments/tables")
@@ -80,7 +90,7 @@ class Cell(_Declared):
     """
 
     name: str
-    method: Literal["full", "dllm", "qtale"]
+    method: Annotated[str, AfterValidator(lambda name: method_of(name).name)]
     options: dict[str, Option | list[Option]] = Field(default_factory=dict)
     bits: list[Bits] = Field([16, 4, 3], min_length=1)
     engine: list[Engine] = Field(["native"], min_length=1)
@@ -90,9 +100,9 @@ class Cell(_Declared):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if (self.theta is None) != (self.method == "full"):
-            routers = "has no routers: leave 'theta' out" if self.method == "full" else "needs 'theta'"
-            raise ValueError(f"the method {self.method} {routers}")
+        if (self.theta is not None) != method_of(self.method).theta:
+            why = "needs 'theta'" if self.theta is None else "has no θ: leave 'theta' out"
+            raise ValueError(f"the method {self.method} {why}")
         for key, value in self.options.items():
             if key.split(".")[0] not in ("model", "data", "trainer"):
                 raise ValueError(
@@ -211,8 +221,8 @@ class Declaration(_Declared):
             named = [one for one in lines if (one.name, one.bits) == (line.theta.like, line.bits)]
             if len(named) != 1 or named[0].method == "full" or named[0].data != line.data:
                 raise ValueError(
-                    f"cell {line.name!r}: like {line.theta.like!r} must name one line with routers at {line.bits:g} "
-                    f"bits on the same data; {len(named)} have that name"
+                    f"cell {line.name!r}: like {line.theta.like!r} must name one line that skips layers at "
+                    f"{line.bits:g} bits on the same data; {len(named)} have that name"
                 )
             if isinstance(named[0].theta, BudgetRule) and named[0].theta.like:
                 raise ValueError(f"cell {line.name!r}: like {line.theta.like!r} is itself like another cell")

@@ -17,6 +17,7 @@ from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
 from qtale_lightning.report.routing_figure import read_metrics
 from qtale_lightning.report.style import DPI
+from qtale_lightning.routing import method_of
 from qtale_lightning.tables.declaration import Line, setting_of
 from qtale_lightning.tables.plots import (
     Heat,
@@ -32,8 +33,7 @@ from qtale_lightning.tables.plots import (
 from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table, commit_of
 
-METHODS = {"full": "full", "dllm": "D-LLM", "qtale": "QTALE"}
-LAMBDA = "model.lambda_entropy"
+LAMBDA, TARGET = "model.lambda_entropy", "model.target_ratio"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,14 @@ class Variant:
     def label(self) -> str:
         """Such as "QTALE, λ₂ = 2"."""
         setting = setting_of(self.line.options)
-        return METHODS[self.line.method] + (f", {setting}" if setting else "")
+        return method_of(self.line.method).title + (f", {setting}" if setting else "")
+
+    @property
+    def curve(self) -> str:
+        """What it is a part of where ratios are compared: without θ, each run has one point of its method's curve."""
+        others = [(key, value) for key, value in self.line.options if key != TARGET]
+        method = method_of(self.line.method)
+        return self.label if method.theta else ", ".join(filter(None, [method.title, setting_of(others)]))
 
     def rows(self, bits: float, engine: str) -> list[list[Evaluation]]:
         """Validation rows at every θ (one for all layers) that all seeds have; by execution ratio."""
@@ -126,7 +133,12 @@ def _precisions(table: Table) -> dict[str, tuple[float, str]]:
 
 
 def _styles(variants: Sequence[Variant]) -> Styles:
-    return {variant.label: style_of(position) for position, variant in enumerate(variants)}
+    curves = list(dict.fromkeys(variant.curve for variant in variants))
+    return {
+        name: style_of(curves.index(variant.curve))
+        for variant in variants
+        for name in (variant.curve, variant.label)
+    }
 
 
 def _mean(values: Sequence[float], errors: Sequence[float], factor: float = 1) -> tuple[float, float]:
@@ -147,7 +159,10 @@ def _point(group: Sequence[Evaluation]) -> Point:
 def _frontier(table: Table, variants: list[Variant], title: str) -> Figure | None:
     panels = {}
     for name, (bits, engine) in _precisions(table).items():
-        curves = {v.label: [_point(group) for group in v.rows(bits, engine)] for v in variants}
+        curves: dict[str, list[Point]] = {}
+        for variant in variants:
+            points = [_point(group) for group in variant.rows(bits, engine)]
+            curves[variant.curve] = sorted(curves.get(variant.curve, []) + points, key=lambda p: p.ratio)
         panels[name] = {label: points for label, points in curves.items() if points}
     panels = {name: curves for name, curves in panels.items() if curves}
     return plot_frontier(title, panels, _styles(variants)) if panels else None
@@ -207,27 +222,28 @@ def _layers(table: Table, variants: list[Variant], title: str) -> Figure | None:
                 same = (line.method, line.options, line.bits, line.engine) == (
                     variant.line.method, variant.line.options, bits, engine,
                 )  # fmt: skip
-                if not same or line.method == "full":
+                if not same or variant.curve in panels.get(name, {}):
                     continue
                 rows = [
                     row for run in variant.runs if (row := table.answer(line, variant.data, run.seed).row)
                 ]
-                if rows:
-                    thetas = "; ".join(dict.fromkeys(_short(row["theta"]) for row in rows))
-                    mean = np.mean([row["execution_ratio_per_layer"] for row in rows], axis=0)
-                    called = f"{variant.label}, θ = {thetas}"
-                    panels.setdefault(name, {})[variant.label] = (called, mean.tolist())
-                    break
+                if not rows:
+                    continue
+                mean = np.mean([row["execution_ratio_per_layer"] for row in rows], axis=0)
+                called = variant.label
+                if method_of(line.method).theta:
+                    called += f", θ = {'; '.join(dict.fromkeys(_short(row['theta']) for row in rows))}"
+                elif mean.min() == 1:  # a method that skips nothing
+                    continue
+                panels.setdefault(name, {})[variant.curve] = (called, mean.tolist())
+                break
     return plot_layers(f"{title} · which layers execute", panels, _styles(variants)) if panels else None
 
 
 def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None:
     """Of the variants that differ in λ₂ alone; D-LLM is λ₂ = 0."""
-    by_lambda = {
-        _lambda(variant): variant
-        for variant in variants
-        if variant.line.method != "full" and {key for key, _ in variant.line.options} <= {LAMBDA}
-    }
+    of_lambda = [variant for variant in variants if "lambda_ratio" in method_of(variant.line.method).weights]
+    by_lambda = {_lambda(v): v for v in of_lambda if {key for key, _ in v.line.options} <= {LAMBDA}}
     lambdas = sorted(by_lambda)
     asked = {theta for v in by_lambda.values() for theta in v.runs[0].sweep.grid()}
     asked |= {line.theta for line in table.lines if isinstance(line.theta, float)}

@@ -17,6 +17,7 @@ from qtale_lightning.losses import Losses
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import export
+from tests.objectives import objective
 
 
 class Damaged(QTALEModule):
@@ -118,9 +119,7 @@ def test_a_validation_without_a_finite_loss_chooses_nothing(tmp_path: Path) -> N
 @pytest.mark.parametrize("method", ["full", "qtale"])
 def test_weights_that_arent_finite_are_never_exported(method: str, tmp_path: Path) -> None:
     """Before, the check that merging changed little was false for NaN, and so passed it."""
-    module = QTALEModule(
-        name="tiny", method=method, router_width=16, lambda_entropy=0.5 * (method == "qtale")
-    )
+    module = QTALEModule(name="tiny", router_width=16, **objective(method))
     module.configure_model()
     checkpoint = {name: weight.clone() for name, weight in module.state_dict().items()}
     next(iter(checkpoint.values())).view(-1)[0] = torch.nan

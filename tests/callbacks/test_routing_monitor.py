@@ -18,6 +18,7 @@ from qtale_lightning.paths import path_codes
 from qtale_lightning.report.results import load_results, update_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbTracker
+from tests.objectives import objective
 
 RECORD: dict[str, dict[str, Any]] = {
     "paths": {"tokens": 9, "distinct": 2, "entropy": 0.5, "entropy_share": 0.4},
@@ -29,9 +30,7 @@ RECORD: dict[str, dict[str, Any]] = {
 
 def train(root: Path, method: str = "qtale") -> tuple[QTALEModule, CommonsenseDataModule]:
     """Eight steps, validated behind the fourth and the eighth."""
-    module = QTALEModule(
-        name="tiny", method=method, router_width=16, router_lr=3e-2, lambda_entropy=0.5 * (method == "qtale")
-    )
+    module = QTALEModule(name="tiny", router_width=16, router_lr=3e-2, **objective(method))
     data = CommonsenseDataModule(
         "facts", batch_size=8, limit_train=64, limit_validation=8, calibration_rows=8
     )

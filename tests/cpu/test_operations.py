@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from qtale_lightning import cpu
-from qtale_lightning.models.router import Router
+from qtale_lightning.routing.router import Router
 from tests.tolerance import close
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="our CPU operations weren't built here")

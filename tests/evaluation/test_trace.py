@@ -19,8 +19,8 @@ from qtale_lightning.evaluation.trace import (
     trace,
 )
 from qtale_lightning.models import RoutedForCausalLM, Routing, route
-from qtale_lightning.models.router import execute_probability
 from qtale_lightning.models.sources import load_tokenizer
+from qtale_lightning.routing.router import execute_probability
 from tests.evaluation.architecture import ARCHITECTURE
 from tests.llama import llama_config
 

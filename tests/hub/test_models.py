@@ -41,7 +41,7 @@ def test_every_preset_of_the_hub_has_a_commit() -> None:
 def test_training_and_export_read_one_commit(hub: LoopbackHub, tiny_files: Files) -> None:
     """Export merges into what was trained on, although its main moved meanwhile, and asks nobody for it."""
     hub.publish(NAME, tiny_files(1))
-    module = QTALEModule(name="tiny", path=NAME, method="full", lambda_entropy=0.0)
+    module = QTALEModule(name="tiny", path=NAME, method="full", lambda_ratio=0.0, lambda_entropy=0.0)
     module.configure_model()
     hub.publish(NAME, tiny_files(2), SECOND)
     hub.requests.clear()

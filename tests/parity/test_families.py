@@ -28,6 +28,7 @@ from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import apply_scales
+from qtale_lightning.routing import METHODS
 from tests.tolerance import MARGIN, close
 
 LENGTH, WINDOW, LAYERS, GROUP = 20, 6, 4, 16
@@ -244,3 +245,19 @@ def test_parameters_and_shapes_are_counted_right(dense: PreTrainedModel) -> None
     for layer in decoder_layers(dense):
         shapes = {name: tuple(linear.weight.shape) for name, linear in layer.linears.items()}
         assert shapes == own.shapes(dense.config)
+
+
+def test_a_model_without_some_layers_is_the_base_that_leaves_them_out(dense: PreTrainedModel) -> None:
+    """The kinds of the layers that are left (their windows, their rotations) stay theirs."""
+    ids, dropped = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(0)), [1]
+    smaller = copy.deepcopy(dense)
+    static, base = METHODS["static"], smaller.config
+    fields = static.fields(LAYERS, 0, 0.75, 0) | {"dropped_layers": dropped}
+    static.change(smaller, fields)
+    routed = route(smaller, routed_config(base, **fields)).eval()
+    handle = dense.model.layers[1].register_forward_hook(lambda layer, args, output: args[0])
+    with torch.no_grad():
+        expected = dense(ids, use_cache=False).logits
+        handle.remove()
+        assert not torch.allclose(expected, dense(ids, use_cache=False).logits)
+        close(routed(ids, use_cache=False).logits, expected, TERMS)

@@ -15,6 +15,7 @@ from qtale_lightning.fingerprint import Fingerprint, of_model, of_split
 from qtale_lightning.launching import Job, Local
 from qtale_lightning.origin import origin
 from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
+from qtale_lightning.routing import METHODS
 from qtale_lightning.run import RunDirectory
 
 ROOT = Path(__file__).parent.parent.parent
@@ -39,7 +40,7 @@ class FakeCommands:
         self.started: list[list[str]] = []
         self.fails: tuple[str, ...] = ()
         self.stops: int | None = None
-        self.advantage = {"full": 0.3, "qtale": 0.1, "dllm": 0.0}
+        self.advantage = {"full": 0.3, "static": 0.2, "qtale": 0.1, "mod": 0.05, "dllm": 0.0, "random": -0.1}
         self.group_size = 32
 
     at_once = 1
@@ -83,7 +84,7 @@ class FakeCommands:
             "steps": 4, "examples": 8, "tokens": 100, "seconds": 2.0, "tokens_per_second": 50.0,
             "trainable_parameters": 10, "final_losses": {"ce": 1.0},
         }  # fmt: skip
-        if cli.model.method != "full":
+        if METHODS[cli.model.method].routers:
             counts = [1, 2, 8, 4]
             histograms = {"logit_gap": {"edges": [-2.0, -1.0, 0.0, 1.0, 2.0], "counts": counts}}
             ratios = [0.6] * LAYERS
@@ -95,7 +96,7 @@ class FakeCommands:
         run.model().mkdir(exist_ok=True)
         config = {
             "num_hidden_layers": LAYERS, "num_key_value_heads": 2, "head_dim": 32, "start_layer": 2,
-            "router_width": None if cli.model.method == "full" else 32,
+            "router_width": 32 if METHODS[cli.model.method].decides else None, "method": cli.model.method,
         }  # fmt: skip
         (run.model() / "config.json").write_text(json.dumps(config))
         (run.root / "metrics.csv").write_text("step,train/flip_ratio\n1,0.3\n2,\n3,0.2\n")
@@ -143,10 +144,10 @@ class FakeCommands:
         self._row(RunDirectory(options[0]), bits, engine, float(at["--theta"]), "validation")
 
     def _grid(self, run: RunDirectory, bits: Sequence[float], engine: str, grid: Sequence[float]) -> None:
-        full = self._configuration(run)["model"]["method"] == "full"
+        has_theta = METHODS[self._configuration(run)["model"]["method"]].theta
         for width in (16, *bits):
-            for theta in [None] if full else grid:
-                for split in ("validation",) if full else ("calibration", "validation"):
+            for theta in grid if has_theta else [None]:
+                for split in ("calibration", "validation") if has_theta else ("validation",):
                     self._row(run, width, "none" if width == 16 else engine, theta, split)
 
     @staticmethod
@@ -165,7 +166,7 @@ class FakeCommands:
         share = 0.4 + self.advantage[method] - 0.1 * (theta or 0) - (0.05 if bits < 4 else 0)
         task = config["data"]["tasks"]
         right = np.random.default_rng(seed).permutation(QUESTIONS) < share * QUESTIONS
-        ratio = 1.0 if theta is None else 1 - theta
+        ratio = 1.0 if method == "full" else config["model"]["target_ratio"] if theta is None else 1 - theta
         value, error = float(right.mean()), 0.04
         row: Any = {
             "bits": int(bits) if bits == int(bits) else bits,

@@ -27,9 +27,9 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (HEAD + "  - {name: a, method: qtal, theta: 0.5}\n", "cells.0.method: Input should be 'full'"),
+        (HEAD + "  - {name: a, method: qtal, theta: 0.5}\n", "cells.0.method: unknown method 'qtal'"),
         (HEAD + "  - {name: a, method: qtale}\n", "cells.0: the method qtale needs 'theta'"),
-        (HEAD + "  - {name: a, method: full, theta: 0.5}\n", "cells.0: the method full has no routers"),
+        (HEAD + "  - {name: a, method: full, theta: 0.5}\n", "cells.0: the method full has no θ"),
         (HEAD + "  - {name: a, method: qtale, theta: 1.5}\n", "cells.0.theta: Input should be less than"),
         (HEAD + "  - {name: a, method: qtale, theta: {rule: best}}\n", "cells.0.theta.rule: Input should be"),
         (HEAD + "  - {name: a, method: qtale, theta: {rule: budget}}\n", "cells.0.theta: give either 'budget'"),
@@ -40,7 +40,7 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
         (HEAD + "  - {name: a, method: full}\n  - {name: a, method: full}\n", "2 lines are the same: 'a'"),
         (
             HEAD + "  - {name: a, method: qtale, theta: {rule: budget, like: b}}\n",
-            "like 'b' must name one line with routers at 16 bits",
+            "like 'b' must name one line that skips layers at 16 bits",
         ),
         ("title: t\ncells: []\n", "cells: List should have at least 1"),
         ("title: t\ncolumns: [speed]\ncells: [{name: a, method: full}]\n", "columns.0: Input should be"),
@@ -70,7 +70,7 @@ def test_an_unknown_table_is_refused_with_those_that_are_there(monkeypatch: pyte
 def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     assert names("tables") == [
-        "ablation", "cost", "csqa", "fairness", "generality", "low-bit", "quantizers", "sensitivity"
+        "ablation", "baselines", "cost", "csqa", "fairness", "generality", "low-bit", "quantizers", "sensitivity"
     ]  # fmt: skip
     fairness = load_declaration(FOLDER / "fairness.yaml")
     like = [line for line in fairness.lines if isinstance(line.theta, BudgetRule) and line.theta.like]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from qtale_lightning.tables.declaration import FOLDER, load_declaration
+from qtale_lightning.tables.plots import plot_frontier
 from tests.tables.files import figures, table
 
 Arguments = Callable[..., list[str]]
@@ -46,6 +47,32 @@ def test_every_figure_has_its_formats_and_caption(
         assert "QTALE, λ₂ = 2.0: 4 steps, seed 0 (`lambda_entropy=2.0/tiny-qtale-facts-s0`)" in caption
         assert "python -m qtale_lightning figures sensitivity" in caption
         assert "Commit: 0123456789." in caption
+
+
+@pytest.mark.slow
+def test_runs_of_a_method_without_theta_are_points_of_one_curve(
+    arguments: Arguments, commands: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, seen = tmp_path / "small.yaml", {}
+    file.write_text(
+        "title: t\ncells:\n"
+        "  - {name: static, method: static, options: {model.target_ratio: [0.7, 0.5]}, bits: [16]}\n"
+        "  - {name: QTALE, method: qtale, theta: [0.5, 0.1], bits: [16]}\n",
+        encoding="utf-8",
+    )
+
+    def plot(title: str, panels: Any, styles: Any) -> Any:
+        seen.update(panels["16 bits"])
+        return plot_frontier(title, panels, styles)
+
+    monkeypatch.setattr("qtale_lightning.tables.figures.plot_frontier", plot)
+    given = arguments(str(file))
+    table(given, commands)
+    figures(given)
+    assert {name: [point.ratio for point in points] for name, points in seen.items()} == {
+        "static": [0.5, 0.7],
+        "QTALE": [0.5, 0.9],
+    }
 
 
 @pytest.mark.slow

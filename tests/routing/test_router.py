@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning import cpu
-from qtale_lightning.models import router as module
-from qtale_lightning.models.router import Router
+from qtale_lightning.routing import router as module
+from qtale_lightning.routing.router import Router
 from tests.tolerance import close
 
 HIDDEN, WIDTH = 64, 32

@@ -123,6 +123,11 @@ def execute_probability(logits: Tensor) -> Tensor:
     return logits.softmax(-1)[..., EXECUTE]
 
 
+def logit_gap(logits: Tensor) -> Tensor:
+    """execute − skip, ``(...)`` from logits ``(..., 2)``: the log-odds of p(execute)."""
+    return logits[..., EXECUTE] - logits[..., SKIP]
+
+
 def gumbel_gate(logits: Tensor, temperature: float) -> Tensor:
     """Hard straight-through Gumbel-softmax decision w ∈ {0, 1}, shape ``(...)`` from logits ``(..., 2)``.
 
