@@ -13,7 +13,7 @@ import yaml
 from qtale_lightning.checks import OWNED
 from qtale_lightning.files import remove_leftovers
 from qtale_lightning.locks import locked
-from qtale_lightning.manifest import DamagedFileError, record, verify, writing
+from qtale_lightning.manifest import DamagedFileError, read_object, record, verify, writing
 from qtale_lightning.yaml_files import RefusedYamlError, read_yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
@@ -99,6 +99,19 @@ class RunDirectory:
     def search(self, bits: float, engine: str = "native") -> Path:
         """The scales and clips that an engine's search found."""
         return self.root / f"{_PREFIX[engine]}-search-{bits:g}bit.safetensors"
+
+    def quantization_config(self, bits: float = 16, engine: str = "native") -> dict[str, Any] | None:
+        """What the folder of :meth:`model` says of its quantization; None at 16 bits.
+
+        Raises:
+            DamagedFileError: Its configuration isn't what the run wrote, or says nothing of it.
+        """
+        if bits == 16:
+            return None
+        folder = self.model(bits, engine)
+        keys = ["quantization_config"]
+        config = read_object(self.root, folder / "config.json", self.remedy(folder), keys)
+        return dict(config["quantization_config"])
 
     def weight_bytes(self, bits: float = 16, engine: str = "native") -> int:
         """Bytes of the tensors that :meth:`model` holds on disk (the files' headers not counted)."""
@@ -221,7 +234,7 @@ class RunDirectory:
 
 def identity(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     """A hash of what makes a run: its configuration without what may differ between two starts, and, wherever they lie,
-    the base model and the files of rows that it is ``made_from`` (see :func:`~qtale_lightning.origin.origin`)."""
+    the base model and the files of rows that it is ``made_from`` (see `qtale_lightning.results.origin`)."""
     parts = {key: made_from.get(key) for key in ("base", "files")}
     return hashlib.sha256(json.dumps([_fixed(config), parts], sort_keys=True).encode()).hexdigest()
 

@@ -1,9 +1,10 @@
 """What is asked of a quantization (``--quantize.…``), checked; nothing is computed for it."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
 
 from qtale_lightning.quantization.precision import CANDIDATES, neighbours, uniform
 from qtale_lightning.quantization.rtn import check_quantizable
@@ -47,6 +48,28 @@ class QuantizationOptions:
     def calibrates(self) -> bool:
         """Whether the engine looks at calibration sequences."""
         return self.engine != "rtn"
+
+    def settings(self, bits: float) -> dict[str, Any]:
+        """What a model at one of the precisions depends on besides the exported model and the sequences."""
+        return {
+            **self.search_settings(),
+            "bits": bits,
+            "patterns": dict(self.patterns or {}) if bits == int(bits) else {},
+            "refit_norm": self.refits,
+        }
+
+    def search_settings(self) -> dict[str, Any]:
+        """What a search depends on besides the model, the sequences and the widths of linears."""
+        return {"engine": self.engine, "group_size": self.group_size, "symmetric": self.symmetric}
+
+    def arguments(self) -> list[str]:
+        """All of them but bits and engine, as a command line's."""
+        said = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name not in ("bits", "engine")
+        }
+        return [part for name, value in said.items() for part in (f"--quantize.{name}", json.dumps(value))]
 
     def candidates(self, bits: Sequence[float]) -> tuple[int, ...]:
         """The widths that average-bits budgets among `bits` choose from."""

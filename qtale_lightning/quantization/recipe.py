@@ -40,7 +40,7 @@ class Recipe:
             stream: the mean over tokens of the squared change of their block's output over the squared stream. The
             engine native's.
         tokens: by the decoder layer's name, the calibration tokens that executed it.
-        made_from: digests of the model and of the calibration sequences that were searched with.
+        made_from: the model, the calibration sequences and the options that were searched with.
     """
 
     engine: str
@@ -53,7 +53,7 @@ class Recipe:
     errors: dict[str, float] = field(default_factory=dict)
     damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    made_from: dict[str, str] = field(default_factory=dict)
+    made_from: dict[str, Any] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
         """How the linear of a full name is rounded."""

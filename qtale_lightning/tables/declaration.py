@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from qtale_lightning.experiments import names
 from qtale_lightning.quantization.options import Engine
-from qtale_lightning.report.fields import Bits, Fraction
+from qtale_lightning.results.fields import Bits, Fraction
 from qtale_lightning.yaml_files import read_yaml
 
 FOLDER = Path("experiments/tables")

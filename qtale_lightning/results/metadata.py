@@ -7,7 +7,7 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from qtale_lightning.report.results import Git, Run
+from qtale_lightning.results.schema import Git, Run
 
 PACKAGES = ("torch", "transformers", "lightning", "peft", "autoawq", "wandb", "datasets", "torchmetrics")
 

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 
 from qtale_lightning.manifest import DamagedFileError
-from qtale_lightning.report import (
+from qtale_lightning.results import (
     Results,
     load_results,
-    run_metadata,
     save_results,
     update_results,
     upsert_evaluation,
     validate,
 )
-from qtale_lightning.report.metadata import git_state
-from qtale_lightning.report.results import Evaluation, same_theta
-from qtale_lightning.report.series import selected_row, validation_series
+from qtale_lightning.results.metadata import git_state, run_metadata
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import selected_row, validation_series
+from qtale_lightning.results.store import same_theta
 
 Row = Callable[..., Evaluation]
 
