@@ -22,6 +22,7 @@ from qtale_lightning.harness.backend import (
 )
 from qtale_lightning.harness.tasks import LOCAL, is_local, local_prompts, write_tasks
 from qtale_lightning.manifest import DamagedFileError, read_object, writing
+from qtale_lightning.quantization.engines import DEFAULT
 from qtale_lightning.results.fingerprints import FORMAT, comparable, made
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
@@ -64,7 +65,7 @@ def lm_eval(
     data: CommonsenseDataModule,
     tasks: Sequence[str],
     bits: float = 16,
-    engine: str = "native",
+    engine: str = DEFAULT,
     theta: float | None = None,
     limit: int | None = None,
     batch_size: int | str | None = None,

@@ -77,12 +77,13 @@ def quantization_lines(rows: Iterable[Evaluation]) -> list[str]:
     """How each precision of the rows was made, as far as they say it."""
     found: dict[str, dict[str, None]] = {}
     for row in rows:
-        if made := (row.get("fingerprint") or {}).get("quantization"):
+        fingerprint = row.get("fingerprint")
+        if fingerprint and (made := fingerprint.get("quantization")):
             calibration = made["calibration"]
             settings = {name: value for name, value in made.items() if name not in _NO_SETTINGS}
             if calibration:
                 settings["sequences"] = calibration["sequences"]
-            said = ", ".join(f"{name} {value}" for name, value in settings.items())
+            said = ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
             found.setdefault(f"{row['bits']:g} bits, {made['engine']}", {})[said] = None
     return [f"{name}: {said}" for name, ways in found.items() for said in ways]
 

@@ -12,7 +12,6 @@ from qtale_lightning.manifest import verify, writing
 from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
@@ -173,14 +172,16 @@ def _recipes(
     if options.calibrates:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         log.info("calibrating on %d tokens of training sequences, routing on", tokens)
-    with progress(f"{options.engine} search, layers", len(model.model.layers)) as advance:
-        recipes = ENGINES[options.engine](
+    layers = len(model.model.layers) * (len(missing) if options.sequential else 1)
+    with progress(f"{options.engine} search, layers", layers) as advance:
+        recipes = options.declared(
             model,
             batches,
             list(missing.values()),
             options.group_size,
             options.symmetric,
             progress=lambda *_: advance(),
+            **options.search_options,
         )
     for bits, recipe in zip(missing, recipes, strict=True):
         found[bits] = replace(recipe, made_from=made_from)

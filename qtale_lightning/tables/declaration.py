@@ -11,10 +11,19 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from qtale_lightning.experiments import names
-from qtale_lightning.quantization.options import Engine
+from qtale_lightning.quantization.engines import DEFAULT, find
 from qtale_lightning.results.fields import Bits, Fraction
 from qtale_lightning.yaml_files import read_yaml
 
@@ -73,6 +82,9 @@ Theta = Annotated[
 LineTheta = float | GridRule | BudgetRule | None
 
 
+EngineName = Annotated[str, AfterValidator(lambda name: find(name).name)]
+
+
 class Cell(_Declared):
     """What is evaluated of one method: the options that its runs differ in, and at which bits, engines and θ.
 
@@ -83,7 +95,7 @@ class Cell(_Declared):
     method: Literal["full", "dllm", "qtale"]
     options: dict[str, Option | list[Option]] = Field(default_factory=dict)
     bits: list[Bits] = Field([16, 4, 3], min_length=1)
-    engine: list[Engine] = Field(["native"], min_length=1)
+    engine: list[EngineName] = Field([DEFAULT], min_length=1)
     theta: Theta | None = None
     data: list[str] = Field(default_factory=list)
     group: str = ""

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from qtale_lightning.digests import of_model
 from qtale_lightning.evaluation.threshold import within_one_standard_error, within_tolerance
 from qtale_lightning.manifest import listed
+from qtale_lightning.quantization.engines import DEFAULT
 from qtale_lightning.results.fingerprints import FORMAT, Fingerprint, differences, made
 from qtale_lightning.results.predictions import compare_predictions, load_predictions
 from qtale_lightning.results.schema import Evaluation
@@ -172,7 +173,7 @@ def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
     commands: list[Command] = []
     fresh = not run.finished
     # What fit quantizes: the suite's own engine, where a line asks for it.
-    engines = sorted({d.engine for d in demands if d.bits != 16}, key=lambda name: (name != "native", name))
+    engines = sorted({d.engine for d in demands if d.bits != 16}, key=lambda name: (name != DEFAULT, name))
     first = engines[0] if engines else run.quantization.engine
     by_engine = {engine: _bits(demands, engine) for engine in engines}
     if fresh:

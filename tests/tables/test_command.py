@@ -136,7 +136,7 @@ def test_what_the_table_makes_is_made_as_it_asks_and_it_says_so(arguments: Argum
     table(given, commands)
     assert commands.started == []
     page = (folder(given, "quantizers") / "table.md").read_text(encoding="utf-8")
-    assert "Made at 4 bits, native: group_size 32, symmetric True" in page
+    assert "Made at 4 bits, native: group_size 32, patterns {'\\*.down_proj': 8}, refit_norm True" in page
 
 
 @pytest.mark.parametrize(
