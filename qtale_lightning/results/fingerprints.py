@@ -40,10 +40,12 @@ class Fingerprint(TypedDict):
 
 
 def made(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What a packed folder was made from, by its `quantization_config`: None at 16 bits, empty where it isn't said."""
+    """What a packed folder was made from, by its `quantization_config`: None at 16 bits, empty where it isn't said in
+    this format."""
     if config is None:
         return None
-    return dict(config.get("made_from") or {})
+    found = config.get("made_from") or {}
+    return dict(found) if found.get("format") == FORMAT else {}
 
 
 def differences(made_from: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:

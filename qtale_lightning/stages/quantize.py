@@ -118,7 +118,7 @@ def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[
         return False
     made_from = made(run.quantization_config(bits, engine))
     if not made_from:
-        console.print(f"{folder} doesn't say what it was made from: it is made anew")
+        console.print(f"{folder} doesn't say what it was made from, or in another format: it is made anew")
         return False
     if differing := differences(made_from, ingredients):
         words = [_IN_WORDS.get(key, f"--quantize.{key} {made_from.get(key)}") for key in differing]
@@ -130,7 +130,6 @@ def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[
 
 
 _IN_WORDS = {
-    "format": "another version of this suite",
     "model": "another exported model",
     "calibration": "other training sequences",
     "patterns": "other --quantize.patterns",

@@ -131,6 +131,28 @@ def test_other_options_make_it_anew_and_its_figures_go(
     assert len(rows(run)) == 4
 
 
+@pytest.mark.parametrize("kept", [None, {"model": "another", "sequences": "some", "group_size": 32}])
+def test_a_packed_model_of_before_is_measured_as_it_is_and_made_anew(run: RunDirectory, kept: Any) -> None:
+    file = run.model(4, "rtn") / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"]["made_from"] = kept
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (run.root / "manifest.json").unlink()
+    again = ["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"]
+    main(again)
+    found = [row for row in rows(run) if row["fingerprint"]["quantization"] == {}]
+    assert [row["theta"] for row in found] == [0.3]
+    main(again)
+    assert [row for row in rows(run) if row["fingerprint"]["quantization"] == {}] == found, (
+        "it is known again"
+    )
+    main(["report", str(run.root)])
+    main(["quantize", str(run.root)])
+    assert rows(run) == []
+    main(again)
+    assert [row["fingerprint"]["quantization"]["group_size"] for row in rows(run)] == [32]
+
+
 @pytest.mark.parametrize(
     ("more", "setting"),
     [
