@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from qtale_lightning.quantization.engines import DEFAULT, ENGINES, Engine, find
@@ -64,8 +64,17 @@ class QuantizationOptions:
     @property
     def search_options(self) -> dict[str, Any]:
         """What the engine's search takes besides widths, groups and symmetry: its own options, as declared or given."""
-        more = {"sequential": self.sequential} if self.calibrates else {}
-        return {**self.declared.options, **(self.options or {}), **more}
+        return {**self._own, **({"sequential": self.sequential} if self.calibrates else {})}
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {**self.declared.options, **(self.options or {})}
+
+    def of_engine(self, name: str) -> "QuantizationOptions":
+        """The same of another engine, as far as it has them: its own options are as declared."""
+        if name == self.engine:
+            return self
+        return replace(self, engine=name, options=None, sequential=self.sequential and find(name).calibrates)
 
     def settings(self, bits: float) -> dict[str, Any]:
         """What a model at one of the precisions depends on besides the exported model and the sequences."""
@@ -78,8 +87,13 @@ class QuantizationOptions:
 
     def search_settings(self) -> dict[str, Any]:
         """What a search depends on besides the model, the sequences and the widths of linears."""
-        scheme = {"engine": self.engine, "group_size": self.group_size, "symmetric": self.symmetric}
-        return {**scheme, **self.search_options}
+        return {
+            "engine": self.engine,
+            "options": self._own,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "sequential": self.sequential,
+        }
 
     def arguments(self) -> list[str]:
         """All of them but bits and engine, as a command line's."""

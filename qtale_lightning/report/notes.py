@@ -80,7 +80,9 @@ def quantization_lines(rows: Iterable[Evaluation]) -> list[str]:
         fingerprint = row.get("fingerprint")
         if fingerprint and (made := fingerprint.get("quantization")):
             calibration = made["calibration"]
-            settings = {name: value for name, value in made.items() if name not in _NO_SETTINGS}
+            settings = {
+                name: value for name, value in made.items() if name not in _NO_SETTINGS and value != {}
+            }
             if calibration:
                 settings["sequences"] = calibration["sequences"]
             said = ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))

@@ -145,7 +145,7 @@ def _check_settings(run: TableRun, demand: Demand) -> None:
     made_from = made(run.directory.quantization_config(demand.bits, demand.engine))
     if made_from is None:
         return
-    options = replace(run.quantization, engine=demand.engine)
+    options = run.quantization.of_engine(demand.engine)
     settings = options.settings(demand.bits)
     other = [
         f"--quantize.{name} {made_from.get(name)} instead of {settings[name]}"
@@ -264,7 +264,7 @@ def _stage(
     if bits is not None:
         arguments += ["--quantize.bits", _list(bits)]
     if kind == "quantize":
-        arguments += run.quantization.arguments()
+        arguments += run.quantization.of_engine(engine).arguments()
     return Command(kind, run, engine, (*arguments, *run.moved(), *options), evaluations)
 
 

@@ -124,10 +124,14 @@ def test_it_runs_from_fit_to_report(toy: Engine, options: Callable[..., list[str
     assert run.model(3, "toy") == run.root / "model-toy-3bit"
     config = yaml.safe_load((run.model(3, "toy") / "config.json").read_text(encoding="utf-8"))
     made_from = config["quantization_config"]["made_from"]
-    assert (made_from["engine"], made_from["gentle"], made_from["calibration"]) == ("toy", True, None)
+    assert (made_from["engine"], made_from["options"], made_from["calibration"]) == (
+        "toy",
+        {"gentle": True},
+        None,
+    )
     gentle = [row for row in load_results(run.root)["evaluation"] if row["engine"] == "toy"]
     assert {row["bits"] for row in gentle} == {3}
-    assert "3 bits, toy: gentle True, group_size 32" in page(run)
+    assert "3 bits, toy: group_size 32, options {'gentle': True}" in page(run)
     other = ["--quantize.options", json.dumps({"gentle": False})]
     main(["quantize", str(run.root), *other])
     main(["evaluate", str(run.root), "--bits", "3", "--theta", "0.1"])
@@ -135,7 +139,7 @@ def test_it_runs_from_fit_to_report(toy: Engine, options: Callable[..., list[str
     before = next(one for one in gentle if (one["theta"], one["split"]) == (row["theta"], row["split"]))
     assert row["average_nll"] != before["average_nll"]
     main(["report", str(run.root)])
-    assert "gentle False" in page(run)
+    assert "options {'gentle': False}" in page(run)
 
 
 def page(run: RunDirectory) -> str:

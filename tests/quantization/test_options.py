@@ -110,16 +110,21 @@ def test_only_the_default_engine_fits_the_norm_and_only_if_asked() -> None:
     assert not QuantizationOptions(refit_norm=False).refits
 
 
+def test_another_engine_takes_what_it_has() -> None:
+    given = QuantizationOptions(engine="gptq", group_size=32, sequential=True, options={"act_order": True})
+    assert given.of_engine("gptq") is given
+    assert given.of_engine("native") == QuantizationOptions(engine="native", group_size=32, sequential=True)
+    assert given.of_engine("rtn") == QuantizationOptions(engine="rtn", group_size=32)
+
+
 def test_settings_are_all_that_a_packed_model_depends_on() -> None:
     """Besides the model and the sequences; an option that is as declared says so, too."""
     settings = QuantizationOptions(engine="gptq", patterns={"*": 8}, options={"act_order": True}).settings(4)
     assert settings == {
-        "engine": "gptq", "group_size": 128, "symmetric": False, "sequential": False, "percdamp": 0.01,
-        "act_order": True, "bits": 4, "patterns": {"*": 8}, "refit_norm": False,
+        "engine": "gptq", "group_size": 128, "symmetric": False, "sequential": False,
+        "options": {"percdamp": 0.01, "act_order": True}, "bits": 4, "patterns": {"*": 8}, "refit_norm": False,
     }  # fmt: skip
-    every = {option.name for option in fields(QuantizationOptions)} - {"sequences", "options"}
-    assert every <= settings.keys()
-    assert "sequential" not in QuantizationOptions(engine="rtn").settings(4)
+    assert settings.keys() == {option.name for option in fields(QuantizationOptions)} - {"sequences"}
     assert QuantizationOptions(patterns={"*": 8}).settings(3.5)["patterns"] == {}
 
 

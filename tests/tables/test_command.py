@@ -127,9 +127,8 @@ def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
 
 
 def test_what_the_table_makes_is_made_as_it_asks_and_it_says_so(arguments: Arguments, commands: Any) -> None:
-    given = arguments(
-        "quantizers", "--quantize.patterns", '{"*.down_proj": 8}', "--quantize.symmetric", "true"
-    )
+    more = ("--quantize.symmetric", "true", "--quantize.sequential", "true")
+    given = arguments("quantizers", "--quantize.patterns", '{"*.down_proj": 8}', *more)
     table(given, commands)
     assert "quantize" in commands.kinds()
     commands.started.clear()
