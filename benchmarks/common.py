@@ -16,7 +16,7 @@ from rich.table import Table
 
 from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.files import replacing
-from qtale_lightning.report.metadata import hardware, package_versions
+from qtale_lightning.results.metadata import hardware, package_versions
 
 Key = TypeVar("Key", bound=Hashable)
 

@@ -1,11 +1,14 @@
-"""Engines side by side: seconds, extra memory and error of `native`, `autoawq` and `rtn` on real rows.
+"""Engines side by side: seconds, extra memory and error of `native`, `gptq`, `autoawq` and `rtn` on real rows.
 
     python benchmarks/quantize.py --data FOLDER [--model smollm2-135m] [--bits 8 4 3 2] [--autoawq-bits 4] [--json FILE]
+    python benchmarks/quantize.py --data FOLDER --bits 4 3 --autoawq-bits --sequential  # layers see quantized ones
 
 Each engine gets the same model and the same calibration tokens (training prompts and answers), and is judged on
 validation questions: mean squared error and KL divergence of the logits against the model before, log-likelihood of
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
 Seconds are of the search and, for `native`, of the final norm's fit; `native, norm kept` is the same search without it.
+`gptq, act order` takes columns in order of falling second moments. With `--sequential`, every calibrating engine that
+runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give.
 
 AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. At those widths both engines search on each of
 `--sets` disjoint sets of calibration sequences: what a search finds, and so its errors, hangs on the sequences. A
@@ -44,10 +47,9 @@ from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
-from qtale_lightning.quantization.options import Engine, QuantizationOptions
+from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import allocate, neighbours, uniform
 from qtale_lightning.quantization.recipe import Recipe
 
@@ -83,16 +85,16 @@ def measured(run: Callable[[], Any]) -> tuple[Any, float, int]:
 
 
 def search(
-    model: RoutedForCausalLM, batches: Sequence[Batch], engine: Engine, bits: float, group_size: int
+    model: RoutedForCausalLM, batches: Sequence[Batch], options: QuantizationOptions, bits: float
 ) -> tuple[Recipe, Tensor | None]:
     """What an engine makes of a width, or of an average: a recipe, and where it fits one, the final norm's weight."""
     shapes = linear_shapes(model)
     widths = [int(bits)] if bits == int(bits) else [*neighbours(bits)]
-    recipes = ENGINES[engine](model, batches, [uniform(shapes, width, {}) for width in widths], group_size)
+    wanted = [uniform(shapes, width, {}) for width in widths]
+    recipes = options.declared(model, batches, wanted, options.group_size, **options.search_options)
     found = dict(zip(widths, recipes, strict=True))
     recipe = recipes[0] if len(recipes) == 1 else allocate(shapes, found, bits)
-    refits = QuantizationOptions(engine=engine).refits
-    return recipe, refit_final_norm(model, recipe, batches) if refits else None
+    return recipe, refit_final_norm(model, recipe, batches) if options.refits else None
 
 
 def layer_bytes(model: RoutedForCausalLM) -> int:
@@ -111,24 +113,23 @@ def memory_of(name: str, group_size: int) -> tuple[float, float]:
     model = route(classes_of(config).plain(config), routed_config(config, **options))
     model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]
     batches = [{"input_ids": torch.randint(config.vocab_size, (8, 128))} for _ in range(4)]
-    _, _, grown = measured(partial(search, model, batches, "native", 4, group_size))
+    _, _, grown = measured(partial(search, model, batches, QuantizationOptions(group_size=group_size), 4))
     return grown / 1e6, layer_bytes(model) / 1e6
 
 
 def main() -> None:
     """Measure and report."""
-    options = rows_parser(__doc__)
-    options.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
-    options.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
-    options.add_argument("--group-size", type=int, default=64)
-    options.add_argument("--sequences", type=int, default=128, help="calibration sequences of a set")
-    options.add_argument("--sets", type=int, default=3, help="calibration sets that engines are compared on")
-    options.add_argument("--questions", type=int, default=100, help="validation questions of each task")
-    options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    options.add_argument(
-        "--memory-model", default="llama2-7b", help="preset whose layer's memory is measured"
-    )
-    args = options.parse_args()
+    parser = rows_parser(__doc__)
+    parser.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
+    parser.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--sequences", type=int, default=128, help="calibration sequences of a set")
+    parser.add_argument("--sets", type=int, default=3, help="calibration sets that engines are compared on")
+    parser.add_argument("--questions", type=int, default=100, help="validation questions of each task")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--memory-model", default="llama2-7b", help="preset whose layer's memory is measured")
+    parser.add_argument("--sequential", action="store_true", help="calibrate on quantized layers, too")
+    args = parser.parse_args()
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
         args.memory_model, args.sets = "tiny", 2
@@ -187,23 +188,31 @@ def main() -> None:
 
     rows = [row(model, 16, "none", 0, 0.0, 0)]
     whole = [int(bits) for bits in args.bits if bits == int(bits)]
-    engines: dict[Engine, list[float]] = {
-        "native": args.bits, "rtn": [*whole], "autoawq": [*args.autoawq_bits],
-    }  # fmt: skip
-    for engine, widths in engines.items():
+    variants: dict[str, tuple[list[float], dict[str, Any]]] = {
+        "native": (args.bits, {}),
+        "rtn": ([*whole], {"engine": "rtn"}),
+        "gptq": ([*whole], {"engine": "gptq"}),
+        "gptq, act order": ([*whole], {"engine": "gptq", "options": {"act_order": True}}),
+        "autoawq": ([*args.autoawq_bits], {"engine": "autoawq"}),
+    }
+    if args.sequential:
+        for name in ("native", "gptq", "gptq, act order"):
+            variants[f"{name}, sequential"] = (variants[name][0], variants[name][1] | {"sequential": True})
+    for name, (widths, given) in variants.items():
+        options = QuantizationOptions(group_size=args.group_size, **given)
         for bits in widths:
-            compared = bits in args.autoawq_bits and engine in ("native", "autoawq")
+            compared = bits in args.autoawq_bits and name in ("native", "autoawq")
             for number, batches in enumerate(sets if compared else sets[:1]):
                 (recipe, final_norm), seconds, grown = measured(
-                    partial(search, model, batches, engine, bits, args.group_size)
+                    partial(search, model, batches, options, bits)
                 )
-                made: dict[str, Tensor | None] = {engine: final_norm}
+                made: dict[str, Tensor | None] = {name: final_norm}
                 if final_norm is not None:
-                    made["native, norm kept"] = None
-                for name, norm in made.items():
+                    made[f"{name}, norm kept"] = None
+                for said, norm in made.items():
                     quantized = load()
                     quantize_model(quantized, recipe, norm)
-                    rows.append(row(quantized, bits, name, number, seconds, grown))
+                    rows.append(row(quantized, bits, said, number, seconds, grown))
                     show(rows[-1])
     rows.sort(key=lambda one: (-one["bits"], one["engine"], one["set"]))
     tokens = ", ".join(str(int(sum(batch["attention_mask"].sum() for batch in one))) for one in sets)

@@ -109,5 +109,5 @@ def check_calibration(sequences: Sequence[Sequence[int]], reserved: int, needed:
         raise ValueError(
             f"quantization would calibrate a layer that routers always skip on {seen} tokens of {len(sequences)} "
             f"training rows, but the search needs {needed}: give more rows (--data.limit_train, --quantize.sequences), "
-            "or --quantize.engine rtn, which looks at none"
+            "or an engine that looks at none"
         )

@@ -13,7 +13,8 @@ import yaml
 from qtale_lightning.checks import OWNED
 from qtale_lightning.files import remove_leftovers
 from qtale_lightning.locks import locked
-from qtale_lightning.manifest import DamagedFileError, record, verify, writing
+from qtale_lightning.manifest import DamagedFileError, read_object, record, verify, writing
+from qtale_lightning.quantization.engines import DEFAULT, find, folder
 from qtale_lightning.yaml_files import RefusedYamlError, read_yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
@@ -41,9 +42,6 @@ CONFIG_REMEDY = (
     "remove it and start the run's command again, which results.json has under run.command; it writes it anew"
 )
 LOG_REMEDY = "remove it, and the curves of the run lack its steps"
-
-# Names of files by engine: the suite's own AWQ is the one that needs no other name.
-_PREFIX = {"native": "awq", "autoawq": "autoawq", "rtn": "rtn"}
 
 
 class RunDirectory:
@@ -88,9 +86,9 @@ class RunDirectory:
                 remove_leftovers(self.root)
             yield
 
-    def model(self, bits: float = 16, engine: str = "native") -> Path:
+    def model(self, bits: float = 16, engine: str = DEFAULT) -> Path:
         """The exported model at a precision, quantized by an engine below 16 bits."""
-        return self.root / ("model" if bits == 16 else f"model-{_PREFIX[engine]}-{bits:g}bit")
+        return self.root / ("model" if bits == 16 else f"model-{folder(find(engine))}-{bits:g}bit")
 
     def remedy(self, model: Path) -> str:
         """What to do about a damaged folder of :meth:`model`."""
@@ -98,11 +96,24 @@ class RunDirectory:
             return f"remove {model} and start the run's command again: it exports the best checkpoint anew"
         return f"remove {model}: `python -m qtale_lightning quantize {self.root}` makes it anew"
 
-    def search(self, bits: float, engine: str = "native") -> Path:
-        """The scales and clips that an engine's search found."""
-        return self.root / f"{_PREFIX[engine]}-search-{bits:g}bit.safetensors"
+    def search(self, bits: float, engine: str = DEFAULT) -> Path:
+        """What an engine's search found."""
+        return self.root / f"{folder(find(engine))}-search-{bits:g}bit.safetensors"
 
-    def weight_bytes(self, bits: float = 16, engine: str = "native") -> int:
+    def quantization_config(self, bits: float = 16, engine: str = DEFAULT) -> dict[str, Any] | None:
+        """What the folder of :meth:`model` says of its quantization; None at 16 bits.
+
+        Raises:
+            DamagedFileError: Its configuration isn't what the run wrote, or says nothing of it.
+        """
+        if bits == 16:
+            return None
+        folder = self.model(bits, engine)
+        keys = ["quantization_config"]
+        config = read_object(self.root, folder / "config.json", self.remedy(folder), keys)
+        return dict(config["quantization_config"])
+
+    def weight_bytes(self, bits: float = 16, engine: str = DEFAULT) -> int:
         """Bytes of the tensors that :meth:`model` holds on disk (the files' headers not counted)."""
         total = 0
         for file in self.model(bits, engine).glob("*.safetensors"):
@@ -223,7 +234,7 @@ class RunDirectory:
 
 def identity(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     """A hash of what makes a run: its configuration without what may differ between two starts, and, wherever they lie,
-    the base model and the files of rows that it is ``made_from`` (see :func:`~qtale_lightning.origin.origin`)."""
+    the base model and the files of rows that it is ``made_from`` (see `qtale_lightning.results.origin`)."""
     parts = {key: made_from.get(key) for key in ("base", "files")}
     return hashlib.sha256(json.dumps([_fixed(config), parts], sort_keys=True).encode()).hexdigest()
 

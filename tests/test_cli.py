@@ -12,8 +12,8 @@ from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.report.metadata import run_metadata
-from qtale_lightning.report.results import load_results, update_results
+from qtale_lightning.results.metadata import run_metadata
+from qtale_lightning.results.store import load_results, update_results
 
 Options = Callable[..., list[str]]
 Refusal = Callable[..., str]

@@ -11,7 +11,7 @@ import pytest
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.data.sampler import LengthBatchSampler
 from qtale_lightning.models.sources import load_tokenizer
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 
 pytestmark = pytest.mark.slow
 

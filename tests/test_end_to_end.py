@@ -20,7 +20,7 @@ from qtale_lightning.__main__ import main
 from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.module import MEASURED, QTALEModule
 from qtale_lightning.quantization.linear import QuantizedLinear
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from qtale_lightning.routing import METHODS
 from qtale_lightning.run import RunDirectory
 from tests.tolerance import close, depth

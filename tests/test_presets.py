@@ -12,7 +12,7 @@ import yaml
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from qtale_lightning.routing import METHODS
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

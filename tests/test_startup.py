@@ -92,7 +92,7 @@ def test_the_planned_options_of_the_trainer_are_lightnings() -> None:
         ("--trainer.max_steps", "ten"),
         ("--model.lora_rank", "eight"),
         ("--data.rows", "5"),
-        ("--quantize.engine", "gptq"),
+        ("--quantize.group_size", "many"),
     ],
 )
 def test_a_plan_refuses_options_that_training_would_refuse(option: str, value: str, options: Options) -> None:

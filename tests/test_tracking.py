@@ -17,7 +17,7 @@ from wandb.sdk.lib.config_util import save_config_file_from_dict
 from qtale_lightning import wandb_session
 from qtale_lightning.__main__ import main
 from qtale_lightning.callbacks import Report
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import wandb_logger
 from tests.offline_record import read_offline

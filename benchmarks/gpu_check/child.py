@@ -36,7 +36,7 @@ def machine() -> dict[str, Any]:
     """The device, in words, and the versions of what ran."""
     import torch
 
-    from qtale_lightning.report.metadata import hardware, package_versions
+    from qtale_lightning.results.metadata import hardware, package_versions
 
     versions: dict[str, Any] = package_versions() | {"CUDA": torch.version.cuda}
     return {"device": hardware(), "versions": versions}

@@ -3,8 +3,9 @@
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from qtale_lightning.report import Results, write_report
+from qtale_lightning.report import write_report
 from qtale_lightning.report.tables import evaluation_frame
+from qtale_lightning.results import Results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbTracker
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.report.results import update_results
+from qtale_lightning.results.store import update_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbTracker
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from qtale_lightning.report.results import load_or_new, update_results
+from qtale_lightning.results.store import load_or_new, update_results
 from qtale_lightning.run import RunDirectory
 
 LOSSES = {

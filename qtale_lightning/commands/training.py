@@ -40,10 +40,11 @@ def _fit(cli: QTALECLI, options: tuple[str, ...]) -> None:
     from qtale_lightning.checkpoints import resume_point
     from qtale_lightning.locks import is_helper
     from qtale_lightning.models.sources import source_name
-    from qtale_lightning.origin import origin
     from qtale_lightning.precision import remark
-    from qtale_lightning.report import run_metadata, update_results
-    from qtale_lightning.report.results import load_or_new
+    from qtale_lightning.results import update_results
+    from qtale_lightning.results.metadata import run_metadata
+    from qtale_lightning.results.origin import origin
+    from qtale_lightning.results.store import load_or_new
 
     run, data = cli.run, cli.prepare_data()
     cli.check_rows()

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from qtale_lightning import fingerprint
+from qtale_lightning import digests
 from qtale_lightning.data.sampler import LengthBatchSampler, ResumableLoader
 from qtale_lightning.data.settings import DataSettings
 from qtale_lightning.data.splits import Examples, task_rows
@@ -155,15 +155,15 @@ class CommonsenseDataModule(DataSettings, LightningDataModule):
         """
         self._require_setup()
         if not self._digests:
-            self._digests = {"train": {task: fingerprint.of_rows(rows) for task, rows in self._train.items()}}
+            self._digests = {"train": {task: digests.of_rows(rows) for task, rows in self._train.items()}}
             for split, rows in self._scored.items():
                 by_task = {task: [row for row in rows if row.task == task] for task in self.tasks}
-                self._digests[split] = {task: fingerprint.of_rows(asked) for task, asked in by_task.items()}
+                self._digests[split] = {task: digests.of_rows(asked) for task, asked in by_task.items()}
         return self._digests
 
     def digest(self, split: Literal["train", "validation", "calibration"]) -> str:
         """The digest of all rows of a split, as it stands in a row's fingerprint."""
-        return fingerprint.of_split(self.digests()[split])
+        return digests.of_split(self.digests()[split])
 
     def calibration_sequences(self, count: int) -> list[list[int]]:
         """Token ids of training sequences (prompt and right answer) for quantization, each task in turn.

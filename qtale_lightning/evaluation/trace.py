@@ -146,7 +146,7 @@ def measure_changes(
     own: Sequence[Trace],
     forced: Sequence[Trace],
 ) -> dict[str, Any]:
-    """The measured part of a row of `changes` in results.json (see `qtale_lightning.report.routing.Changes`).
+    """The measured part of a row of `changes` in results.json (see `qtale_lightning.results.routing.Changes`).
 
     Args:
         config: The model's.

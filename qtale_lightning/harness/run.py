@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.fingerprint import comparable, of, of_model
+from qtale_lightning.digests import of, of_model
 from qtale_lightning.harness.backend import (
     SOFTMAX_DTYPE,
     evaluate_tasks,
@@ -22,6 +22,8 @@ from qtale_lightning.harness.backend import (
 )
 from qtale_lightning.harness.tasks import LOCAL, is_local, local_prompts, write_tasks
 from qtale_lightning.manifest import DamagedFileError, read_object, writing
+from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.results.fingerprints import FORMAT, comparable, made
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
 from qtale_lightning.stages.loading import load_tokenizer
@@ -43,8 +45,9 @@ class Evaluation(TypedDict):
         protocol: The harness's version, and all that a score depends on besides.
         results: The harness's, as it calls them: ``results``, ``versions``, ``n-shot``, …; and the ``datasets`` that
             it read, by task: id, configuration, and the commit, since the harness pins none.
-        fingerprint: Digests of the model and of the local rows as they were asked; the harness's own rows aren't known
-            by it. Older evaluations have none, and are made again.
+        fingerprint: As of `results.json`, without the protocol, which stands beside it; its questions are the local
+            rows as they were asked, the harness's own aren't known by it. Older evaluations have none, and are made
+            again.
         seconds: Measured, with the reading of rows.
     """
 
@@ -53,7 +56,7 @@ class Evaluation(TypedDict):
     theta: float | list[float] | None
     tasks: list[str]
     protocol: dict[str, Any]
-    fingerprint: NotRequired[dict[str, str]]
+    fingerprint: NotRequired[dict[str, Any]]
     results: dict[str, Any]
     seconds: float
 
@@ -63,7 +66,7 @@ def lm_eval(
     data: CommonsenseDataModule,
     tasks: Sequence[str],
     bits: float = 16,
-    engine: str = "native",
+    engine: str = DEFAULT,
     theta: float | None = None,
     limit: int | None = None,
     batch_size: int | str | None = None,
@@ -120,7 +123,9 @@ def lm_eval(
                 **(_local_protocol(data, local) if local else {}),
             },
             "fingerprint": {
+                "format": FORMAT,
                 "model": of_model(run.model(bits, engine)),
+                "quantization": made(run.quantization_config(bits, engine)),
                 "questions": of(
                     {task: [vars(prompt) for prompt in asked] for task, asked in prompts.items()}
                 ),

@@ -1,10 +1,10 @@
-"""The engine `autoawq`: AWQ's search by AutoAWQ 0.2.9's own functions, the reference for the engine `native`.
+"""AWQ's search by AutoAWQ 0.2.9's own functions, the reference for the suite's own (`awq.py`).
 
 AutoAWQ's quantizer changes the weights of the model that it searches. Here its functions get copies, one block at
 a time, and its findings become a recipe. Each layer's search is that of its `quantize()`: scales of all
 mappings on the unscaled weights, then clips on the scaled ones.
 
-What it needs beyond `native`: memory for the inputs of a layer's linears, and 20 runs of the layer at each precision.
+What it needs beyond that one: memory for the inputs of a layer's linears, and 20 runs of the layer at each precision.
 """
 
 import warnings
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning.architectures import Architecture
-from qtale_lightning.quantization.awq import output_errors
 from qtale_lightning.quantization.calibration import plain_float32
-from qtale_lightning.quantization.mappings import DecoderLayer, split_name
-from qtale_lightning.quantization.precision import Bits
+from qtale_lightning.quantization.errors import output_errors
+from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import CLIP_STEP, Recipe
 from qtale_lightning.quantization.replay import Call, Replay, flat
 from qtale_lightning.quantization.rtn import Scheme
@@ -29,7 +28,7 @@ OUTPUT_CHUNK = 64  # AutoAWQ's clip search takes outputs in multiples of this on
 
 
 @cache
-def _quantizer_class() -> Any:
+def quantizer_class() -> Any:
     """AutoAWQ's `AwqQuantizer`, imported when first needed: the import takes seconds.
 
     Raises:
@@ -41,8 +40,8 @@ def _quantizer_class() -> Any:
             from awq.quantize.quantizer import AwqQuantizer
         except ImportError as error:
             raise ImportError(
-                f"the engine autoawq needs the package autoawq ({error}): pip install autoawq==0.2.9, "
-                "or choose the engine native"
+                f"AutoAWQ's search needs the package autoawq ({error}): pip install autoawq==0.2.9, or choose "
+                "another engine (--quantize.engine)"
             ) from error
     for warning in caught:
         if "AutoAWQ is officially deprecated" not in str(warning.message):
@@ -55,7 +54,7 @@ def make_quantizer(scheme: Scheme) -> Any:
 
     Its constructor would load a calibration set and run the model on it.
     """
-    quantizer = object.__new__(_quantizer_class())
+    quantizer = object.__new__(quantizer_class())
     quantizer.w_bit, quantizer.group_size = scheme.bits, scheme.group_size
     quantizer.zero_point = not scheme.symmetric
     quantizer.duo_scaling = True
@@ -74,25 +73,6 @@ class _Replay(Replay):
         self.register_state_dict_post_hook(
             lambda module, state, prefix, metadata: state.update({k: w.clone() for k, w in state.items()})
         )
-
-
-def _check(bits: Bits, architecture: Architecture) -> None:
-    """Refuses bits that AutoAWQ can't search.
-
-    Raises:
-        ImportError: AutoAWQ isn't installed.
-        ValueError: linears that share an input have different bits: AutoAWQ's search takes one width.
-    """
-    _quantizer_class()
-    first: dict[str, str] = {}
-    for name, width in bits.items():
-        layer, mapping = split_name(name, architecture)
-        other = first.setdefault(f"{layer}.{mapping.previous}", name)
-        if bits[other] != width:
-            raise ValueError(
-                f"AutoAWQ can't mix bits among linears that share an input: {other} has {bits[other]} and {name} "
-                f"has {width}; give them the same bits, or choose the engine native"
-            )
 
 
 def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
@@ -169,5 +149,5 @@ def _recorded(architecture: Architecture) -> list[str]:
     return [*dict.fromkeys([*inspected, *(mapping.linears[0] for mapping in architecture.mappings)])]
 
 
-search = Search("autoawq", _search_layer, _recorded, check=_check)
-"""The engine `autoawq`."""
+search = Search(_search_layer, _recorded)
+"""AutoAWQ's scales and clips for every precision."""

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from qtale_lightning.architectures import Architecture, ScaleMapping
 from qtale_lightning.quantization.calibration import Moments, plain_float32
+from qtale_lightning.quantization.errors import output_error, output_errors
 from qtale_lightning.quantization.mappings import DecoderLayer
-from qtale_lightning.quantization.recipe import Recipe, clip_limit, clip_weight
+from qtale_lightning.quantization.recipe import Recipe, clip_limit
 from qtale_lightning.quantization.replay import Replay
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
 from qtale_lightning.quantization.search import Observed, Search
@@ -37,11 +38,6 @@ SAMPLE = 8  # of the outputs of a linear, one in eight ranks its candidate scale
 SHORTLIST = 4  # ... and the first of them are compared on all outputs;
 FEWEST_SAMPLED = 64  # of fewer outputs than these times eight, all candidates are
 CLIP_STEPS = 10  # a group's largest magnitude is shrunk by 0, 1/20, …, 9/20
-
-
-def output_error(delta: Tensor, gram: Tensor) -> Tensor:
-    """‖X·ΔWᵀ‖² = tr(ΔW·G·ΔWᵀ) of a weight change, shape `(out, in)`, and G = XᵀX, shape `(in, in)`."""
-    return (delta @ gram).mul_(delta).sum()
 
 
 Objective = Callable[[Tensor], float]
@@ -201,25 +197,6 @@ def _search_clip(weight: Tensor, blocks: Tensor, scheme: Scheme) -> Tensor:
     return best.squeeze(-1).T.contiguous()
 
 
-def output_errors(layer: DecoderLayer, moments: dict[str, Moments], recipe: Recipe) -> dict[str, float]:
-    """The errors of a layer's linears under a recipe, by full name; see :class:`Recipe`."""
-    errors = {}
-    for mapping in layer.architecture.mappings:
-        inputs = moments[mapping.linears[0]]
-        scale = recipe.scales.get(layer.path(mapping.previous), torch.ones(())).to(inputs.gram)
-        for name in mapping.linears:
-            full, weight = layer.path(name), layer.linears[name].weight.detach()
-            scheme, clips = recipe.scheme(full), recipe.clips.get(full)
-            total = 0.0
-            for first in range(0, len(weight), ROWS):
-                rows = weight[first : first + ROWS].float()
-                clipped = clip_weight(rows * scale, None if clips is None else clips[first : first + ROWS])
-                delta = fake_quantize(clipped, scheme).div_(scale).sub_(rows)
-                total += output_error(delta, inputs.gram).item()
-            errors[full] = total / inputs.tokens / len(weight)
-    return errors
-
-
 def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
     """Searches one decoder layer at the recipe's bits and writes what it finds into the recipe."""
     family = layer.architecture
@@ -298,5 +275,5 @@ def _recorded(architecture: Architecture) -> list[str]:
     return [name for mapping in blocks for name in (architecture.norm_of(mapping), mapping.inspected)]
 
 
-search = Search("native", _search_layer, _recorded, recorded_tokens=RECORDED_TOKENS)
-"""The engine `native`."""
+search = Search(_search_layer, _recorded, recorded_tokens=RECORDED_TOKENS)
+"""AWQ's scales and clips for every precision."""

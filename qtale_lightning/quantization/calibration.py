@@ -86,7 +86,8 @@ def layer_by_layer(
     """Decoder layers in order, each with the function that runs it on all batches; call it once in each turn.
 
     It returns the hidden states after the layer, by batch. The model is never changed, so later layers see
-    full-precision inputs, as in AutoAWQ; unless the function is given another module to run in the layer's place.
+    full-precision inputs, as in AutoAWQ; unless the function is given another module to run in the layer's place. Told
+    not to advance, it only shows the layer to what watches it, and is to be called again.
 
     Args:
         model: a causal language model of a declared family in evaluation mode.
@@ -110,10 +111,11 @@ def layer_by_layer(
 
     for layer in decoder_layers(model):
 
-        def run(module: nn.Module = layer.module) -> list[Tensor]:
+        def run(module: nn.Module = layer.module, advance: bool = True) -> list[Tensor]:
             with torch.no_grad():
                 for i, kwargs in enumerate(arguments):
-                    hidden[i] = module(hidden[i], **kwargs)
+                    after = module(hidden[i], **kwargs)
+                    hidden[i] = after if advance else hidden[i]
             return hidden
 
         yield layer, run

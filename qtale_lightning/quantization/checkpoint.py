@@ -30,7 +30,7 @@ class PackedConfig(QuantizationConfigMixin):
         zero_point: levels are asymmetric.
         engine: that searched the scales and clips, for the record.
         refit_norm: whether the final norm was fitted to them, for the record.
-        made_from: what the folder was made from: digests of the model and of its calibration sequences, and options.
+        made_from: the model, the calibration sequences and all options that the folder was made from.
     """
 
     def __init__(

@@ -5,9 +5,7 @@ nothing at inference. Norm tweaking (Li et al., AAAI 2024) trains all norms on g
 with a squared error of the logits, the best weight solves a linear system.
 """
 
-import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 from qtale_lightning.architectures import architecture_of
 from qtale_lightning.quantization.calibration import Batch, every_nth, layer_by_layer, plain_float32
 from qtale_lightning.quantization.mappings import DecoderLayer
-from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_weight, scale_vectors
+from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_layer
 
 TOKENS = 2048  # padded calibration tokens that the fit rests on, at least one batch
 CHUNK = 256  # tokens whose logits are held at a time
@@ -50,7 +48,7 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
     check_recipe(model, recipe)
     some = batches[:: every_nth(batches, TOKENS)]
     exact = _normalised(model, some, lambda layer: layer.module)
-    found = _normalised(model, some, lambda layer: _quantized(layer, recipe))
+    found = _normalised(model, some, lambda layer: quantized_layer(layer, recipe))
     if not found.isfinite().all():
         raise ValueError("the quantized model's hidden states have NaN or infinity: quantize at more bits")
     offset = architecture_of(model.config).norm_offset
@@ -86,17 +84,6 @@ def _normalised(
     tokens = torch.cat(real).float()
     epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # families name it so or so
     return nn.functional.rms_norm(tokens, tokens.shape[-1:], eps=epsilon)
-
-
-def _quantized(layer: DecoderLayer, recipe: Recipe) -> nn.Module:
-    """A copy of a layer with the values that its quantized weights stand for."""
-    module = copy.deepcopy(layer.module)
-    with torch.no_grad():
-        for name in layer.linears:
-            weight = quantized_weight(layer, name, recipe).dequantize()
-            module.get_parameter(f"{name}.weight").copy_(weight)
-    scale_vectors(replace(layer, module=module), recipe)
-    return module
 
 
 def _uniform_terms(head: Tensor, found: Tensor, exact: Tensor) -> tuple[Tensor, Tensor]:

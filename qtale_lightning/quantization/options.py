@@ -1,15 +1,15 @@
 """What is asked of a quantization (``--quantize.…``), checked; nothing is computed for it."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+from qtale_lightning.quantization.engines import DEFAULT, ENGINES, Engine, find
 from qtale_lightning.quantization.precision import CANDIDATES, neighbours, uniform
 from qtale_lightning.quantization.rtn import check_quantizable
 from qtale_lightning.values import Numbers
-
-Engine = Literal["native", "autoawq", "rtn"]
 
 MIN_TOKENS = 32  # fewest calibration tokens that a layer's search may rest on
 
@@ -20,33 +20,89 @@ class QuantizationOptions:
 
     Args:
         bits: Weight precisions from 2 to 8: a whole number for all linears, or a fraction such as 3.5, an average that
-            is spent where measured errors are largest (engine native).
+            is spent where measured errors are largest (by an engine that measures them).
         group_size: Weights that share a scale; it must divide every linear's input width (paper: AWQ's 128).
-        engine: native: AWQ's search from second moments. autoawq: the AutoAWQ package's search. rtn: round to nearest.
+        engine: What searches. ENGINES
         symmetric: Levels symmetric around zero; AWQ's are not.
         patterns: Other widths by pattern of linears' names, e.g. '{"*.down_proj": 8, "model.layers.0.*": 8}'.
         sequences: Training sequences (prompt and answer) to calibrate on.
-        refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it (engine
-            native). AWQ alone has no such step.
+        refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it. Engines
+            that are references as they are have no such step.
+        sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do.
+        options: The engine's own, e.g. '{"act_order": true}'.
     """
 
     bits: Numbers[int | float] = Numbers((4, 3))  # noqa: RUF009 (a tuple)
     group_size: int = 128
-    engine: Engine = "native"
+    engine: str = DEFAULT
     symmetric: bool = False
     patterns: dict[str, int] | None = None
     sequences: int = 128
     refit_norm: bool = True
+    sequential: bool = False
+    options: dict[str, bool | int | float | str] | None = None
+
+    @property
+    def declared(self) -> Engine:
+        """The engine.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        return find(self.engine)
 
     @property
     def refits(self) -> bool:
-        """Whether the final norm is fitted to what was rounded: the other engines are references as they are."""
-        return self.refit_norm and self.engine == "native"
+        """Whether the final norm is fitted to what was rounded."""
+        return self.refit_norm and self.declared.refits
 
     @property
     def calibrates(self) -> bool:
         """Whether the engine looks at calibration sequences."""
-        return self.engine != "rtn"
+        return self.declared.calibrates
+
+    @property
+    def search_options(self) -> dict[str, Any]:
+        """What the engine's search takes besides widths, groups and symmetry: its own options, as declared or given."""
+        return {**self._own, **({"sequential": self.sequential} if self.calibrates else {})}
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        return {**self.declared.options, **(self.options or {})}
+
+    def of_engine(self, name: str) -> "QuantizationOptions":
+        """The same of another engine, as far as it has them: its own options are as declared."""
+        if name == self.engine:
+            return self
+        return replace(self, engine=name, options=None, sequential=self.sequential and find(name).calibrates)
+
+    def settings(self, bits: float) -> dict[str, Any]:
+        """What a model at one of the precisions depends on besides the exported model and the sequences."""
+        return {
+            **self.search_settings(),
+            "bits": bits,
+            "patterns": dict(self.patterns or {}) if bits == int(bits) else {},
+            "refit_norm": self.refits,
+        }
+
+    def search_settings(self) -> dict[str, Any]:
+        """What a search depends on besides the model, the sequences and the widths of linears."""
+        return {
+            "engine": self.engine,
+            "options": self._own,
+            "group_size": self.group_size,
+            "symmetric": self.symmetric,
+            "sequential": self.sequential,
+        }
+
+    def arguments(self) -> list[str]:
+        """All of them but bits and engine, as a command line's."""
+        said = {
+            option.name: getattr(self, option.name)
+            for option in fields(self)
+            if option.name not in ("bits", "engine")
+        }
+        return [part for name, value in said.items() for part in (f"--quantize.{name}", json.dumps(value))]
 
     def candidates(self, bits: Sequence[float]) -> tuple[int, ...]:
         """The widths that average-bits budgets among `bits` choose from."""
@@ -62,9 +118,17 @@ class QuantizationOptions:
         Raises:
             ValueError: with the option to change.
         """
-        if self.engine not in get_args(Engine):
+        try:
+            engine = self.declared
+        except ValueError as error:
+            raise ValueError(f"--quantize.engine {error}") from None
+        try:
+            engine.check_options(self.options or {})
+        except ValueError as error:
+            raise ValueError(f"--quantize.options: {error}") from None
+        if self.sequential and not engine.calibrates:
             raise ValueError(
-                f"--quantize.engine {self.engine!r}: choose one of {', '.join(get_args(Engine))}"
+                f"--quantize.sequential: the engine {engine.name} looks at no sequences, leave it out"
             )
         if self.sequences < 1:
             raise ValueError(f"--quantize.sequences {self.sequences} must be positive")
@@ -87,6 +151,7 @@ class QuantizationOptions:
                     raise ValueError(f"{bits!r} has too many digits: give an average such as 3.5")
                 if bits == int(bits):
                     check_quantizable(shapes, int(bits), self.group_size)
+                    self._check_width(int(bits))
                 else:
                     self._check_budget(bits)
                     check_quantizable(shapes, neighbours(bits)[0], self.group_size)
@@ -97,16 +162,34 @@ class QuantizationOptions:
         for pattern, width in (self.patterns or {}).items():
             try:
                 check_quantizable({}, width, self.group_size)
+                self._check_width(width)
                 uniform(shapes, width, {pattern: width})
             except ValueError as error:
                 raise ValueError(f"--quantize.patterns {pattern!r}: {error}") from None
 
+    def _check_width(self, width: int) -> None:
+        widths = self.declared.widths
+        if width not in widths:
+            raise ValueError(
+                f"the engine {self.engine} works at {', '.join(map(str, widths))} bits, not at {width}"
+            )
+
     def _check_budget(self, bits: float) -> None:
-        if self.engine != "native":
-            raise ValueError("an average of bits is spent by the engine native's measured errors: choose it")
+        if not self.declared.averages:
+            able = " or ".join(name for name, engine in ENGINES.items() if engine.averages)
+            raise ValueError(
+                f"an average of bits is spent by measured errors, and {self.engine} measures none: choose "
+                f"--quantize.engine {able}"
+            )
         if self.patterns:
             raise ValueError(
                 "an average of bits chooses every width by itself: leave --quantize.patterns out"
             )
         if not CANDIDATES[0] < bits < CANDIDATES[-1]:
             raise ValueError(f"an average of bits lies between {CANDIDATES[0]} and {CANDIDATES[-1]}")
+
+
+_TITLES = " ".join(f"{name}: {engine.title}." for name, engine in ENGINES.items())
+QuantizationOptions.__doc__ = (QuantizationOptions.__doc__ or "").replace(
+    "ENGINES", _TITLES
+)  # as --help shows it

@@ -42,6 +42,23 @@ def uniform(shapes: Mapping[str, tuple[int, int]], bits: int, patterns: Mapping[
     return chosen
 
 
+def check_shared(bits: Bits, architecture: Architecture) -> None:
+    """Refuses linears that share an input and have different bits.
+
+    Raises:
+        ValueError: names two of them.
+    """
+    first: dict[str, str] = {}
+    for name, width in bits.items():
+        layer, mapping = split_name(name, architecture)
+        other = first.setdefault(f"{layer}.{mapping.previous}", name)
+        if bits[other] != width:
+            raise ValueError(
+                f"bits can't be mixed among linears that share an input: {other} has {bits[other]} and {name} has "
+                f"{width}; give them the same bits, or choose another engine (--quantize.engine)"
+            )
+
+
 def average_bits(shapes: Mapping[str, tuple[int, int]], bits: Bits) -> float:
     """Mean bits of a code over all weights (scales and zero points not counted)."""
     total = sum(math.prod(shape) for shape in shapes.values())

@@ -1,10 +1,11 @@
 """A recipe: what an engine's search found for one precision, and how a model takes it on."""
 
+import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +22,28 @@ REMEDY = "remove it: `python -m qtale_lightning quantize <run>` searches again"
 CLIP_STEP = 1 / 20  # of a group's largest magnitude: a clip of k leaves (1 - k/20) of it
 
 
+class Codes(NamedTuple):
+    """A linear's own codes, shape `(out, in)`, uint8, and its groups' scales and zero points, `(out, in / group_size)`,
+    float32 and uint8."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor
+
+    def cpu(self) -> "Codes":
+        """On the CPU."""
+        return Codes(*(part.cpu() for part in self))
+
+    def rows(self, first: int, last: int) -> "Codes":
+        """Those of some outputs."""
+        return Codes(*(part[first:last] for part in self))
+
+    def quantized(self, device: torch.device | str = "cpu") -> Quantized:
+        """As what is packed and run takes them, on a device."""
+        codes, scales, zeros = (part.to(device).float() for part in self)
+        return Quantized(codes.unflatten(1, (scales.shape[1], -1)), scales[..., None], zeros[..., None])
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a search found for one precision. Tensors lie on the CPU; names are full module names.
@@ -34,13 +57,15 @@ class Recipe:
         clips: by the linear's name, steps of `CLIP_STEP` by which a group's largest magnitude shrinks before it is
             rounded, shape `(out, in / group_size)`, uint8. They refer to the weight with scaled columns; rows may
             be scaled afterwards, since that scales a group as a whole.
+        codes: by the linear's name, of engines whose codes no rounding of the weight gives: with them there are no
+            clips, and scales of what feeds the linear are part of them.
         errors: by the linear's name, the mean squared error of its unscaled outputs on its calibration inputs, over
             tokens and outputs.
         damage: by the name of the operation before, what rounding the linears that it feeds does to the residual
-            stream: the mean over tokens of the squared change of their block's output over the squared stream. The
-            engine native's.
+            stream: the mean over tokens of the squared change of their block's output over the squared stream. Of
+            engines that spend an average of bits by it.
         tokens: by the decoder layer's name, the calibration tokens that executed it.
-        made_from: digests of the model and of the calibration sequences that were searched with.
+        made_from: the model, the calibration sequences and the options that were searched with.
     """
 
     engine: str
@@ -50,10 +75,11 @@ class Recipe:
     family: str = "llama"
     scales: dict[str, Tensor] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
+    codes: dict[str, Codes] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    made_from: dict[str, str] = field(default_factory=dict)
+    made_from: dict[str, Any] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
         """How the linear of a full name is rounded."""
@@ -74,6 +100,8 @@ class Recipe:
                 whole.errors[name] = part.errors[name]
             if name in part.clips:
                 whole.clips[name] = part.clips[name]
+            if name in part.codes:
+                whole.codes[name] = part.codes[name]
             layer, mapping = split_name(name, architecture_of(one.family))
             previous = f"{layer}.{mapping.previous}"
             if previous in part.scales:
@@ -86,6 +114,8 @@ class Recipe:
         """Writes one safetensors file."""
         tensors = {f"scales/{name}": scale for name, scale in self.scales.items()}
         tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
+        for name, own in self.codes.items():
+            tensors |= {f"{kind}{name}": part.contiguous() for kind, part in zip(_CODES, own, strict=True)}
         plain = {name: getattr(self, name) for name in (*_PLAIN, *_LATER)}
         metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in plain.items()}
         save_file(tensors, path, metadata)
@@ -114,13 +144,15 @@ class Recipe:
                 plain[name] = json.loads(metadata.get(name, json.dumps(unsaid)))
         except (KeyError, ValueError) as error:
             raise DamagedFileError(f"the metadata of {path} isn't a recipe's ({error}): {REMEDY}") from error
-        scales, clips = (
+        scales, clips, *own = (
             {key.removeprefix(kind): tensor for key, tensor in tensors.items() if key.startswith(kind)}
-            for kind in ("scales/", "clips/")
+            for kind in ("scales/", "clips/", *_CODES)
         )
-        return cls(scales=scales, clips=clips, **plain)
+        codes = {name: Codes(*(part[name] for part in own)) for name in own[0]}
+        return cls(scales=scales, clips=clips, codes=codes, **plain)
 
 
+_CODES = ("codes/", "code scales/", "code zeros/")
 _PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "damage", "tokens")
 _LATER: dict[str, Any] = {"made_from": {}, "family": "llama"}  # what older files don't say, and what it was
 
@@ -128,8 +160,8 @@ _LATER: dict[str, Any] = {"made_from": {}, "family": "llama"}  # what older file
 def round_to_nearest(
     bits: dict[str, int], group_size: int, symmetric: bool = False, family: str = "llama"
 ) -> Recipe:
-    """The baseline `rtn`: no scales, no clips, nothing to calibrate."""
-    return Recipe("rtn", bits, group_size, symmetric, family)
+    """The baseline: no scales, no clips, nothing to calibrate."""
+    return Recipe("", bits, group_size, symmetric, family)
 
 
 def clip_weight(weight: Tensor, steps: Tensor | None) -> Tensor:
@@ -151,12 +183,26 @@ def clip_limit(peak: Tensor, steps: Tensor) -> Tensor:
 
 
 def quantized_weight(layer: DecoderLayer, name: str, recipe: Recipe) -> Quantized:
-    """A linear's codes, scales and zero points under a recipe: columns scaled, clipped, rounded, rows scaled back."""
+    """A linear's codes, scales and zero points under a recipe: its own codes, or columns scaled, clipped, rounded, rows
+    scaled back."""
     full = layer.path(name)
+    if full in recipe.codes:
+        return recipe.codes[full].quantized(layer.linears[name].weight.device)
     clipped = clip_weight(layer.scaled_columns(name, recipe.scales), recipe.clips.get(full))
     codes, scales, zeros = quantize(clipped, recipe.scheme(full))
     rows = recipe.scales.get(full)  # the linear is the operation before another one
     return Quantized(codes, scales if rows is None else scales / rows.to(scales)[:, None, None], zeros)
+
+
+def quantized_layer(layer: DecoderLayer, recipe: Recipe) -> nn.Module:
+    """A copy of a layer with the values that its quantized weights stand for."""
+    module = copy.deepcopy(layer.module)
+    with torch.no_grad():
+        for name in layer.linears:
+            weight = quantized_weight(layer, name, recipe).dequantize()
+            module.get_parameter(f"{name}.weight").copy_(weight)
+    scale_vectors(replace(layer, module=module), recipe)
+    return module
 
 
 @torch.no_grad()
@@ -198,12 +244,16 @@ def check_recipe(model: nn.Module, recipe: Recipe) -> None:
             expected[f"scales of {layer.path(mapping.previous)}"] = (width,)
         for name, linear in layer.linears.items():
             expected[f"bits of {layer.path(name)}"] = ()
-            if searched and name not in layer.architecture.not_clipped:
+            if recipe.codes:
+                shape = (linear.out_features, linear.in_features)
+                expected[f"codes of {layer.path(name)}"] = shape
+            elif searched and name not in layer.architecture.not_clipped:
                 shape = (linear.out_features, linear.in_features // recipe.group_size)
                 expected[f"clips of {layer.path(name)}"] = shape
     found: dict[str, tuple[int, ...]] = {f"bits of {name}": () for name in recipe.bits}
     found |= {f"scales of {name}": tuple(scale.shape) for name, scale in recipe.scales.items()}
     found |= {f"clips of {name}": tuple(clip.shape) for name, clip in recipe.clips.items()}
+    found |= {f"codes of {name}": tuple(own.codes.shape) for name, own in recipe.codes.items()}
     for what in sorted(expected.keys() | found.keys()):
         if expected.get(what) != found.get(what):
             raise ValueError(

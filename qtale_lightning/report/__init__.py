@@ -1,18 +1,10 @@
-"""A run's results: `results.json`, and the tables, plots and page made from it."""
+"""A run's results presented: the tables, plots and page made from `results.json`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qtale_lightning.lazy import lazily
-from qtale_lightning.report.metadata import run_metadata
-from qtale_lightning.report.results import (
-    Results,
-    load_results,
-    save_results,
-    update_results,
-    upsert_evaluation,
-    validate,
-)
+from qtale_lightning.results import Results, load_results
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,19 +12,7 @@ if TYPE_CHECKING:
     from qtale_lightning.report.figures import write_figures
     from qtale_lightning.report.tables import print_summary, write_markdown
 
-__all__ = [
-    "Results",
-    "load_results",
-    "print_summary",
-    "run_metadata",
-    "save_results",
-    "update_results",
-    "upsert_evaluation",
-    "validate",
-    "write_figures",
-    "write_markdown",
-    "write_report",
-]
+__all__ = ["print_summary", "write_figures", "write_markdown", "write_report"]
 
 # Reading results doesn't wait for pandas and matplotlib.
 __getattr__ = lazily(

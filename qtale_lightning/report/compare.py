@@ -6,16 +6,17 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from qtale_lightning.files import replacing
-from qtale_lightning.fingerprint import same_questions
 from qtale_lightning.report import markdown
 from qtale_lightning.report.figures import DPI, STYLES
-from qtale_lightning.report.notes import run_title, theta_text
+from qtale_lightning.report.notes import quantization_lines, run_title, theta_text
 from qtale_lightning.report.pairs import paired_table
-from qtale_lightning.report.results import Evaluation, Results, load_results
 from qtale_lightning.report.scores import score_header, score_text
-from qtale_lightning.report.series import own_rows
 from qtale_lightning.report.style import plain
 from qtale_lightning.report.tables import FactTable
+from qtale_lightning.results.fingerprints import same_questions, unidentified
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.series import own_rows
+from qtale_lightning.results.store import load_results
 from qtale_lightning.tasks import task_title
 
 
@@ -58,12 +59,13 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
     pairs = ""
     if paired is not None and paired.rows:
         pairs = f"{markdown.table(paired.headers, paired.rows)}\n\n{paired.title}. {paired.caption}\n\n"
+    made = f"{markdown.bullets(_making(runs))}\n\n" if _making(runs) else ""
     return (
         f"{markdown.table(headers, lines)}\n\n"
         f"{measured} / nll of the gold answers in nats a token (standard errors), and the measured share of "
         f"layers executed in brackets; {one['examples']:,} validation questions of {len(one['accuracy'])} tasks, "
         f"seed {runs[0]['run']['seed']}. {markdown.escape(runs[0]['run']['hardware'])}.\n\n"
-        f"{pairs}{markdown.block(commands)}\n"
+        f"{made}{pairs}{markdown.block(commands)}\n"
     )
 
 
@@ -123,6 +125,19 @@ def _setting(run: Results) -> str:
 def _commit(run: Results) -> str:
     git = run["run"]["git"]
     return "unknown" if git is None else git["commit"][:10] + (" with changes" if git["dirty"] else "")
+
+
+def _making(runs: Sequence[Results]) -> list[str]:
+    """How precisions were made, of each run where they differ; and which runs don't say what made their rows."""
+    said = [quantization_lines(_validation(run)) for run in runs]
+    lines = (
+        said[0]
+        if all(one == said[0] for one in said)
+        else [f"{_method(run)}: {line}" for run, one in zip(runs, said, strict=True) for line in one]
+    )
+    unknown = [_method(run) for run in runs if unidentified(_validation(run))]
+    note = f"{', '.join(unknown)}: rows without fingerprints, which don't say by what settings they were made"
+    return [*lines, note] if unknown else lines
 
 
 def _averaged(runs: Sequence[Results]) -> bool:

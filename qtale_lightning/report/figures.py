@@ -15,10 +15,11 @@ from matplotlib.ticker import MaxNLocator
 
 from qtale_lightning.manifest import writing
 from qtale_lightning.report.notes import DLLM_THETA, run_title, theta_text
-from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
 from qtale_lightning.report.routing_figure import plot_routing, read_metrics
-from qtale_lightning.report.series import selected_row, validation_series
 from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE, plain
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.series import selected_row, validation_series
+from qtale_lightning.results.store import load_results, same_theta
 
 PANELS = {
     "loss": ["train/loss", "val/loss"],

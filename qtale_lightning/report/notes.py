@@ -1,9 +1,12 @@
 """What a run's results say in words: the scoring protocol, which differences are noise, and what it cost."""
 
 import math
+from collections.abc import Iterable
 
-from qtale_lightning.report.results import Evaluation, Results, same_theta
-from qtale_lightning.report.series import best_row, selected_row, validation_series
+from qtale_lightning.results.fingerprints import unidentified
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.series import best_row, selected_row, validation_series
+from qtale_lightning.results.store import same_theta
 from qtale_lightning.tasks import task_title
 
 DLLM_THETA = 0.5
@@ -50,7 +53,33 @@ def protocol_lines(results: Results) -> list[str]:
         settings["no average"] = reasons
     for key in dict.fromkeys(key for row in rows for key in row["protocol"]):
         settings[key] = {str(row["protocol"].get(key, "not recorded")) for row in rows}
-    return [f"{key}: {' or '.join(sorted(values))}" for key, values in settings.items()]
+    lines = [f"{key}: {' or '.join(sorted(values))}" for key, values in settings.items()]
+    if unknown := unidentified(rows):
+        lines.append(
+            f"fingerprints: {unknown} of {len(rows)} rows have none of this version, so that they don't say by what "
+            "they were made: they are measured again where they are asked for"
+        )
+    return lines + quantization_lines(rows)
+
+
+def quantization_lines(rows: Iterable[Evaluation]) -> list[str]:
+    """How each precision of the rows was made, as far as they say it."""
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        fingerprint = row.get("fingerprint")
+        if fingerprint and (made := fingerprint.get("quantization")):
+            calibration = made["calibration"]
+            settings = {
+                name: value for name, value in made.items() if name not in _NO_SETTINGS and value != {}
+            }
+            if calibration:
+                settings["sequences"] = calibration["sequences"]
+            said = ", ".join(f"{name} {value}" for name, value in sorted(settings.items()))
+            found.setdefault(f"{row['bits']:g} bits, {made['engine']}", {})[said] = None
+    return [f"{name}: {said}" for name, ways in found.items() for said in ways]
+
+
+_NO_SETTINGS = ("format", "model", "calibration", "bits", "engine")
 
 
 def noise_notes(results: Results) -> list[str]:

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.statistics import RESAMPLES, Estimate
 from qtale_lightning.report.markdown import bold
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.results import Evaluation, Results
-from qtale_lightning.report.series import selected_row, validation_series
 from qtale_lightning.report.tables import FactTable
+from qtale_lightning.results.predictions import compare_predictions, load_predictions
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.series import selected_row, validation_series
 
 
 def paired_table(run_dirs: Sequence[str | Path], runs: Sequence[Results]) -> FactTable:

@@ -10,9 +10,10 @@ from matplotlib.ticker import MaxNLocator
 
 from qtale_lightning.manifest import DamagedFileError, verify
 from qtale_lightning.report.notes import run_title
-from qtale_lightning.report.results import Results, same_theta
-from qtale_lightning.report.routing import Changes, HistogramCounts, Routing
 from qtale_lightning.report.style import STYLES, TRAINING_STYLE, plain
+from qtale_lightning.results.routing import Changes, HistogramCounts, Routing
+from qtale_lightning.results.schema import Results
+from qtale_lightning.results.store import same_theta
 
 PATHS = {"paths": "as inference decides", "noisy_paths": "as Gumbel noise decides"}
 CURVES = {"distinct": "distinct paths", "entropy": "entropy of paths, nats"}

@@ -23,9 +23,11 @@ from qtale_lightning.report.notes import (
     run_title,
     theta_text,
 )
-from qtale_lightning.report.results import Evaluation, Results, load_results
-from qtale_lightning.report.scores import ChoiceScores, TextScores, score_header, score_text
-from qtale_lightning.report.series import (
+from qtale_lightning.report.scores import score_header, score_text
+from qtale_lightning.report.terminal import FactTable, print_table
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.scores import ChoiceScores, TextScores
+from qtale_lightning.results.series import (
     best_row,
     labels_of,
     other_rows,
@@ -33,7 +35,7 @@ from qtale_lightning.report.series import (
     selected_row,
     validation_series,
 )
-from qtale_lightning.report.terminal import FactTable, print_table
+from qtale_lightning.results.store import load_results
 from qtale_lightning.tasks import task_title
 
 CAPTIONS = {

@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.data.tokenization import EncodedPrompt
-from qtale_lightning.evaluation import cost, predictions, statistics
+from qtale_lightning.digests import of_model
+from qtale_lightning.evaluation import cost, statistics
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, average
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
-from qtale_lightning.fingerprint import Fingerprint, of_model, of_protocol
 from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.results import Evaluation, load_or_new, same_theta, upsert_evaluation
 from qtale_lightning.report.scores import score_header, score_text
+from qtale_lightning.results import predictions
+from qtale_lightning.results.fingerprints import Fingerprint, fingerprint, made
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.store import load_or_new, same_theta, upsert_evaluation
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.progress import console, progress
 from qtale_lightning.stages.writing import save_answers, write_answers, writing_protocol
@@ -51,13 +54,13 @@ class Subject:
     def _model_digest(self) -> str:
         return of_model(self.run.model(self.bits, self.engine))
 
+    @cached_property
+    def _made(self) -> dict[str, Any] | None:
+        return made(self.run.quantization_config(self.bits, self.engine))
+
     def fingerprint(self, split: Split) -> Fingerprint:
         """What makes its rows, θ apart."""
-        return {
-            "model": self._model_digest,
-            "questions": self.data.digest(split),
-            "protocol": of_protocol(self.protocol(split)),
-        }
+        return fingerprint(self._model_digest, self._made, self.data.digest(split), self.protocol(split))
 
     def known(self, theta: Theta, split: Split) -> Evaluation | None:
         """The row of an earlier evaluation of the same model on the same questions by the same protocol."""

@@ -13,6 +13,7 @@ from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import inference_dtype
+from qtale_lightning.quantization.engines import DEFAULT
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.loading import load_model
 
@@ -83,7 +84,7 @@ def _model_card(run: RunDirectory, module: QTALEModule) -> str:
 
 
 def load_exported(
-    run: RunDirectory, bits: float = 16, engine: str = "native", as_stored: bool = False
+    run: RunDirectory, bits: float = 16, engine: str = DEFAULT, as_stored: bool = False
 ) -> RoutedForCausalLM:
     """The run's model at a precision, in evaluation mode, on a GPU where there is one.
 

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from qtale_lightning.data import CommonsenseDataModule
+from qtale_lightning.digests import of
 from qtale_lightning.evaluation.trace import Text, Trace, document, measure_changes, trace
-from qtale_lightning.fingerprint import of
 from qtale_lightning.manifest import writing
 from qtale_lightning.report.notes import run_title
 from qtale_lightning.report.page import render_page
-from qtale_lightning.report.results import load_results, same_theta, update_results
-from qtale_lightning.report.routing import Changes
+from qtale_lightning.results.routing import Changes
+from qtale_lightning.results.store import load_results, same_theta, update_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.export import load_exported
 from qtale_lightning.stages.loading import load_tokenizer

@@ -7,19 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from qtale_lightning.data import CommonsenseDataModule
-from qtale_lightning.evaluation.predictions import predictions_file
-from qtale_lightning.fingerprint import of, of_model
-from qtale_lightning.manifest import read_object, verify, writing
+from qtale_lightning.digests import of, of_model
+from qtale_lightning.manifest import verify, writing
 from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
 from qtale_lightning.quantization.recipe import REMEDY, Recipe
-from qtale_lightning.report.results import forget
+from qtale_lightning.results.fingerprints import FORMAT, differences, made
+from qtale_lightning.results.predictions import predictions_file
+from qtale_lightning.results.store import forget
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.export import load_exported
 from qtale_lightning.stages.progress import console, progress
@@ -32,9 +32,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     """Quantizes the exported model at each of the options' precisions, calibrated on training sequences, routing on.
 
     Saves what the search found (``awq-search-Nbit.safetensors``), which later calls reuse, and the packed model
-    (``model-awq-Nbit/``); routers, norms, embeddings and head keep full precision. Both say what they were made from: a
-    precision that is there from the same model, sequences and options stays, and any other is made anew, and what was
-    measured of it is forgotten.
+    (``model-awq-Nbit/``); routers, norms, embeddings and head keep full precision. Both say what they were made from
+    (:mod:`~qtale_lightning.results.fingerprints`): a precision that is there from the same model, sequences and options
+    stays, and any other is made anew, and what was measured of it is forgotten.
 
     Args:
         run: With an exported model.
@@ -53,7 +53,8 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             options.sequences,
             len(sequences),
         )
-    ingredients = {bits: _ingredients(run, bits, options, sequences) for bits in options.bits}
+    made_from = _ingredients(run, data, options, sequences)
+    ingredients = {bits: made_from | options.settings(bits) for bits in options.bits}
     missing = [bits for bits in options.bits if not _is_there(run, bits, options.engine, ingredients[bits])]
     if not missing:
         said = ", ".join(f"{bits:g}" for bits in options.bits)
@@ -69,8 +70,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     }
     searched = wanted | {width: uniform(shapes, width, {}) for width in options.candidates(missing)}
     batches = padded_batches(sequences, model.device)
-    made_from = {key: ingredients[missing[0]][key] for key in ("model", "sequences")}
-    recipes = _recipes(run, batches, options, model, searched, made_from)
+    recipes = _recipes(run, batches, options, model, searched, made_from | options.search_settings())
     assert data.tokenizer is not None  # it made the sequences
     for bits in missing:
         if bits in recipes:
@@ -96,20 +96,19 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
 
 
 def _ingredients(
-    run: RunDirectory, bits: float, options: QuantizationOptions, sequences: Sequence[Sequence[int]]
+    run: RunDirectory,
+    data: CommonsenseDataModule,
+    options: QuantizationOptions,
+    sequences: Sequence[Sequence[int]],
 ) -> dict[str, Any]:
-    """What a packed model depends on, as its configuration says it."""
+    """What a packed model depends on besides the options, as its configuration says it."""
     if not run.model().is_dir():
         load_exported(run)  # says how to make it
-    return {
-        "model": of_model(run.model()),
-        "sequences": of(sequences),
-        "bits": bits,
-        "group_size": options.group_size,
-        "symmetric": options.symmetric,
-        "refit_norm": options.refits,
-        "patterns": dict(options.patterns or {}) if bits == int(bits) else {},
-    }
+    calibration = None
+    if options.calibrates:
+        every = len(data.calibration_sequences(len(sequences) + 1)) == len(sequences)
+        calibration = {"digest": of(sequences), "sequences": len(sequences), "all": every}
+    return {"format": FORMAT, "model": of_model(run.model()), "calibration": calibration}
 
 
 def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[str, Any]) -> bool:
@@ -117,12 +116,11 @@ def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[
     folder = run.model(bits, engine)
     if not folder.is_dir():
         return False
-    config = read_object(run.root, folder / "config.json", run.remedy(folder), ["quantization_config"])
-    made_from = config["quantization_config"].get("made_from")
-    if made_from is None:
-        console.print(f"{folder} doesn't say what it was made from: it is made anew")
+    made_from = made(run.quantization_config(bits, engine))
+    if not made_from:
+        console.print(f"{folder} doesn't say what it was made from, or in another format: it is made anew")
         return False
-    if differing := [key for key, value in ingredients.items() if made_from.get(key) != value]:
+    if differing := differences(made_from, ingredients):
         words = [_IN_WORDS.get(key, f"--quantize.{key} {made_from.get(key)}") for key in differing]
         console.print(
             f"{folder} was made with {', '.join(words)}: it is made anew, what was measured of it goes"
@@ -133,7 +131,7 @@ def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[
 
 _IN_WORDS = {
     "model": "another exported model",
-    "sequences": "other training sequences",
+    "calibration": "other training sequences",
     "patterns": "other --quantize.patterns",
 }
 
@@ -157,7 +155,7 @@ def _recipes(
     options: QuantizationOptions,
     model: RoutedForCausalLM,
     precisions: dict[float, Bits],
-    made_from: dict[str, str],
+    made_from: dict[str, Any],
 ) -> dict[float, Recipe]:
     """A recipe for each precision: those of an earlier search of the same, and one search for all others."""
     found: dict[float, Recipe] = {}
@@ -165,8 +163,7 @@ def _recipes(
         path = run.search(bits, options.engine)
         if path.is_file():
             saved = Recipe.load(verify(run.root, path, REMEDY))
-            ours = (by_linear, options.group_size, options.symmetric, made_from)
-            if (saved.bits, saved.group_size, saved.symmetric, saved.made_from) == ours:
+            if (saved.bits, saved.made_from) == (by_linear, made_from):
                 found[bits] = saved
     missing = {bits: by_linear for bits, by_linear in precisions.items() if bits not in found}
     if not missing:
@@ -174,14 +171,16 @@ def _recipes(
     if options.calibrates:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         log.info("calibrating on %d tokens of training sequences, routing on", tokens)
-    with progress(f"{options.engine} search, layers", len(model.model.layers)) as advance:
-        recipes = ENGINES[options.engine](
+    layers = len(model.model.layers) * (len(missing) if options.sequential else 1)
+    with progress(f"{options.engine} search, layers", layers) as advance:
+        recipes = options.declared(
             model,
             batches,
             list(missing.values()),
             options.group_size,
             options.symmetric,
             progress=lambda *_: advance(),
+            **options.search_options,
         )
     for bits, recipe in zip(missing, recipes, strict=True):
         found[bits] = replace(recipe, made_from=made_from)

@@ -9,7 +9,6 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_over_tasks
 from qtale_lightning.evaluation.budget import Calibration, Theta, find_layer_thresholds, find_threshold
 from qtale_lightning.evaluation.options import SweepOptions
-from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.scoring import Scores
 from qtale_lightning.evaluation.threshold import (
     NO_THETA,
@@ -19,11 +18,13 @@ from qtale_lightning.evaluation.threshold import (
     within_one_standard_error,
     within_tolerance,
 )
-from qtale_lightning.fingerprint import Fingerprint
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.results import Evaluation, load_or_new, update_results
-from qtale_lightning.report.selection import Search, Selected, search_key
-from qtale_lightning.report.series import own_questions
+from qtale_lightning.results.fingerprints import Fingerprint
+from qtale_lightning.results.predictions import compare_predictions, load_predictions
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.selection import Search, Selected, search_key
+from qtale_lightning.results.series import own_questions
+from qtale_lightning.results.store import load_or_new, update_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.evaluate import Subject
 from qtale_lightning.stages.export import load_exported

@@ -8,10 +8,10 @@ from typing import Any
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.evaluation.generation import READING, generate, read_answer
-from qtale_lightning.evaluation.predictions import predictions_file
 from qtale_lightning.evaluation.scoring import Threshold
 from qtale_lightning.manifest import writing
 from qtale_lightning.models.modeling import RoutedForCausalLM
+from qtale_lightning.results.predictions import predictions_file
 from qtale_lightning.stages.progress import progress
 
 FOLDER = "generations"

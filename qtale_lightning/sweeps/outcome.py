@@ -6,8 +6,9 @@ from typing import Any
 
 import yaml
 
-from qtale_lightning.report.results import Evaluation, load_results, same_theta
-from qtale_lightning.report.series import selected_row, validation_series
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import selected_row, validation_series
+from qtale_lightning.results.store import load_results, same_theta
 
 KEYS = (
     *("bits", "engine", "theta", "execution_ratio", "flops_ratio", "average", "average_stderr"),

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
 from qtale_lightning.evaluation.statistics import Estimate
-from qtale_lightning.report.results import Evaluation
+from qtale_lightning.results.predictions import compare_predictions, load_predictions
+from qtale_lightning.results.schema import Evaluation
 
 RULE = (
     "Bold: the best of its group, if the difference to the next best on the same questions is significant (paired "

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from qtale_lightning.evaluation import cost
-from qtale_lightning.fingerprint import comparable
 from qtale_lightning.manifest import read_object
-from qtale_lightning.report.results import Evaluation
+from qtale_lightning.report.notes import quantization_lines
 from qtale_lightning.report.scores import score_header
+from qtale_lightning.results.fingerprints import comparable
+from qtale_lightning.results.schema import Evaluation
 from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.declaration import Line
@@ -85,6 +86,7 @@ def content(table: Table, command: str, failures: Failures) -> dict[str, Any]:
         "commits": sorted({commit_of(answer.results) for answer in shown}),
         "hardware": sorted({answer.results["run"]["hardware"] for answer in shown}),
         "protocols": _protocols(shown),
+        "quantization": quantization_lines(answer.row for answer in shown if answer.row),
         "questions": sorted({answer.row["examples"] for answer in shown if answer.row}),
         "compare": table.declaration.compare,
         "notes": table.declaration.notes,
@@ -218,7 +220,7 @@ def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
     row = answer.row
     assert row is not None
     root = answer.run.directory.root
-    keys = ("split", "bits", "engine", "theta", "examples", "execution_ratio")
+    keys = ("split", "bits", "engine", "theta", "examples", "execution_ratio", "fingerprint")
     return {
         "run": str(root.relative_to(table.request.out)),
         "data": answer.run.data,

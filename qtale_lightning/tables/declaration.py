@@ -23,8 +23,8 @@ from pydantic import (
 )
 
 from qtale_lightning.experiments import find, names
-from qtale_lightning.quantization.options import Engine
-from qtale_lightning.report.fields import Bits, Fraction
+from qtale_lightning.quantization import engines
+from qtale_lightning.results.fields import Bits, Fraction
 from qtale_lightning.routing import method_of
 from qtale_lightning.yaml_files import read_yaml
 
@@ -83,6 +83,9 @@ Theta = Annotated[
 LineTheta = float | GridRule | BudgetRule | None
 
 
+EngineName = Annotated[str, AfterValidator(lambda name: engines.find(name).name)]
+
+
 class Cell(_Declared):
     """What is evaluated of one method: the options that its runs differ in, and at which bits, engines and θ.
 
@@ -93,7 +96,7 @@ class Cell(_Declared):
     method: Annotated[str, AfterValidator(lambda name: method_of(name).name)]
     options: dict[str, Option | list[Option]] = Field(default_factory=dict)
     bits: list[Bits] = Field([16, 4, 3], min_length=1)
-    engine: list[Engine] = Field(["native"], min_length=1)
+    engine: list[EngineName] = Field([engines.DEFAULT], min_length=1)
     theta: Theta | None = None
     data: list[str] = Field(default_factory=list)
     group: str = ""

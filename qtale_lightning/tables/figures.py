@@ -14,9 +14,10 @@ from matplotlib.figure import Figure
 from qtale_lightning.files import replacing
 from qtale_lightning.report.figures import SMOOTHED_FROM
 from qtale_lightning.report.notes import theta_text
-from qtale_lightning.report.results import Evaluation, Results, load_results, same_theta
 from qtale_lightning.report.routing_figure import read_metrics
 from qtale_lightning.report.style import DPI
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.store import load_results, same_theta
 from qtale_lightning.routing import method_of
 from qtale_lightning.tables.declaration import Line, setting_of
 from qtale_lightning.tables.plots import (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from qtale_lightning.report.results import load_or_new
+from qtale_lightning.results.store import load_or_new
 from qtale_lightning.tables.rows import Command
 
 START = 15.0

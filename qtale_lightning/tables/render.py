@@ -134,6 +134,7 @@ def footnotes(content: dict[str, Any]) -> list[str]:
     for data, protocol in content["protocols"].items():
         shown = "; ".join(f"{key}: {value}" for key, value in protocol.items())
         notes.append(f"Protocol of {data}: {shown}.")
+    notes += [f"Made at {line}." for line in content["quantization"]]
     notes.append(
         f"Validation questions: {', '.join(f'{count:,}' for count in content['questions']) or 'none'}; "
         f"model {content['model']}; {', '.join(content['hardware'])}."

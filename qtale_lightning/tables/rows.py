@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions
+from qtale_lightning.digests import of_model
 from qtale_lightning.evaluation.threshold import within_one_standard_error, within_tolerance
-from qtale_lightning.fingerprint import Fingerprint, of_model
-from qtale_lightning.manifest import listed, read_object
-from qtale_lightning.report.results import Evaluation, same_theta
-from qtale_lightning.report.selection import search_key
-from qtale_lightning.report.series import own_questions, own_rows
+from qtale_lightning.manifest import listed
+from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.results.fingerprints import FORMAT, Fingerprint, differences, made
+from qtale_lightning.results.predictions import compare_predictions, load_predictions
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.selection import search_key
+from qtale_lightning.results.series import own_questions, own_rows
+from qtale_lightning.results.store import same_theta
 from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
 from qtale_lightning.tables.runs import TableRun
 
@@ -55,13 +58,13 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
     Rows of another model than the one that is there, or of other questions than the run's own, answer nothing.
 
     Raises:
-        ValueError: The precision is there in another group size, so that its rows aren't those asked for.
+        ValueError: The precision is there by other settings, so that its rows aren't those asked for.
         DamagedFileError: A file of the run isn't what it wrote.
     """
     results = run.results
-    _check_groups(run, demand)
     if not is_current(run, demand.bits, demand.engine):
         return None
+    _check_settings(run, demand)
     model = _model(run, demand.bits, demand.engine)
     at = {
         split: [
@@ -92,10 +95,12 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
     return _at(at["validation"], theta)
 
 
-def _of(made: Mapping[str, Any], model: str, questions: str | None = None) -> bool:
+def _of(row: Mapping[str, Any], model: str, questions: str | None = None) -> bool:
     """Whether a row or a search is of this model, and of these questions where they are known."""
-    found: Fingerprint | None = made.get("fingerprint")
-    return found is not None and found["model"] == model and questions in (None, found["questions"])
+    found: Fingerprint | None = row.get("fingerprint")
+    if found is None or found.get("format") != FORMAT:
+        return False
+    return found["model"] == model and questions in (None, found["questions"])
 
 
 def _model(run: TableRun, bits: float, engine: str) -> str:
@@ -105,20 +110,14 @@ def _model(run: TableRun, bits: float, engine: str) -> str:
 
 
 def is_current(run: TableRun, bits: float, engine: str) -> bool:
-    """Whether a precision is there; and if it says what it was made from, whether that is the run's model."""
+    """Whether a precision is there, and made from the run's model."""
     folder = run.directory.model(bits, engine)
     if not folder.is_dir():
         return False
     if bits == 16:
         return True
-    made_from = _packed(run, bits, engine).get("made_from")
-    return made_from is None or made_from["model"] == _model(run, 16, "none")
-
-
-def _packed(run: TableRun, bits: float, engine: str) -> dict[str, Any]:
-    folder = run.directory.model(bits, engine)
-    file, remedy = folder / "config.json", run.directory.remedy(folder)
-    return read_object(run.directory.root, file, remedy, ["quantization_config"])["quantization_config"]
+    made_from = made(run.directory.quantization_config(bits, engine)) or {}
+    return made_from.get("model") == _model(run, 16, "none")
 
 
 def _at(rows: Sequence[Evaluation], theta: float | list[float] | None) -> Evaluation | None:
@@ -141,17 +140,28 @@ def _choose(run: TableRun, rule: GridRule, rows: Sequence[Evaluation]) -> Evalua
     return within_tolerance(measured, differences, rule.margin)
 
 
-def _check_groups(run: TableRun, demand: Demand) -> None:
-    if demand.bits == 16:
+def _check_settings(run: TableRun, demand: Demand) -> None:
+    """Refuses a precision that was made by other settings than the table's: no cell may mix them."""
+    made_from = made(run.directory.quantization_config(demand.bits, demand.engine))
+    if made_from is None:
         return
-    folder = run.directory.model(demand.bits, demand.engine)
-    if not folder.is_dir():
-        return
-    there, asked = _packed(run, demand.bits, demand.engine)["group_size"], run.quantization.group_size
-    if there != asked:
+    options = run.quantization.of_engine(demand.engine)
+    settings = options.settings(demand.bits)
+    other = [
+        f"--quantize.{name} {made_from.get(name)} instead of {settings[name]}"
+        for name in differences(made_from, settings)
+    ]
+    seen = made_from["calibration"]
+    if (
+        seen
+        and options.sequences != seen["sequences"]
+        and not (seen["all"] and options.sequences > seen["sequences"])
+    ):
+        other.append(f"--quantize.sequences {seen['sequences']} instead of {options.sequences}")
+    if other:
         raise ValueError(
-            f"{folder} has groups of {there}, --quantize.group_size {asked} is asked for: give "
-            "another folder (OUT=… of make, --out)"
+            f"{run.directory.model(demand.bits, demand.engine)} was made with {', '.join(other)}: give another folder "
+            "(OUT=… of make, --out), or quantize it again as the table asks"
         )
 
 
@@ -163,7 +173,7 @@ def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
     commands: list[Command] = []
     fresh = not run.finished
     # What fit quantizes: the suite's own engine, where a line asks for it.
-    engines = sorted({d.engine for d in demands if d.bits != 16}, key=lambda name: (name != "native", name))
+    engines = sorted({d.engine for d in demands if d.bits != 16}, key=lambda name: (name != DEFAULT, name))
     first = engines[0] if engines else run.quantization.engine
     by_engine = {engine: _bits(demands, engine) for engine in engines}
     if fresh:
@@ -250,19 +260,11 @@ def _stage(
     evaluations: int,
 ) -> Command:
     """A stage command; what quantization depends on is as in the table's configuration, not in the run's."""
-    made = run.quantization
     arguments = [kind, str(run.directory.root), "--quantize.engine", engine]
     if bits is not None:
         arguments += ["--quantize.bits", _list(bits)]
     if kind == "quantize":
-        arguments += [
-            "--quantize.group_size",
-            str(made.group_size),
-            "--quantize.sequences",
-            str(made.sequences),
-        ]
-        arguments += ["--quantize.symmetric", str(made.symmetric).lower()]
-        arguments += ["--quantize.refit_norm", str(made.refit_norm).lower()]
+        arguments += run.quantization.of_engine(engine).arguments()
     return Command(kind, run, engine, (*arguments, *run.moved(), *options), evaluations)
 
 

@@ -11,11 +11,12 @@ from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.experiments import find
 from qtale_lightning.manifest import digest
-from qtale_lightning.origin import origin
 from qtale_lightning.plan import optimizer_steps, training_flops
 from qtale_lightning.precision import PRECISIONS
 from qtale_lightning.quantization.options import QuantizationOptions
-from qtale_lightning.report.results import FILE_NAME, Results, load_or_new
+from qtale_lightning.results.origin import origin
+from qtale_lightning.results.schema import FILE_NAME, Results
+from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory, identity
 from qtale_lightning.tables.declaration import Line, Option
 from qtale_lightning.tables.request import Request

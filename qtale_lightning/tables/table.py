@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from qtale_lightning.experiments import names
-from qtale_lightning.report.results import Evaluation, Results
+from qtale_lightning.results.schema import Evaluation, Results
 from qtale_lightning.tables.declaration import BudgetRule, Declaration, Line
 from qtale_lightning.tables.request import Request
 from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands

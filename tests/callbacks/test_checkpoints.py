@@ -20,7 +20,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.finite import NonFiniteError
 from qtale_lightning.manifest import DamagedFileError
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.report.results import load_or_new
+from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory
 
 SCORES = {4: 3.0, 8: 1.0, 12: 2.0}  # by step: the second of three validations is the best

@@ -15,7 +15,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.paths import path_codes
-from qtale_lightning.report.results import load_results, update_results
+from qtale_lightning.results.store import load_results, update_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tracking import WandbTracker
 from tests.objectives import objective

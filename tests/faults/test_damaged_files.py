@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from tests.faults.conftest import Count
 
 pytestmark = pytest.mark.slow

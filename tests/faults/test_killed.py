@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qtale_lightning.manifest import digest
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from tests.faults.conftest import Count
 from tests.faults.starter import Starter
 

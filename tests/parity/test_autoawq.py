@@ -21,6 +21,7 @@ from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization import autoawq, awq
 from qtale_lightning.quantization.awq import output_error
 from qtale_lightning.quantization.calibration import Batch, Moments
+from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import (
@@ -40,7 +41,7 @@ GROUP = 32
 MODEL_GROUP = 16
 TOKENS = 512
 VOCABULARY = 96
-ENGINES = {"native": awq.search, "autoawq": autoawq.search}
+COMPARED = ("native", "autoawq")
 
 
 def quantizer(bits: int, symmetric: bool = False, group_size: int = GROUP) -> Any:
@@ -394,9 +395,9 @@ def test_mixed_bits_of_one_input_are_refused_before_any_compute() -> None:
     model.model.layers[0].register_forward_pre_hook(lambda module, args: pytest.fail("the model ran"))
     bits = uniform(linear_shapes(model), 4, {"model.layers.1.self_attn.v_proj": 8})
     with pytest.raises(
-        ValueError, match=r"layers\.1\.self_attn\.q_proj has 4 and .*v_proj has 8; .* engine native"
+        ValueError, match=r"layers\.1\.self_attn\.q_proj has 4 and .*v_proj has 8; .* another engine"
     ):
-        autoawq.search(model, make_batches(), [bits], MODEL_GROUP)
+        ENGINES["autoawq"](model, make_batches(), [bits], MODEL_GROUP)
 
 
 def test_a_search_without_a_finite_error_names_the_layer() -> None:
@@ -421,15 +422,15 @@ def test_too_few_tokens_name_the_layer() -> None:
 @pytest.fixture
 def fresh_import() -> Iterator[None]:
     """The package is imported anew, before the test and after it."""
-    autoawq._quantizer_class.cache_clear()
+    autoawq.quantizer_class.cache_clear()
     yield
-    autoawq._quantizer_class.cache_clear()
+    autoawq.quantizer_class.cache_clear()
 
 
 @pytest.mark.usefixtures("fresh_import")
 def test_the_packages_farewell_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer(4)
-    autoawq._quantizer_class.cache_clear()
+    autoawq.quantizer_class.cache_clear()
     monkeypatch.delitem(sys.modules, "awq")  # its submodules stay: only the farewell is said again
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -456,7 +457,7 @@ def test_other_warnings_of_the_import_are_heard(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.usefixtures("fresh_import")
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "awq.quantize.quantizer", None)
-    with pytest.raises(ImportError, match=r"pip install autoawq==0\.2\.9, or choose the engine native"):
+    with pytest.raises(ImportError, match=r"pip install autoawq==0\.2\.9, or choose another engine"):
         search("autoawq", make_model())
 
 
@@ -483,11 +484,11 @@ def test_native_is_as_good_as_autoawq(bits: int) -> None:
 
     On one model either engine may win by a third; the mean of these is less noisy, and about half of rtn's error.
     """
-    errors = dict.fromkeys((*ENGINES, "rtn"), 0.0)
+    errors = dict.fromkeys((*COMPARED, "rtn"), 0.0)
     for seed in range(8):
         model, rows = make_model(seed, kv_heads=4 if seed % 2 else 2), make_rows(32, 24, seed=2)
         expected = model(rows).logits
-        recipes = {engine: search(engine, model, bits) for engine in ENGINES}
+        recipes = {engine: search(engine, model, bits) for engine in COMPARED}
         recipes["rtn"] = round_to_nearest(uniform(linear_shapes(model), bits, {}), MODEL_GROUP)
         for engine, recipe in recipes.items():
             errors[engine] += (quantized(model, recipe)(rows).logits - expected).square().mean().item()

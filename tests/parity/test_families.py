@@ -24,6 +24,7 @@ from qtale_lightning.models.families import classes_of
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
@@ -235,6 +236,26 @@ def test_a_search_changes_no_logit_and_helps_to_round(make: Make) -> None:
 
     # The fit of the final norm is regularised: on a few tokens it may gain nothing, and never loses much.
     assert error(norm) < 1.05 * error(None) < 1.05 * error(None, plain=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # AutoAWQ's farewell
+@pytest.mark.parametrize("engine", [name for name, one in ENGINES.items() if one.calibrates])
+@torch.no_grad()
+def test_every_engine_beats_rounding(make: Make, engine: str) -> None:
+    """On what its own quantized layers give, too: a family's layers run with what a search found for them."""
+    torch.manual_seed(3)
+    model, rows = make(threshold=0.0), torch.randint(3, 97, (8, LENGTH))
+    batches, bits = padded_batches(rows.tolist()), uniform(linear_shapes(model), 3, {})
+    expected = model(rows).logits
+
+    def error(name: str, **more: Any) -> float:
+        packed = copy.deepcopy(model)
+        quantize_model(packed, ENGINES[name](model, batches, [bits], GROUP, **more)[0])
+        return float((packed(rows).logits - expected).square().mean())
+
+    plain = error("rtn")
+    assert error(engine) < plain
+    assert error(engine, sequential=True) < plain
 
 
 def test_parameters_and_shapes_are_counted_right(dense: PreTrainedModel) -> None:

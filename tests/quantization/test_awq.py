@@ -308,4 +308,4 @@ def test_what_leaves_an_error_that_isnt_finite_is_refused(
     model = make_model()
     bits = uniform(linear_shapes(model), 4, {})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.down_proj at 4 bits has no finite"):
-        awq.Search("some", search_layer, lambda family: ())(model, [{"input_ids": rows}], [bits], GROUP)
+        awq.Search(search_layer)(model, [{"input_ids": rows}], [bits], GROUP)

@@ -115,7 +115,7 @@ def test_the_config_says_how(precision: str, make_routed: MakeRouted, tmp_path: 
         "bits": recipe.bits if precision == "mixed" else PRECISIONS[precision][0],
         "group_size": GROUP,
         "zero_point": precision != "symmetric",
-        "engine": "rtn",
+        "engine": "",
         "refit_norm": False,
         "quant_method": "awq" if precision == "4" else "qtale",
     }

@@ -1,6 +1,7 @@
 """What can't be quantized is refused before training, with the option to change."""
 
 import re
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ def check(reserved_tokens: int = RESERVED, **options: Any) -> None:
         {"bits": (3.5, 4), "group_size": 32, "symmetric": True},
         {"engine": "rtn", "sequences": 1},
         {"engine": "autoawq", "patterns": {"*.down_proj": 8}},
+        {"engine": "gptq", "sequential": True, "options": {"percdamp": 1, "act_order": True}},
         {"bits": (), "sequences": 1},  # nothing to quantize needs no calibration
         {"sequences": -(-MIN_TOKENS // RESERVED)},
     ],
@@ -37,7 +39,20 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "gptq"}, "--quantize.engine 'gptq': choose one of native, autoawq, rtn"),
+        ({"engine": "awk"}, "--quantize.engine 'awk': choose one of native, autoawq, gptq, rtn"),
+        (
+            {"options": {"percdamp": 0.1}},
+            "--quantize.options: the engine native has no option 'percdamp': .* none",
+        ),
+        (
+            {"engine": "gptq", "options": {"damp": 1}},
+            "--quantize.options: .*'damp': it has percdamp, act_order",
+        ),
+        ({"engine": "gptq", "options": {"act_order": 1}}, "--quantize.options: act_order must be a bool"),
+        (
+            {"engine": "rtn", "sequential": True},
+            "--quantize.sequential: the engine rtn looks at no sequences",
+        ),
         ({"sequences": 0}, "--quantize.sequences 0 must be positive"),
         ({"sequences": -3, "engine": "rtn"}, "--quantize.sequences -3 must be positive"),
         ({"sequences": 15}, "--quantize.sequences 15 .* 30 tokens, .* needs 32: give at least 16$"),
@@ -47,8 +62,8 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
         ({"group_size": 256}, "--quantize.group_size 256: .* input width 128 of .*q_proj.* such as 128"),
         ({"group_size": 0}, "--quantize.group_size 0: group_size must be positive"),
         ({"bits": (3.5,), "group_size": 100}, "--quantize.bits 3.5, --quantize.group_size 100: .*q_proj"),
-        ({"bits": (3.5,), "engine": "rtn"}, "--quantize.bits 3.5, .* engine native's measured errors"),
-        ({"bits": (3.5,), "engine": "autoawq"}, "--quantize.bits 3.5, .* engine native's measured errors"),
+        ({"bits": (3.5,), "engine": "rtn"}, "--quantize.bits 3.5, .*: choose --quantize.engine native"),
+        ({"bits": (3.5,), "engine": "autoawq"}, "--quantize.bits 3.5, .*: choose --quantize.engine native"),
         ({"bits": (3.5,), "patterns": {"*": 8}}, "--quantize.bits 3.5, .* leave --quantize.patterns out"),
         ({"bits": (1.5,)}, "--quantize.bits 1.5, .* lies between 2 and 8"),
         ({"bits": (8.5,)}, "--quantize.bits 8.5, .* lies between 2 and 8"),
@@ -87,11 +102,30 @@ def test_only_averages_need_candidates() -> None:
 
 
 def test_only_round_to_nearest_needs_no_calibration() -> None:
-    assert {engine: QuantizationOptions(engine=engine).calibrates for engine in ENGINES} == {
-        "native": True,
-        "autoawq": True,
-        "rtn": False,
-    }
+    assert [engine for engine in ENGINES if not QuantizationOptions(engine=engine).calibrates] == ["rtn"]
+
+
+def test_only_the_default_engine_fits_the_norm_and_only_if_asked() -> None:
+    assert [engine for engine in ENGINES if QuantizationOptions(engine=engine).refits] == ["native"]
+    assert not QuantizationOptions(refit_norm=False).refits
+
+
+def test_another_engine_takes_what_it_has() -> None:
+    given = QuantizationOptions(engine="gptq", group_size=32, sequential=True, options={"act_order": True})
+    assert given.of_engine("gptq") is given
+    assert given.of_engine("native") == QuantizationOptions(engine="native", group_size=32, sequential=True)
+    assert given.of_engine("rtn") == QuantizationOptions(engine="rtn", group_size=32)
+
+
+def test_settings_are_all_that_a_packed_model_depends_on() -> None:
+    """Besides the model and the sequences; an option that is as declared says so, too."""
+    settings = QuantizationOptions(engine="gptq", patterns={"*": 8}, options={"act_order": True}).settings(4)
+    assert settings == {
+        "engine": "gptq", "group_size": 128, "symmetric": False, "sequential": False,
+        "options": {"percdamp": 0.01, "act_order": True}, "bits": 4, "patterns": {"*": 8}, "refit_norm": False,
+    }  # fmt: skip
+    assert settings.keys() == {option.name for option in fields(QuantizationOptions)} - {"sequences"}
+    assert QuantizationOptions(patterns={"*": 8}).settings(3.5)["patterns"] == {}
 
 
 def test_round_to_nearest_has_the_engines_interface(make_routed: MakeRouted) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qtale_lightning.report.results import Evaluation, Results
+from qtale_lightning.results.schema import Evaluation, Results
 
 TASKS = {
     "piqa": 1838,

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.report.compare import compare, comparison_markdown, plot_comparison
-from qtale_lightning.report.results import Results, save_results
+from qtale_lightning.results.schema import Results
+from qtale_lightning.results.store import save_results
 
 
 def two_runs(results: Results) -> list[Results]:

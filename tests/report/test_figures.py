@@ -10,9 +10,10 @@ from matplotlib import pyplot
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
-from qtale_lightning.report import Results, save_results, write_figures
+from qtale_lightning.report import write_figures
 from qtale_lightning.report.figures import PANELS, STYLES, plot_accuracy, plot_layers, plot_losses
-from qtale_lightning.report.series import validation_series
+from qtale_lightning.results import Results, save_results
+from qtale_lightning.results.series import validation_series
 
 
 def drawn(figure: Figure, panel: int) -> list[np.ndarray]:

@@ -9,7 +9,8 @@ import pytest
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from qtale_lightning.report import Results, markdown, save_results, write_report
+from qtale_lightning.report import markdown, write_report
+from qtale_lightning.results import Results, save_results
 
 PARSER = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 HOSTILE = [

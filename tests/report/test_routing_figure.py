@@ -8,8 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from qtale_lightning.report import Results, save_results, write_figures
+from qtale_lightning.report import write_figures
 from qtale_lightning.report.routing_figure import plot_routing
+from qtale_lightning.results import Results, save_results
 
 LAYERS = 30
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.report import Results, save_results, validate
 from qtale_lightning.report.compare import compare
 from qtale_lightning.report.figures import plot_accuracy
 from qtale_lightning.report.notes import noise_notes, protocol_lines
-from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.scores import score_header, score_text
-from qtale_lightning.report.series import best_row
 from qtale_lightning.report.tables import evaluation_frame, evaluation_table, page
+from qtale_lightning.results import Results, save_results, validate
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import best_row
 
 Row = Callable[..., Evaluation]
 

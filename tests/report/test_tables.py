@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qtale_lightning.report import (
-    Results,
-    markdown,
-    print_summary,
-    save_results,
-    write_markdown,
-    write_report,
-)
+from qtale_lightning.report import markdown, print_summary, write_markdown, write_report
 from qtale_lightning.report.notes import cost_notes, noise_notes
-from qtale_lightning.report.results import Evaluation
 from qtale_lightning.report.tables import evaluation_frame, page
+from qtale_lightning.results import Results, save_results
+from qtale_lightning.results.schema import Evaluation
 
 Row = Callable[..., Evaluation]
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qtale_lightning.report import Results, markdown, print_summary
+from qtale_lightning.report import markdown, print_summary
 from qtale_lightning.report.tables import evaluation_table, search_table, selection_table
 from qtale_lightning.report.terminal import FactTable, print_page, print_table
+from qtale_lightning.results import Results
 
 Row = Callable[..., Any]
 

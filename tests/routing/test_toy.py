@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from qtale_lightning.routing import METHODS, Method, register
 from qtale_lightning.routing.method import Pass
 from qtale_lightning.tables.declaration import Cell

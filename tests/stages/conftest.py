@@ -10,9 +10,9 @@ from torch import nn
 
 from qtale_lightning import stages
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.origin import origin
-from qtale_lightning.report.metadata import run_metadata
-from qtale_lightning.report.results import update_results
+from qtale_lightning.results.metadata import run_metadata
+from qtale_lightning.results.origin import origin
+from qtale_lightning.results.store import update_results
 from qtale_lightning.run import RunDirectory
 
 

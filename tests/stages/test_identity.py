@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.evaluation.predictions import load_predictions, predictions_file
-from qtale_lightning.report.results import load_results
-from qtale_lightning.report.series import other_rows, own_rows, validation_series
+from qtale_lightning.results.predictions import load_predictions, predictions_file
+from qtale_lightning.results.series import other_rows, own_rows, validation_series
+from qtale_lightning.results.store import load_results
 from qtale_lightning.run import RunDirectory
 
 pytestmark = pytest.mark.slow
@@ -83,6 +83,8 @@ def test_a_row_that_doesnt_say_its_model_is_measured_again(run: RunDirectory) ->
     (run.root / "manifest.json").unlink()
     (run.root / "results.json").write_text(json.dumps(results), encoding="utf-8")
     assert len(own_rows(load_results(run.root))) == 4
+    main(["report", str(run.root)])
+    assert "fingerprints: 4 of 4 rows have none" in (run.root / "results.md").read_text(encoding="utf-8")
     main(["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"])
     assert [row["theta"] for row in rows(run) if "fingerprint" in row] == [0.3]
     assert len(load_results(run.root)["evaluation"]) == 8, "in the place of the old one"
@@ -129,7 +131,58 @@ def test_other_options_make_it_anew_and_its_figures_go(
     assert len(rows(run)) == 4
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("kept", [None, {"model": "another", "sequences": "some", "group_size": 32}])
+def test_a_packed_model_of_before_is_measured_as_it_is_and_made_anew(run: RunDirectory, kept: Any) -> None:
+    file = run.model(4, "rtn") / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"]["made_from"] = kept
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (run.root / "manifest.json").unlink()
+    again = ["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"]
+    main(again)
+    found = [row for row in rows(run) if row["fingerprint"]["quantization"] == {}]
+    assert [row["theta"] for row in found] == [0.3]
+    main(again)
+    assert [row for row in rows(run) if row["fingerprint"]["quantization"] == {}] == found, (
+        "it is known again"
+    )
+    main(["report", str(run.root)])
+    main(["quantize", str(run.root)])
+    assert rows(run) == []
+    main(again)
+    assert [row["fingerprint"]["quantization"]["group_size"] for row in rows(run)] == [32]
+
+
+@pytest.mark.parametrize(
+    ("more", "setting"),
+    [
+        (("--quantize.group_size", "64"), {"group_size": 64}),
+        (("--quantize.symmetric", "true"), {"symmetric": True}),
+        (("--quantize.patterns", '{"*.down_proj": 8}'), {"patterns": {"*.down_proj": 8}}),
+    ],
+)
+def test_a_requantized_model_is_measured_and_its_row_says_how_it_was_made(
+    run: RunDirectory, more: tuple[str, ...], setting: dict[str, Any]
+) -> None:
+    """Even where the rows of the old one are put back behind the run's back: their fingerprints tell them."""
+    results = (run.root / "results.json").read_bytes()
+    (before,) = (row for row in rows(run) if (row["theta"], row["split"]) == (0.3, "validation"))
+    main(["quantize", str(run.root), *more])
+    (run.root / "manifest.json").unlink()
+    (run.root / "results.json").write_bytes(results)
+    main(["evaluate", str(run.root), "--bits", "4", "--theta", "0.3"])
+    (after,) = (row for row in rows(run) if (row["theta"], row["split"]) == (0.3, "validation"))
+    assert after["average_nll"] != before["average_nll"]
+    made, old = (row["fingerprint"]["quantization"] for row in (after, before))
+    assert made == old | setting
+    assert made["model"] == rows(run, 16)[0]["fingerprint"]["model"], "of the exported weights"
+    assert rows(run, 16)[0]["fingerprint"]["quantization"] is None
+    main(["report", str(run.root)])
+    page = (run.root / "results.md").read_text(encoding="utf-8").replace("\\", "")
+    (name, value), *_ = setting.items()
+    assert f"{name} {value}" in page
+
+
 def test_other_calibration_sequences_and_another_base_make_it_anew(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:

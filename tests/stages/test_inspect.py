@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.report.results import load_results
 from qtale_lightning.report.routing_figure import plot_routing
+from qtale_lightning.results.store import load_results
 from qtale_lightning.run import RunDirectory
 
 SMALL = ("--data.limit_validation", "40", "--data.limit_train", "64", "--data.calibration_rows", "8")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.evaluation.predictions import compare_predictions, load_predictions, predictions_file
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.report import write_markdown
-from qtale_lightning.report.results import load_results, save_results
+from qtale_lightning.results.predictions import compare_predictions, load_predictions, predictions_file
+from qtale_lightning.results.store import load_results, save_results
 from qtale_lightning.run import RunDirectory
 
 pytestmark = pytest.mark.slow

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.evaluation.predictions import predictions_file
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.predictions import predictions_file
+from qtale_lightning.results.store import load_results
 from qtale_lightning.stages.writing import FOLDER
 
 pytestmark = pytest.mark.slow

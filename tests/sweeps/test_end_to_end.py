@@ -10,7 +10,7 @@ import pytest
 from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
 from qtale_lightning.__main__ import main
-from qtale_lightning.report.results import load_results
+from qtale_lightning.results.store import load_results
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.sweeps.definition import read_sweep
 

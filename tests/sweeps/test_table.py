@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from qtale_lightning.report.results import Results, save_results
+from qtale_lightning.results.schema import Results
+from qtale_lightning.results.store import save_results
 from qtale_lightning.sweeps.figure import plot_parallel
 from qtale_lightning.sweeps.outcome import outcome
 from qtale_lightning.sweeps.table import records, sweep_frame, write_table

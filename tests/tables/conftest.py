@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,14 @@ import pytest
 import yaml
 
 from qtale_lightning.cli import QTALECLI
-from qtale_lightning.evaluation.predictions import Prediction, save_predictions
-from qtale_lightning.fingerprint import Fingerprint, of_model, of_split
+from qtale_lightning.digests import of_model, of_split
 from qtale_lightning.launching import Job, Local
-from qtale_lightning.origin import origin
-from qtale_lightning.report.results import Evaluation, load_or_new, save_results, upsert_evaluation
+from qtale_lightning.quantization.options import QuantizationOptions
+from qtale_lightning.results.fingerprints import FORMAT, Fingerprint, fingerprint, made
+from qtale_lightning.results.origin import origin
+from qtale_lightning.results.predictions import Prediction, save_predictions
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.store import load_or_new, save_results, upsert_evaluation
 from qtale_lightning.routing import METHODS
 from qtale_lightning.run import RunDirectory
 
@@ -41,7 +45,6 @@ class FakeCommands:
         self.fails: tuple[str, ...] = ()
         self.stops: int | None = None
         self.advantage = {"full": 0.3, "static": 0.2, "qtale": 0.1, "mod": 0.05, "dllm": 0.0, "random": -0.1}
-        self.group_size = 32
 
     at_once = 1
 
@@ -102,18 +105,22 @@ class FakeCommands:
         (run.root / "metrics.csv").write_text("step,train/flip_ratio\n1,0.3\n2,\n3,0.2\n")
         (run.root / "results.md").write_text("done")
         quantization = cli.quantization
-        self._make(run, quantization.bits, quantization.engine)
+        self._make(run, quantization)
         self._grid(run, quantization.bits, quantization.engine, cli.sweep.grid())
 
     def _quantize(self, options: list[str]) -> None:
-        self._make(RunDirectory(options[0]), _value(options, "bits"), _value(options, "engine"))
+        names = [option.name for option in fields(QuantizationOptions)]
+        asked = {name: _value(options, name) for name in names if f"--quantize.{name}" in options}
+        self._make(RunDirectory(options[0]), QuantizationOptions(**asked))
 
-    def _make(self, run: RunDirectory, bits: Sequence[float], engine: str) -> None:
-        for width in bits:
-            folder = run.model(width, engine)
+    def _make(self, run: RunDirectory, options: QuantizationOptions) -> None:
+        calibration = {"digest": "of them", "sequences": options.sequences, "all": False}
+        began = {"format": FORMAT, "model": of_model(run.model()), "calibration": calibration}
+        for width in options.bits:
+            folder = run.model(width, options.engine)
             folder.mkdir(exist_ok=True)
-            config = {"quantization_config": {"group_size": self.group_size}}
-            (folder / "config.json").write_text(json.dumps(config))
+            made_from = began | options.settings(width)
+            (folder / "config.json").write_text(json.dumps({"quantization_config": {"made_from": made_from}}))
 
     def _thresholds(self, options: list[str]) -> None:
         run, rule = RunDirectory(options[0]), _value(options, "rule")
@@ -152,8 +159,8 @@ class FakeCommands:
 
     @staticmethod
     def _fingerprint(run: RunDirectory, bits: float, engine: str) -> Fingerprint:
-        model = of_model(run.model(bits, engine))
-        return {"model": model, "questions": of_split(ROWS["validation"]), "protocol": "the same"}
+        model, made_from = of_model(run.model(bits, engine)), made(run.quantization_config(bits, engine))
+        return fingerprint(model, made_from, of_split(ROWS["validation"]), {})
 
     @staticmethod
     def _configuration(run: RunDirectory) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qtale_lightning.evaluation.predictions import Prediction, save_predictions
+from qtale_lightning.results.predictions import Prediction, save_predictions
 from qtale_lightning.tables.bold import Side, difference, is_better
 
 Make = Callable[..., Side]

@@ -1,5 +1,7 @@
 """A table from its command line: what it plans is what it runs, and failures are said."""
 
+import json
+import re
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
@@ -81,16 +83,59 @@ def test_a_line_like_one_that_failed_fails(arguments: Arguments, commands: Any) 
     assert row_of(found, "D-LLM", 4)["values"]["nll"]
 
 
-@pytest.mark.slow
-def test_other_groups_than_asked_for_are_refused_before_anything_runs(
+CALIBRATED = {"digest": "of them", "sequences": 40}
+
+
+def requantized(given: list[str], made: dict[str, Any]) -> None:
+    """A precision of the first seed is another one now."""
+    file = Path(given[4]) / "tiny-qtale-facts-s0" / "model-awq-4bit" / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["quantization_config"]["made_from"] |= made
+    file.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        ({"group_size": 16}, "--quantize.group_size 16 instead of 32"),
+        ({"symmetric": True}, "--quantize.symmetric True instead of False"),
+        ({"refit_norm": False}, "--quantize.refit_norm False instead of True"),
+        ({"patterns": {"*.down_proj": 8}}, "--quantize.patterns {'*.down_proj': 8} instead of {}"),
+        ({"calibration": CALIBRATED | {"all": False}}, "--quantize.sequences 40 instead of"),
+    ],
+)
+def test_a_precision_by_other_settings_is_refused_before_anything_runs(
+    arguments: Arguments, commands: Any, made: dict[str, Any], says: str
+) -> None:
+    """One seed's was requantized by hand; the other seed's would be made as the table asks."""
+    table(arguments("csqa"), commands)
+    commands.started.clear()
+    requantized(arguments("csqa"), made)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        table(arguments("csqa", "--seeds", "0,1"), commands)
+    assert commands.started == []
+
+
+def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
     arguments: Arguments, commands: Any
 ) -> None:
-    commands.group_size = 16
-    table(arguments("csqa", "--quantize.group_size", "16"), commands)
+    table(arguments("csqa"), commands)
     commands.started.clear()
-    with pytest.raises(ValueError, match=r"has groups of 16, --quantize\.group_size 32 is asked for"):
-        table(arguments("csqa"), commands)
+    requantized(arguments("csqa"), {"calibration": CALIBRATED | {"all": True}})
+    table(arguments("csqa"), commands)
+    assert commands.kinds() == ["sweep"], "of another model, but by the settings that are asked for"
+
+
+def test_what_the_table_makes_is_made_as_it_asks_and_it_says_so(arguments: Arguments, commands: Any) -> None:
+    more = ("--quantize.symmetric", "true", "--quantize.sequential", "true")
+    given = arguments("quantizers", "--quantize.patterns", '{"*.down_proj": 8}', *more)
+    table(given, commands)
+    assert "quantize" in commands.kinds()
+    commands.started.clear()
+    table(given, commands)
     assert commands.started == []
+    page = (folder(given, "quantizers") / "table.md").read_text(encoding="utf-8")
+    assert "Made at 4 bits, native: group_size 32, patterns {'\\*.down_proj': 8}, refit_norm True" in page
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
         (HEAD + "  - {name: a, method: qtale, theta: {rule: budget}}\n", "cells.0.theta: give either 'budget'"),
         (HEAD + "  - {name: a, method: full, bit: [3]}\n", "cells.0.bit: Extra inputs"),
         (HEAD + "  - {name: a, method: full, bits: [0]}\n", "cells.0.bits.0: Input should be"),
-        (HEAD + "  - {name: a, method: full, engine: [gptq]}\n", "cells.0.engine.0: Input should be 'native'"),
+        (HEAD + "  - {name: a, method: full, engine: [awk]}\n", "cells.0.engine.0: 'awk': choose one of native,"),
         (HEAD + "  - {name: a, method: full, options: {quantize.bits: 3}}\n", "options.quantize.bits: only"),
         (HEAD + "  - {name: a, method: full}\n  - {name: a, method: full}\n", "2 lines are the same: 'a'"),
         (

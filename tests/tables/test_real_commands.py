@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def arguments(generality: Path, tmp_path_factory: pytest.TempPathFactory) -> Arg
 def nothing_beside(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests run for real, and takes most of a small run's time: its own figures, and AutoAWQ's search."""
     monkeypatch.setattr(report_figures, "write_figures", lambda run_dir: [])
-    monkeypatch.setitem(ENGINES, "autoawq", ENGINES["rtn"])
+    monkeypatch.setitem(ENGINES, "autoawq", replace(ENGINES["rtn"], name="autoawq"))
 
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / FOLDER).glob("*.yaml")))

@@ -27,7 +27,8 @@ def content() -> dict[str, Any]:
     return {
         "table": HOSTILE, "title": HOSTILE, "model": HOSTILE, "data": [HOSTILE], "seeds": [0],
         "command": f"```\n{HOSTILE}", "base": [HOSTILE], "unlike_the_paper": [HOSTILE],
-        "commits": [HOSTILE], "hardware": [HOSTILE], "protocols": {HOSTILE: {HOSTILE: HOSTILE}}, "questions": [20],
+        "commits": [HOSTILE], "hardware": [HOSTILE], "protocols": {HOSTILE: {HOSTILE: HOSTILE}},
+        "quantization": [HOSTILE], "questions": [20],
         "compare": ["bits"], "notes": [HOSTILE], "columns": columns, "rows": [row, failed],
         "differences": [{"row": 1, "against": 0, "values": {}}],
     }  # fmt: skip

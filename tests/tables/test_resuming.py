@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.report.results import load_results, save_results
+from qtale_lightning.results.store import load_results, save_results
 from tests.tables.files import folder, table
 
 Arguments = Callable[..., list[str]]

@@ -3,9 +3,11 @@
 from collections.abc import Iterable
 from typing import Literal
 
-from qtale_lightning.fingerprint import of_split, same_questions
-from qtale_lightning.report.results import Evaluation, Results, place, same_theta
-from qtale_lightning.report.selection import Selected
+from qtale_lightning.digests import of_split
+from qtale_lightning.results.fingerprints import same_questions
+from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.selection import Selected
+from qtale_lightning.results.store import place, same_theta
 
 Split = Literal["calibration", "validation"]
 

@@ -9,7 +9,9 @@ import pytest
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.accuracy import accuracy_by_task
-from qtale_lightning.evaluation.predictions import (
+from qtale_lightning.evaluation.statistics import paired_difference
+from qtale_lightning.manifest import DamagedFileError
+from qtale_lightning.results.predictions import (
     Prediction,
     by_task,
     compare_predictions,
@@ -18,8 +20,6 @@ from qtale_lightning.evaluation.predictions import (
     predictions_file,
     save_predictions,
 )
-from qtale_lightning.evaluation.statistics import paired_difference
-from qtale_lightning.manifest import DamagedFileError
 
 METRICS = {"piqa": "acc_norm", "boolq": "acc"}
 ROW: dict[str, Any] = {

@@ -7,9 +7,10 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-from qtale_lightning.report.results import Git, Run
+from qtale_lightning.quantization.engines import ENGINES
+from qtale_lightning.results.schema import Git, Run
 
-PACKAGES = ("torch", "transformers", "lightning", "peft", "autoawq", "wandb", "datasets", "torchmetrics")
+PACKAGES = ("torch", "transformers", "lightning", "peft", "wandb", "datasets", "torchmetrics")
 
 
 def run_metadata(model: str, method: str, data: str, seed: int, command: str, source: str) -> Run:
@@ -49,11 +50,12 @@ def git_state(folder: Path) -> Git | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the installed ones among `PACKAGES`, and whose operations run on the CPU."""
+    """Versions of Python and of the installed ones among `PACKAGES` and engines', and whose operations the CPU runs."""
     from qtale_lightning import cpu  # here, so that reading a report doesn't wait for torch
 
     installed = {"python": platform.python_version()}
-    for package in PACKAGES:
+    quantizers = [package for engine in ENGINES.values() for package in engine.packages]
+    for package in (*PACKAGES, *quantizers):
         try:
             installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

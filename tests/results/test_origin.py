@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qtale_lightning.origin import origin
+from qtale_lightning.results.origin import origin
 
 
 @pytest.fixture

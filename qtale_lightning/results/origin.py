@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qtale_lightning import fingerprint, manifest
+from qtale_lightning import digests, manifest
 from qtale_lightning.data.readers import local_file
 from qtale_lightning.tasks import TASKS, Split, resolve_tasks
 
@@ -29,7 +29,7 @@ def origin(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _base(path: str | None) -> str | None:
     folder = None if path is None else Path(path).expanduser()
-    return path if folder is None or not folder.is_dir() else fingerprint.of_base(folder)
+    return path if folder is None or not folder.is_dir() else digests.of_base(folder)
 
 
 def _files(data: Mapping[str, Any]) -> str | None:
@@ -43,4 +43,4 @@ def _files(data: Mapping[str, Any]) -> str | None:
         for split in SPLITS
     }
     there = {name: manifest.digest(file) for name, file in files.items() if file.is_file()}
-    return fingerprint.of(there) if tasks else None
+    return digests.of(there) if tasks else None

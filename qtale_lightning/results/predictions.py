@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from qtale_lightning.data.tokenization import EncodedPrompt
+from qtale_lightning.digests import of
 from qtale_lightning.evaluation.accuracy import ACCURACIES, accuracy_by_task
 from qtale_lightning.evaluation.statistics import ByTask, Estimate, paired_difference
-from qtale_lightning.fingerprint import of
 from qtale_lightning.manifest import DamagedFileError, verify, writing
 
 FOLDER = "predictions"

@@ -8,16 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qtale_lightning.fingerprint import (
-    SAMPLE,
-    of,
-    of_base,
-    of_model,
-    of_protocol,
-    of_rows,
-    of_split,
-    same_questions,
-)
+from qtale_lightning.digests import SAMPLE, of, of_base, of_model, of_rows, of_split
+from qtale_lightning.results.fingerprints import fingerprint, same_questions
 
 
 @dataclass(frozen=True)
@@ -96,8 +88,11 @@ def test_weights_that_are_none_are_left_to_who_loads_them(model: Path, content: 
 
 def test_where_questions_came_from_is_no_part_of_how_they_are_asked() -> None:
     protocol: dict[str, Any] = {"prompt_style": "cloze", "root": "a", "limit_validation": 20, "seed": 0}
-    assert of_protocol(protocol) == of_protocol(protocol | {"root": "b", "limit_validation": None, "seed": 1})
-    assert of_protocol(protocol) != of_protocol(protocol | {"prompt_style": "choice"})
+    elsewhere = protocol | {"root": "b", "limit_validation": None, "seed": 1}
+    assert fingerprint("m", None, "q", protocol) == fingerprint("m", None, "q", elsewhere)
+    assert fingerprint("m", None, "q", protocol) != fingerprint(
+        "m", None, "q", protocol | {"prompt_style": "choice"}
+    )
     assert of({"a": 1, "b": 2}) == of({"b": 2, "a": 1})
 
 

@@ -1,10 +1,4 @@
-"""Fingerprints: by what a result is known again. Content identifies; a path, a name or a count identifies nothing.
-
-A row of results, a file of predictions and a search carry the `Fingerprint` of what made them, a packed model and a
-recipe the digests of the model and the sequences that they were made from. Whoever would use one again computes what it
-would carry if it were made now, and makes it again where that differs. What was kept before there were fingerprints is
-readable, but never known again.
-"""
+"""Digests: by what content is known again. A path, a name or a count identifies nothing."""
 
 import hashlib
 import json
@@ -12,27 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
-
 from qtale_lightning import manifest
 
-FORMAT = 1
-"""Of what is measured and how it is kept; with another one nothing is known again."""
-
-WHENCE = ("root", "revisions", "limit_train", "limit_validation", "calibration_rows", "seed", "mix")
-"""What of a protocol says where questions came from and how they were chosen; which they are, their digest says."""
-
 SAMPLE = 4096  # bytes of each tensor that tell a base model from another one
-
-
-class Fingerprint(TypedDict):
-    """SHA-256, in hexadecimal, of a model's weights and configuration as they lay on the disk; of its questions as they
-    were encoded, with their choices and answers; and of the protocol, how they were asked and measured. θ isn't part
-    of it."""
-
-    model: str
-    questions: str
-    protocol: str
 
 
 def of(content: object) -> str:
@@ -93,27 +69,3 @@ def _of_sampled(path: Path) -> str:
             file.seek(start + begin)
             found.update(file.read(min(SAMPLE, end - begin)))
     return found.hexdigest()
-
-
-def of_protocol(protocol: Mapping[str, Any]) -> str:
-    """Digest of how questions are asked and measured, wherever they came from."""
-    return of({"format": FORMAT, **comparable(protocol)})
-
-
-def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a protocol must agree where rows of the same questions are compared."""
-    return {key: value for key, value in protocol.items() if key not in WHENCE}
-
-
-def same_questions(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rows of results answer the same questions, asked and measured alike.
-
-    Of rows without a fingerprint their number and the protocol is all that is known.
-    """
-    one, two = row.get("fingerprint"), other.get("fingerprint")
-    if one and two:
-        return (one["questions"], one["protocol"]) == (two["questions"], two["protocol"])
-    return (row["examples"], comparable(row["protocol"])) == (
-        other["examples"],
-        comparable(other["protocol"]),
-    )

@@ -11,18 +11,19 @@ from typing import Any
 import pytest
 
 from qtale_lightning.manifest import DamagedFileError
-from qtale_lightning.report import (
+from qtale_lightning.report.notes import protocol_lines
+from qtale_lightning.results import (
     Results,
     load_results,
-    run_metadata,
     save_results,
     update_results,
     upsert_evaluation,
     validate,
 )
-from qtale_lightning.report.metadata import git_state
-from qtale_lightning.report.results import Evaluation, same_theta
-from qtale_lightning.report.series import selected_row, validation_series
+from qtale_lightning.results.metadata import git_state, run_metadata
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import own_rows, selected_row, validation_series
+from qtale_lightning.results.store import same_theta
 
 Row = Callable[..., Evaluation]
 
@@ -38,6 +39,19 @@ def test_the_file_is_plain_json_with_readable_text(tmp_path: Path, qtale: Result
     text = save_results(tmp_path, qtale).read_text("utf-8")
     assert "smallest θ" in text
     assert json.loads(text)["schema"] == 1
+
+
+KEPT = Path(__file__).parents[2] / "experiments" / "results"
+
+
+@pytest.mark.parametrize("file", sorted(KEPT.rglob("results.json")), ids=lambda file: file.parent.name)
+def test_results_of_before_are_readable_and_say_that_nothing_identifies_them(file: Path) -> None:
+    results = validate(json.loads(file.read_text(encoding="utf-8")))
+    count = len(own_rows(results))
+    assert count
+    assert any(
+        f"{count} of {count} rows have none of this version" in line for line in protocol_lines(results)
+    )
 
 
 def test_missing_results_name_the_commands_that_make_them(tmp_path: Path) -> None:

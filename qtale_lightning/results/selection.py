@@ -4,8 +4,8 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict
 
-from qtale_lightning.fingerprint import Fingerprint
-from qtale_lightning.report.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
+from qtale_lightning.results.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
+from qtale_lightning.results.fingerprints import Fingerprint
 
 
 class Difference(TypedDict):

@@ -4,7 +4,7 @@ from typing import NotRequired
 
 from typing_extensions import TypedDict
 
-from qtale_lightning.report.fields import Bits, Count, Fraction, Number, Quantity
+from qtale_lightning.results.fields import Bits, Count, Fraction, Number, Quantity
 
 
 class PathStatistics(TypedDict):
