@@ -55,7 +55,7 @@ def files(preset: str, method: str = "qtale", devices: str | None = None) -> lis
 @pytest.mark.parametrize("devices", [None, *DEVICES])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_papers_setting_whatever_the_devices(preset: str, devices: str | None) -> None:
-    """Values of ../shared/paper.md's record; the effective batch is D-LLM's on any number of devices."""
+    """The paper's and D-LLM's values; the effective batch is D-LLM's on any number of devices."""
     cli = QTALECLI(files(preset, devices=devices), "fit")
     cli.check()
     assert cli.model.name == preset

@@ -70,7 +70,7 @@ def test_importing_the_package_registers_its_models_with_transformers() -> None:
         "import qtale_lightning, transformers\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING\n"
         "assert 'routed_llama' in transformers.CONFIG_MAPPING and 'qtale' in AUTO_QUANTIZER_MAPPING\n"
-        "assert transformers.AutoConfig.for_model('routed_llama').__class__ is qtale_lightning.RoutedConfig\n"
+        "assert isinstance(transformers.AutoConfig.for_model('routed_llama'), qtale_lightning.RoutedConfig)\n"
     )
     assert "transformers" in imported("-c", code)
 

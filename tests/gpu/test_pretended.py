@@ -13,7 +13,6 @@ from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import trace
 from qtale_lightning.evaluation.generation import generate
 from qtale_lightning.evaluation.scoring import score_thresholds
-from qtale_lightning.metrics import router_statistics
 from qtale_lightning.models import RoutedForCausalLM, Routing
 from qtale_lightning.models.sources import load_tokenizer
 from qtale_lightning.module import QTALEModule
@@ -26,6 +25,7 @@ from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import round_to_nearest
 from qtale_lightning.quantization.rtn import Scheme, quantize
+from qtale_lightning.routing.statistics import router_statistics
 from tests.gpu.conftest import Load
 from tests.gpu.pretended import pretended_gpu
 
@@ -122,7 +122,7 @@ def test_losses_and_statistics(gpu: str, load: Load, frozen: bool, training: boo
         losses = module.losses({name: value.to(gpu) for name, value in batch.items()}, routing, 0.5)
     assert losses.total.is_cuda
     assert bool(losses.total.detach().isfinite())
-    router_statistics(routing)
+    router_statistics(routing, "flip_ratio")
     module.validation_ratio.update(routing)
     module.validation_routing.update(routing, 1)
     assert 0 < float(module.validation_ratio.compute().mean()) <= 1

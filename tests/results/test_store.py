@@ -105,7 +105,7 @@ def give_half_a_run(results: Any) -> None:
         (give_text, r"train\.steps: .*integer, not '1500'\nWritten by: .* fit"),
         (give_nan, r"train\.final_losses\.ce: .*finite.*, not nan"),
         (give_split, r"evaluation\.0\.split: .*'calibration' or 'validation', not 'test'"),
-        (give_theta, r"selected\.1\.theta.*: .*less than or equal to 1, not 1\.5\nWritten by: .* sweep"),
+        (give_theta, r"selected\.1\.theta.*: .*less than or equal to 1, not 1\.5\nWritten by: .* thresholds"),
         (give_schema, r"schema: .*1, not 2"),
         (give_half_a_run, r"run\.command: is missing"),
     ],

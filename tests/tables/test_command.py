@@ -123,7 +123,7 @@ def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
     commands.started.clear()
     requantized(arguments("csqa"), {"calibration": CALIBRATED | {"all": True}})
     table(arguments("csqa"), commands)
-    assert commands.kinds() == ["sweep"], "of another model, but by the settings that are asked for"
+    assert commands.kinds() == ["thresholds"], "of another model, but by the settings that are asked for"
 
 
 def test_what_the_table_makes_is_made_as_it_asks_and_it_says_so(arguments: Arguments, commands: Any) -> None:
