@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from qtale_lightning.architectures import ARCHITECTURES, ROUTED, Architecture, architecture_of
+from qtale_lightning.architectures import ARCHITECTURES, ROUTED, architecture_of
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.modeling import RoutedForCausalLM, RoutedModel
 
@@ -51,17 +51,10 @@ def routed_config(base: PreTrainedConfig, **routing: Any) -> RoutedConfig:
     return classes.config(**{**base.to_dict(), "model_type": classes.config.model_type, **routing})
 
 
-def register(architecture: Architecture) -> None:
-    """Make a family's routed model known to transformers' Auto classes."""
-    classes = _classes(architecture.model_type)
-    AutoConfig.register(classes.config.model_type, classes.config, exist_ok=True)
-    AutoModelForCausalLM.register(classes.config, classes.causal_lm, exist_ok=True)
-
-
 @cache
 def _classes(model_type: str) -> Classes:
-    architecture = ARCHITECTURES[model_type]
-    plain: Any = getattr(transformers, architecture.causal_lm)
+    """Made once, and made known to transformers' Auto classes."""
+    plain: Any = getattr(transformers, ARCHITECTURES[model_type].causal_lm)
     fields = RoutedConfig.__annotations__
     config: Any = strict(
         _class(
@@ -75,6 +68,8 @@ def _classes(model_type: str) -> Classes:
     stack = _class((RoutedModel, layers), config_class=config)
     split = [f"Routed{name}" for name in plain._no_split_modules]
     causal_lm = _class((RoutedForCausalLM, plain), config_class=config, stack=stack, _no_split_modules=split)
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     return Classes(plain, config, causal_lm)
 
 
@@ -86,5 +81,5 @@ def _class(bases: tuple[type, type], **namespace: Any) -> Any:
     return made
 
 
-for _architecture in ARCHITECTURES.values():
-    register(_architecture)
+for _model_type in ARCHITECTURES:
+    _classes(_model_type)
