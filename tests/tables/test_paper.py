@@ -70,7 +70,7 @@ def test_the_papers_values_stand_beside_ours_in_its_setting(
         (("--quantize.refit_norm", "false"), "quantize.refit_norm"),
         (("--model.lora_rank", "2"), "model.lora_rank"),
         (("--data.batch_size", "8"), "effective batch"),
-        (("--data", "facts,arc_easy"), "data.tasks"),
+        (("--data.tasks", "facts,arc_easy"), "data.tasks"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
