@@ -50,8 +50,7 @@ def dense_model(name: str, layers: int | None, device: str = "cpu") -> PreTraine
     """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
     if layers is None:
         return load_base(name, dtype=torch.bfloat16).to(device).eval()  # type: ignore[arg-type]
-    config = base_config(name)
-    config.num_hidden_layers = layers
+    config = base_config(name, layers)
     with torch.device("meta"):
         model = classes_of(config).plain(config)
     model = model.to(torch.bfloat16).to_empty(device=device).eval()

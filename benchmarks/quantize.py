@@ -107,8 +107,7 @@ def layer_bytes(model: RoutedForCausalLM) -> int:
 
 def memory_of(name: str, group_size: int) -> tuple[float, float]:
     """Extra bytes of a native search, and the limit, on one layer of a preset's shape: both in MB."""
-    config = base_config(name)
-    config.num_hidden_layers = 1
+    config = base_config(name, layers=1)
     options = {"start_layer": 1}
     model = route(classes_of(config).plain(config), routed_config(config, **options))
     model = model.to(torch.bfloat16).eval()  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "qtale_lightning"
 MAY_IMPORT = {
     "allocator": set(),
     "architectures": set(),
+    "batching": set(),
     "checks": {"schedule"},
     "checkpoints": {"files", "finite", "manifest", "run"},
     "configuration": {
@@ -49,14 +50,14 @@ MAY_IMPORT = {
     },
     "paths": set(),
     "precision": set(),
-    "quantization": {"architectures", "compat", "cpu", "manifest", "values"},
+    "quantization": {"architectures", "batching", "compat", "cpu", "manifest", "values"},
     "results": {"cpu", "data", "digests", "evaluation", "manifest", "quantization", "tasks"},
     "report": {"evaluation", "files", "lazy", "manifest", "results", "tasks"},
     "errors": set(),
     "experiments": set(),
     "evaluation": {
         *("data", "finite", "losses", "manifest"),
-        *("architectures", "metrics", "models", "paths", "quantization", "routing", "values"),
+        *("architectures", "batching", "metrics", "models", "paths", "quantization", "routing", "values"),
     },
     "harness": {"data", "digests", "hub", "manifest", "quantization", "results", "run", "stages", "tasks"},
     "module": {"losses", "metrics", "models", "routing", "settings"},

@@ -1,6 +1,6 @@
 """Questions as trees in one sequence each: what prompts share, the prompts, and their choices, each computed once."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -71,18 +71,6 @@ def trees(questions: Sequence[EncodedPrompt]) -> list[Tree]:
             group = [q]
             found.append(Tree.of(questions, group))
     return found
-
-
-def batches(found: Sequence[Tree], tokens: int) -> Iterator[list[Tree]]:
-    """Trees of similar size, largest first, so that memory runs out at once or never: at most `tokens`, or one tree."""
-    batch: list[Tree] = []
-    for tree in sorted(found, key=lambda tree: -tree.size):
-        if batch and (len(batch) + 1) * batch[0].size > tokens:
-            yield batch
-            batch = []
-        batch.append(tree)
-    if batch:
-        yield batch
 
 
 @dataclass

@@ -1,12 +1,13 @@
 """Answers in writing: a model's greedy continuations of prompts, and how a choice is read from one."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from qtale_lightning.batching import by_length
 from qtale_lightning.evaluation.scoring import Threshold
 from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
@@ -56,7 +57,7 @@ def generate(
     )
     texts = [""] * len(prompts)
     batch_tokens = batch_tokens or (2048 if model.device.type == "cpu" else 16384)
-    for batch in _batches([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
+    for batch in by_length([len(prompt) + max_new_tokens for prompt in prompts], batch_tokens):
         width = max(len(prompts[i]) for i in batch)
         ids = torch.full((len(batch), width), pad, device=model.device)
         mask = torch.zeros_like(ids)
@@ -103,15 +104,3 @@ def read_answer(text: str, labels: Sequence[str], choices: Sequence[str]) -> int
 
 def _plain(text: str) -> str:
     return text.strip().removesuffix(".").rstrip().casefold()
-
-
-def _batches(lengths: Sequence[int], new: int, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, longest first, so that memory runs out at once or never."""
-    batch: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * (lengths[batch[0]] + new) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qtale_lightning.batching import by_length
 from qtale_lightning.data.tokenization import EncodedPrompt
-from qtale_lightning.evaluation.branches import Branches, batches, trees
+from qtale_lightning.evaluation.branches import Branches, trees
 from qtale_lightning.finite import NonFiniteError
 from qtale_lightning.metrics import ExecutionRatio
 from qtale_lightning.models.config import RoutedConfig
@@ -89,7 +90,9 @@ def score_thresholds(
     results = [[np.zeros(len(question.contexts)) for question in questions] for _ in thresholds]
     seconds = [0.0] * count
     batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 8192)
-    for number, batch in enumerate(batches(trees(questions), batch_tokens)):
+    found = trees(questions)
+    for number, rows in enumerate(by_length([tree.size for tree in found], batch_tokens)):
+        batch = [found[row] for row in rows]
         # Who comes first computes what all share: each in turn, so that their times compare.
         order = [(number + turn) % count for turn in range(count)]
         resume = _resume_at(model.config, [thresholds[i] for i in order])

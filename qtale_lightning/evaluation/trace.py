@@ -14,7 +14,7 @@ R = layers − start_layer. Layers before start_layer have no router and execute
 tokens of a text in every layer.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from qtale_lightning.batching import by_length
 from qtale_lightning.evaluation.accuracy import standard_error
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.modeling import RoutedForCausalLM
@@ -82,7 +83,7 @@ def trace(
             the model's own.
     """
     traces: dict[int, Trace] = {}
-    for batch in _batches(texts):
+    for batch in by_length([len(text.ids) for text in texts], BATCH_TOKENS):
         rows = [torch.tensor(texts[i].ids) for i in batch]
         ids, mask = (
             _pad(tensors).to(model.device) for tensors in (rows, [torch.ones_like(row) for row in rows])
@@ -110,18 +111,6 @@ def trace(
 
 def _pad(rows: list[Tensor]) -> Tensor:
     return nn.utils.rnn.pad_sequence(rows, batch_first=True)
-
-
-def _batches(texts: Sequence[Text]) -> Iterator[list[int]]:
-    """Texts of similar length, padded to 2,048 tokens at most."""
-    batch: list[int] = []
-    for i in sorted(range(len(texts)), key=lambda i: len(texts[i].ids)):
-        if batch and (len(batch) + 1) * len(texts[i].ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _nll(model: RoutedForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:

@@ -49,10 +49,15 @@ _SHAPE = (
 )
 
 
-def base_config(name: str) -> PreTrainedConfig:
-    """The configuration of a model that is known by name, without touching weights or network."""
+def base_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    """The configuration of a model that is known by name, without touching weights or network.
+
+    Args:
+        layers: As many instead of its own.
+    """
     family, model = known_model(name)
-    return classes_of(family.model_type).plain.config_class(**model.config)
+    shape = {**model.config} | ({} if layers is None else {"num_hidden_layers": layers})
+    return classes_of(family.model_type).plain.config_class(**shape)
 
 
 def load_tokenizer(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning.batching import by_length
 from qtale_lightning.quantization.mappings import DecoderLayer, decoder_layers, linear_shapes
 from qtale_lightning.quantization.rtn import check_quantizable
 
@@ -26,17 +27,12 @@ def padded_batches(
     sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu", tokens: int = BATCH_TOKENS
 ) -> list[Batch]:
     """Batches of sequences of similar length, padded on the right: at most `tokens` each, or one sequence."""
-    batches: list[Batch] = []
-    rows: list[Tensor] = []
-    ordered = sorted((torch.tensor(sequence, device=device) for sequence in sequences), key=len)
-    for i, row in enumerate(ordered):
-        rows.append(row)
-        if i + 1 == len(ordered) or (len(rows) + 1) * len(ordered[i + 1]) > tokens:
-            lengths = torch.tensor([len(row) for row in rows], device=device)
-            ids = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-            batches.append({"input_ids": ids, "attention_mask": mask.long()})
-            rows = []
+    rows, batches = [torch.tensor(sequence, device=device) for sequence in sequences], list[Batch]()
+    for batch in by_length([len(row) for row in rows], tokens):
+        lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
+        ids = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
+        batches.append({"input_ids": ids, "attention_mask": mask.long()})
     return batches
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import branches
-from qtale_lightning.evaluation.branches import Tree, batches, computed_tokens, trees
+from qtale_lightning.evaluation.branches import Tree, computed_tokens, trees
 from qtale_lightning.evaluation.scoring import score, score_thresholds
 from qtale_lightning.models import RoutedForCausalLM
 from tests.evaluation.test_scoring import TOLERANCE, dense, differences, one_by_one, routed
@@ -86,16 +86,9 @@ def test_a_tree_stays_within_its_tokens(
     assert differences(again.loglikelihoods, [list(v) for v in whole.loglikelihoods]) < TOLERANCE
 
 
-def test_every_pair_is_in_one_batch(few_shot: list[EncodedPrompt]) -> None:
-    for tokens in (1, 100, 10**6):
-        made = list(batches(trees(few_shot), tokens))
-        assert all(
-            len(batch) == 1 or len(batch) * max(tree.size for tree in batch) <= tokens for batch in made
-        )
-        pairs = [
-            pair for batch in made for tree in batch for found in tree.prompts.values() for pair in found
-        ]
-        assert sorted(pairs) == [(q, c) for q, one in enumerate(few_shot) for c in range(len(one.contexts))]
+def test_every_pair_is_in_one_tree(few_shot: list[EncodedPrompt]) -> None:
+    pairs = [pair for tree in trees(few_shot) for found in tree.prompts.values() for pair in found]
+    assert sorted(pairs) == [(q, c) for q, one in enumerate(few_shot) for c in range(len(one.contexts))]
 
 
 def test_a_prompt_that_begins_another_one() -> None:
