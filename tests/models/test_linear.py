@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning.models import linear
 from qtale_lightning.models.linear import RoutedLinear
 
 INPUTS, OUTPUTS = 200, 72  # no multiples of what a kernel takes at a time
@@ -37,6 +38,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         return done[-1]
 
     monkeypatch.setattr(torch, "mv", record)
+    monkeypatch.setattr(linear, "reads_faster_alone", lambda: True)
     return done
 
 
@@ -84,14 +86,24 @@ def test_all_else_is_the_linear_bit_for_bit(
     assert not products
 
 
+@torch.no_grad()
+def test_where_the_kernel_is_slower_it_isnt_called(
+    products: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "reads_faster_alone", lambda: False)
+    plain, routed = pair(torch.bfloat16)
+    assert torch.equal(routed(tokens(1, 1)), plain(tokens(1, 1)))
+    assert not products
+
+
 def test_gradients_are_the_linears(products: list[Tensor]) -> None:
     gradients = []
-    for linear in pair(torch.bfloat16):
+    for one in pair(torch.bfloat16):
         x = tokens(1, 1).requires_grad_()
-        linear(x).square().sum().backward()
-        assert linear.weight.grad is not None
+        one(x).square().sum().backward()
+        assert one.weight.grad is not None
         assert x.grad is not None
-        gradients.append((linear.weight.grad, x.grad))
+        gradients.append((one.weight.grad, x.grad))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert gradients[0][0].any()
     assert not products
