@@ -373,11 +373,14 @@ def test_evaluate_adds_one_row(run: Run) -> None:
 
 
 @qtale
-def test_evaluates_default_is_the_models_own_threshold(run: Run) -> None:
-    """θ = 0.5 at 16 bits, which the sweep has measured already."""
+def test_evaluates_default_is_the_models_own_threshold(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """θ = 0.5 at 16 bits, which the sweep has measured already: what was measured is said again."""
     before = run.results()
     main(["evaluate", str(run.root)])
     assert run.results() == before
+    said = capsys.readouterr()
+    assert "16 bits, θ = 0.5: accuracy" in said.out + said.err
+    assert "measured before" in " ".join((said.out + said.err).split())
 
 
 @pytest.mark.parametrize("run", ["full"], indirect=True)

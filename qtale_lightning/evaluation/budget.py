@@ -159,10 +159,12 @@ def find_threshold(calibration: Passes, budget: float, by_layer: Sequence[float]
         if not low < proposed < high or (slow and math.isfinite(low) and math.isfinite(high)):
             proposed = (low + high) / 2
         t, last_error = proposed, abs(error)
-    nearest = sorted(tried.values(), key=lambda ratio: abs(ratio - budget))[:2]
+    met = dict.fromkeys(
+        f"{ratio:.3f}" for ratio in sorted(tried.values(), key=lambda ratio: abs(ratio - budget))
+    )
     raise ValueError(
         f"no threshold found for an execution ratio of {budget:g} ± {TOLERANCE} in {MAX_PASSES} passes: it jumps near "
-        f"there. Give --sweep.budgets a ratio that was met, such as {' or '.join(f'{r:.3f}' for r in nearest)}"
+        f"there. Give --sweep.budgets a ratio that was met, such as {' or '.join([*met][:2])}"
     )
 
 

@@ -1,6 +1,6 @@
 """Several runs side by side: one table and one figure, from their `results.json`, and paired differences."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -15,7 +15,7 @@ from qtale_lightning.report.style import plain
 from qtale_lightning.report.tables import FactTable
 from qtale_lightning.results.fingerprints import same_questions, unidentified
 from qtale_lightning.results.schema import Evaluation, Results
-from qtale_lightning.results.series import own_rows
+from qtale_lightning.results.series import own_rows, series_of
 from qtale_lightning.results.store import load_results
 from qtale_lightning.tasks import task_title
 
@@ -44,14 +44,15 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 
 def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None) -> str:
     """Runs × θ in rows, precisions in columns; accuracy ± standard error, nll ± standard error, execution ratio."""
-    precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
+    of_run = series_of(runs)
+    precisions = _precisions(of_run)
     lines = []
-    for run in runs:
-        rows = {(theta_text(row["theta"]), row["bits"]): row for row in _validation(run)}
+    for run, series in zip(runs, of_run, strict=True):
+        rows = {(theta_text(row["theta"]), label): row for label, found in series.items() for row in found}
         for theta in dict.fromkeys(theta for theta, _ in rows):
-            cells = [_cell(rows[theta, bits]) if (theta, bits) in rows else "" for bits in precisions]
+            cells = [_cell(rows[theta, label]) if (theta, label) in rows else "" for label in precisions]
             lines.append([_method(run), theta, *cells])
-    headers = ["method", "θ", *(f"{bits} bits" for bits in precisions)]
+    headers = ["method", "θ", *precisions]
     one = _validation(runs[0])[0]
     names = (score_header(task_title(t), score["metric"]) for t, score in one["accuracy"].items())
     measured = "Average accuracy in %" if _averaged(runs) else " / ".join(names)
@@ -71,16 +72,15 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
 
 def plot_comparison(runs: Sequence[Results]) -> Figure:
     """Accuracy (top) and nll (bottom) against the share of layers executed; a column per precision, a line per run."""
-    precisions = sorted({row["bits"] for run in runs for row in _validation(run)}, reverse=True)
-    averaged = _averaged(runs)
+    of_run = series_of(runs)
+    precisions, averaged = _precisions(of_run), _averaged(runs)
     figure = Figure(figsize=(3.6 * len(precisions), 6.4 if averaged else 3.8), layout="constrained")
     panels = figure.subplots(2 if averaged else 1, len(precisions), sharex=True, sharey="row", squeeze=False)
     asked = f"{_validation(runs[0])[0]['examples']:,} validation questions"
     figure.suptitle(plain(f"{_setting(runs[0])} · {asked}"), fontsize=11)
-    for column, bits in enumerate(precisions):
-        for run, style in zip(runs, STYLES, strict=False):
-            rows = [row for row in _validation(run) if row["bits"] == bits]
-            rows.sort(key=lambda row: row["execution_ratio"])
+    for column, label in enumerate(precisions):
+        for run, series, style in zip(runs, of_run, STYLES, strict=False):
+            rows = sorted(series.get(label, []), key=lambda row: row["execution_ratio"])
             ratio = [row["execution_ratio"] for row in rows]
             accuracy = (
                 [100 * (row["average"] or 0.0) for row in rows],
@@ -101,12 +101,18 @@ def plot_comparison(runs: Sequence[Results]) -> Figure:
                     **style,
                 )
                 axes.grid(alpha=0.3)
-        panels[0, column].set_title(f"{bits} bits", fontsize=10)
+        panels[0, column].set_title(label, fontsize=10)
         panels[-1, column].set_xlabel("share of layers executed")
     panels[0, 0].set_ylabel("average accuracy, %")
     panels[-1, 0].set_ylabel("average nll, nats")
     panels[0, 0].legend()
     return figure
+
+
+def _precisions(of_run: Sequence[Mapping[str, list[Evaluation]]]) -> list[str]:
+    """Labels of the precisions of all runs, those of more bits first."""
+    bits = {label: rows[0]["bits"] for series in of_run for label, rows in series.items()}
+    return sorted(bits, key=lambda label: (-bits[label], label))
 
 
 def _validation(run: Results) -> list[Evaluation]:

@@ -1,6 +1,6 @@
 """Runs on the same questions, against the first of them: differences paired by question, with their 95 % intervals."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qtale_lightning.evaluation.statistics import RESAMPLES, Estimate
@@ -9,7 +9,7 @@ from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.tables import FactTable
 from qtale_lightning.results.predictions import compare_predictions, load_predictions
 from qtale_lightning.results.schema import Evaluation, Results
-from qtale_lightning.results.series import selected_row, validation_series
+from qtale_lightning.results.series import selected_row, series_of
 
 
 def paired_table(run_dirs: Sequence[str | Path], runs: Sequence[Results]) -> FactTable:
@@ -24,9 +24,9 @@ def paired_table(run_dirs: Sequence[str | Path], runs: Sequence[Results]) -> Fac
         caption=f"By bootstrap over questions within tasks ({RESAMPLES:,} resamples), each task of equal weight; bold "
         "where the interval leaves 0 out. At each precision's selected θ.",
     )
-    first = _chosen(runs[0])
-    for run_dir, run in zip(run_dirs[1:], runs[1:], strict=True):
-        for label, row in _chosen(run).items():
+    first, *others = (_chosen(run, series) for run, series in zip(runs, series_of(runs), strict=True))
+    for run_dir, run, chosen in zip(run_dirs[1:], runs[1:], others, strict=True):
+        for label, row in chosen.items():
             if label not in first:
                 continue
             ours = load_predictions(run_dir, row)
@@ -43,9 +43,9 @@ def paired_table(run_dirs: Sequence[str | Path], runs: Sequence[Results]) -> Fac
     return table
 
 
-def _chosen(run: Results) -> dict[str, Evaluation]:
+def _chosen(run: Results, series: Mapping[str, list[Evaluation]]) -> dict[str, Evaluation]:
     """The row at each precision's selected θ."""
-    chosen = {label: selected_row(run, rows) for label, rows in validation_series(run).items()}
+    chosen = {label: selected_row(run, rows) for label, rows in series.items()}
     return {label: row for label, row in chosen.items() if row is not None}
 
 

@@ -1,6 +1,6 @@
 """Which rows of a run's results stand together: those of its own questions, by precision, and which one is selected."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from qtale_lightning.digests import of_split
@@ -53,12 +53,19 @@ def other_rows(results: Results) -> list[Evaluation]:
 def validation_series(results: Results) -> dict[str, list[Evaluation]]:
     """The validation rows of each quantized model, θ descending, by a label: "4-bit", or "4-bit native" where
     several engines share the bits. Only those of the run's own questions."""
-    rows = own_rows(results)
-    labels = labels_of(rows)
-    series: dict[str, list[Evaluation]] = {}
-    for row, label in zip(rows, labels, strict=True):
-        series.setdefault(label, []).append(row)
-    return series
+    return series_of([results])[0]
+
+
+def series_of(runs: Sequence[Results]) -> list[dict[str, list[Evaluation]]]:
+    """Each run's :func:`validation_series`, with the same label for the same bits and engine in all of them."""
+    of_run = [own_rows(run) for run in runs]
+    labels = iter(labels_of(row for rows in of_run for row in rows))
+    found: list[dict[str, list[Evaluation]]] = []
+    for rows in of_run:
+        found.append({})
+        for row in rows:
+            found[-1].setdefault(next(labels), []).append(row)
+    return found
 
 
 def labels_of(rows: Iterable[Evaluation]) -> list[str]:

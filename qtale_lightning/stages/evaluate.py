@@ -130,11 +130,17 @@ class Subject:
         predictions.save_predictions(self.run.root, row, outcomes)
         upsert_evaluation(self.run.root, row)
         if split == "validation":
-            console.print(
-                f"{self.bits:>3g} bits{theta_said}: {_accuracy_said(row)}nll {row['average_nll']:.3f}, "
-                f"execution ratio {row['execution_ratio']:.3f}, {scores.seconds:.0f} s"
-            )
+            self.say(row, f"{scores.seconds:.0f} s")
         return row
+
+    def say(self, row: Evaluation, how: str) -> None:
+        """A row in a line, with what there is to say of its measurement."""
+        theta = "" if row["theta"] is None else f", θ = {theta_text(row['theta'])}"
+        engine = "" if self.bits == 16 else f", {self.engine}"
+        console.print(
+            f"{self.bits:>3g} bits{engine}{theta}: {_accuracy_said(row)}nll {row['average_nll']:.3f}, "
+            f"execution ratio {row['execution_ratio']:.3f}, {how}"
+        )
 
 
 def evaluate(
@@ -147,7 +153,11 @@ def evaluate(
     split: Split,
 ) -> Evaluation:
     """Score a split at one precision and θ, and keep the row in ``results.json``; a row already there is returned."""
-    return Subject(run, data, model, bits, "none" if bits == 16 else engine).evaluate([theta], split)[0]
+    subject = Subject(run, data, model, bits, "none" if bits == 16 else engine)
+    if (row := subject.known(theta, split)) is not None:
+        subject.say(row, "as it was measured before")
+        return row
+    return subject.evaluate([theta], split)[0]
 
 
 def _accuracy_said(row: Evaluation) -> str:

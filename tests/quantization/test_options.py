@@ -41,6 +41,10 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
     [
         ({"engine": "awk"}, "--quantize.engine 'awk': choose one of native, autoawq, gptq, rtn"),
         (
+            {"engine": "gptq", "options": {"percdamp": -1}},
+            "--quantize.options: percdamp must be positive and finite, such as 0.01, not -1",
+        ),
+        (
             {"options": {"percdamp": 0.1}},
             "--quantize.options: the engine native has no option 'percdamp': .* none",
         ),

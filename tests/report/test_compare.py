@@ -29,6 +29,21 @@ def test_table_has_every_row_of_every_run(qtale: Results) -> None:
                 assert any(all(part in text for part in line) for text in page.splitlines())
 
 
+def test_engines_have_columns_of_their_own(qtale: Results) -> None:
+    """At the same bits and θ they are several models: none takes another's place, in no run."""
+    one, other = two_runs(qtale)
+    (row,) = (r for r in one["evaluation"] if (r["bits"], r["theta"], r["split"]) == (4, 0.5, "validation"))
+    one["evaluation"].append({**row, "engine": "gptq", "average": 0.1234})
+    page = comparison_markdown([one, other])
+    header = page.splitlines()[0]
+    assert "4-bit gptq" in header
+    assert f"4-bit {row['engine']}" in header
+    assert f"{100 * row['average']:.1f} ±" in page
+    assert "12.3 ±" in page
+    assert page.count("12.3 ±") == 1
+    assert len(plot_comparison([one, other]).axes) == 2 * (header.count("-bit"))
+
+
 def test_figure_has_a_column_per_precision_and_a_line_per_run(qtale: Results) -> None:
     runs = two_runs(qtale)
     precisions = {row["bits"] for row in qtale["evaluation"] if row["split"] == "validation"}

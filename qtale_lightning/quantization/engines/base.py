@@ -91,3 +91,7 @@ class Engine:
                 raise ValueError(
                     f"{name} must be a {kind.__name__}, such as {self.options[name]}, not {value!r}"
                 )
+            if kind is float and isinstance(value, int | float) and not 0 < value < float("inf"):
+                raise ValueError(
+                    f"{name} must be positive and finite, such as {self.options[name]}, not {value!r}"
+                )
