@@ -206,6 +206,7 @@ def test_a_value_that_would_train_to_no_avail(fit: Refusal, more: tuple[str, ...
     assert more[0] in fit(*more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [".nan", ".inf", "-.inf"])
 @pytest.mark.parametrize(
     "option",

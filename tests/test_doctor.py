@@ -67,6 +67,7 @@ def test_nothing_is_missing_for_the_smallest_model(
     assert not (tmp_path / "[/b]").exists()
 
 
+@pytest.mark.slow
 def test_the_status_says_that_something_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["doctor", "--model", "llama2-7b", "--data.tasks", "facts"])

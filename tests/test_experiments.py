@@ -25,6 +25,7 @@ def test_every_model_and_method_has_a_file() -> None:
     assert {file.stem for file in (EXPERIMENTS / "methods").glob("*.yaml")} == set(METHODS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", MODELS)
 def test_model_and_method_make_a_run(

@@ -58,6 +58,7 @@ def count(model: torch.nn.Module, only: str = "") -> int:
     return sum(p.numel() for name, p in model.named_parameters() if only in name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("model", known_models())
 def test_planned_parameters_are_those_of_the_model(

@@ -98,6 +98,7 @@ def test_both_models_have_one_setting() -> None:
     assert llama2 == llama3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_plans_need_no_weights(preset: str, method: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,6 +226,7 @@ def test_a_run_told_to_end_in_its_last_moment_doesnt_begin_what_follows(tmp_path
 # ------------------------------------------------------------------------------------------------------ damages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cut", "flipped"])
 def test_the_one_before_is_used_where_the_newest_is_damaged(
     how: str, whole: tuple[Path, list[str]], copy: RunDirectory, caplog: pytest.LogCaptureFixture
@@ -263,6 +264,7 @@ def test_something_else_in_a_checkpoints_place_is_named(content: bytes, tmp_path
         RunCheckpointIO(tmp_path).load_checkpoint(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [False, True])
 def test_a_best_checkpoint_that_is_gone_is_missed_before_training(lost: bool, tmp_path: Path) -> None:
     assert in_a_child(lambda: train_with_faults(tmp_path, "step 10")) == -signal.SIGKILL
@@ -301,6 +303,7 @@ def test_a_checkpoint_of_elsewhere_brings_no_best_one(whole: tuple[Path, list[st
 # -------------------------------------------------------------------------------------------------- no validation
 
 
+@pytest.mark.slow
 def test_where_no_validation_was_due_one_is_made_at_the_end(tmp_path: Path) -> None:
     checkpoints = train(tmp_path, validate_every=100)
     assert checkpoints.state_dict() == {"best_score": 2.0, "best_step": 12}

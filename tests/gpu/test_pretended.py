@@ -29,6 +29,8 @@ from qtale_lightning.routing.statistics import router_statistics
 from tests.gpu.conftest import Load
 from tests.gpu.pretended import pretended_gpu
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def gpu() -> Iterator[str]:

@@ -238,6 +238,7 @@ def test_a_search_changes_no_logit_and_helps_to_round(make: Make) -> None:
     assert error(norm) < 1.05 * error(None) < 1.05 * error(None, plain=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # AutoAWQ's farewell
 @pytest.mark.parametrize("engine", [name for name, one in ENGINES.items() if one.calibrates])
 @torch.no_grad()

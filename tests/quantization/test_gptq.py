@@ -80,6 +80,7 @@ def by_the_paper(
     return codes.to(torch.uint8), scales.float(), zeros.to(torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
     ("bits", "width", "group", "symmetric"),

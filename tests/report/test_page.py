@@ -19,6 +19,8 @@ from selenium.webdriver.common.keys import Keys
 
 from qtale_lightning.report.page import palette, render_page
 
+pytestmark = pytest.mark.slow
+
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
@@ -226,6 +228,7 @@ def test_no_request_leaves_the_page(page: webdriver.Chrome) -> None:
     assert set(requests(page)) == {page.current_url}
 
 
+@pytest.mark.slow
 @in_a_browser
 @pytest.mark.parametrize("guarded", [True, False])
 def test_the_pages_policy_holds_a_request_back(

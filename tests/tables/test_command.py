@@ -94,6 +94,7 @@ def requantized(given: list[str], made: dict[str, Any]) -> None:
     file.write_text(json.dumps(config), encoding="utf-8")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "says"),
     [
@@ -116,6 +117,7 @@ def test_a_precision_by_other_settings_is_refused_before_anything_runs(
     assert commands.started == []
 
 
+@pytest.mark.slow
 def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
     arguments: Arguments, commands: Any
 ) -> None:
@@ -126,6 +128,7 @@ def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
     assert commands.kinds() == ["thresholds"], "of another model, but by the settings that are asked for"
 
 
+@pytest.mark.slow
 def test_what_the_table_makes_is_made_as_it_asks_and_it_says_so(arguments: Arguments, commands: Any) -> None:
     more = ("--quantize.symmetric", "true", "--quantize.sequential", "true")
     given = arguments("quantizers", "--quantize.patterns", '{"*.down_proj": 8}', *more)

@@ -12,6 +12,8 @@ from qtale_lightning.experiments import CHECKOUT
 from qtale_lightning.tables.declaration import load_declaration
 from tests.tables.files import folder, table
 
+pytestmark = pytest.mark.slow
+
 Arguments = Callable[..., list[str]]
 
 
