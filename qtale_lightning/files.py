@@ -11,6 +11,11 @@ from pathlib import Path
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.\d+\.(?P<kind>tmp|old)")
 
 
+def user_cache() -> Path:
+    """Where the suite keeps what it can make again: of this user, for all runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qtale_lightning"
+
+
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
     """A temporary path for a file or folder that takes ``target``'s place when the block ends without an error.

@@ -30,7 +30,7 @@ MAY_IMPORT = {
         *("strategy", "values"),
     },
     "compat": set(),
-    "cpu": {"precision"},
+    "cpu": {"files", "precision"},
     "files": set(),
     "finite": set(),
     "hub": {"compat"},

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qtale_lightning.files import user_cache
 from qtale_lightning.precision import native_bfloat16
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ def _library() -> Path:
     state = [file.read_bytes() for file in files]
     state += [repr((torch.__version__, sys.version_info[:2], _compiler(), FLAGS)).encode()]
     name = hashlib.sha256(b"\0".join(state)).hexdigest()[:16]
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    library = caches / "qtale_lightning" / f"cpu-{name}.so"
+    library = user_cache() / f"cpu-{name}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         # Processes that start together build it each for itself; the last one to rename wins, and all are the same.

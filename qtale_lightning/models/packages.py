@@ -2,12 +2,11 @@
 
 import hashlib
 import importlib.util
-import os
 import shutil
 from pathlib import Path
 
 from qtale_lightning.architectures import KnownModel
-from qtale_lightning.files import replacing
+from qtale_lightning.files import replacing, user_cache
 
 
 def installed(model: KnownModel) -> bool:
@@ -40,8 +39,7 @@ def gguf_folder(model: KnownModel) -> Path:
     package, file = model.package
     if not model.parts:
         return package_folder(model)
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    target = caches / "qtale_lightning" / model.sha256[:16] / file
+    target = user_cache() / model.sha256[:16] / file
     if not target.is_file():
         parts = [
             path for name in model.parts for path in sorted((_folder(name) or Path()).rglob(f"{file}.*"))

@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning.models import RoutedForCausalLM, route
-from tests.llama import llama_config
+from tests.llama import llama_config, mix_decisions
 from tests.tolerance import depth
 
 ARCHITECTURE = {
@@ -43,12 +42,7 @@ def make_routed(dense: LlamaForCausalLM) -> MakeRouted:
             **ARCHITECTURE, router_width=16, start_layer=start_layer, reserved_tokens=reserved_tokens
         )
         torch.manual_seed(1)
-        model = route(copy.deepcopy(dense), config)
-        for layer in model.model.layers:
-            if layer.router is not None:
-                nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
-                nn.init.zeros_(layer.router.out.bias)
-        return model.eval()
+        return mix_decisions(route(copy.deepcopy(dense), config))
 
     return make
 

@@ -30,6 +30,7 @@ from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import apply_scales
 from qtale_lightning.routing import METHODS
+from tests.llama import mix_decisions
 from tests.tolerance import MARGIN, close
 
 LENGTH, WINDOW, LAYERS, GROUP = 20, 6, 4, 16
@@ -92,12 +93,7 @@ def make(dense: PreTrainedModel) -> Make:
     def made(**options: Any) -> RoutedForCausalLM:
         config = routed_config(dense.config, router_width=16, start_layer=1, **options)
         torch.manual_seed(1)
-        model = route(copy.deepcopy(dense), config)
-        for layer in model.model.layers:
-            if layer.router is not None:
-                nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
-                nn.init.zeros_(layer.router.out.bias)
-        return model.eval()
+        return mix_decisions(route(copy.deepcopy(dense), config))
 
     return made
 

@@ -13,7 +13,7 @@ from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, quantized_weight, scale_vectors
-from tests.llama import llama_config
+from tests.llama import llama_config, mix_decisions
 
 MakeModel = Callable[..., LlamaForCausalLM]
 MakeRouted = Callable[..., RoutedForCausalLM]
@@ -70,11 +70,7 @@ def make_routed() -> MakeRouted:
         )
         model = route(build(kv_heads, 3), config)
         torch.manual_seed(1)
-        for layer in model.model.layers:
-            if layer.router is not None:  # decisions that differ between tokens
-                nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
-                nn.init.zeros_(layer.router.out.bias)
-        return model.eval()
+        return mix_decisions(model)
 
     return make
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning.models import RoutedForCausalLM, route
-from tests.llama import llama_config
+from tests.llama import llama_config, mix_decisions
 
 ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 97,
@@ -35,11 +34,6 @@ def make() -> Make:
 
     def made(method: str, **fields: Any) -> RoutedForCausalLM:
         options = {"router_width": 16, "start_layer": 1, "rate": 0.6} | fields
-        model = route(dense(), llama_config(**ARCHITECTURE, method=method, **options))
-        for layer in model.model.layers:
-            if layer.router is not None:
-                nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
-                nn.init.zeros_(layer.router.out.bias)
-        return model.eval()
+        return mix_decisions(route(dense(), llama_config(**ARCHITECTURE, method=method, **options)))
 
     return made
