@@ -20,6 +20,11 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     return (totals / mask.sum(1).clamp_min(1)).mean()
 
 
+def predicting(tokens: Tensor) -> Tensor:
+    """Tokens that a real one follows, bool ``(B, T)`` from real tokens: D-LLM holds no others to the ratio."""
+    return torch.nn.functional.pad(tokens[:, :-1] & tokens[:, 1:], (0, 1))
+
+
 def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
     """L_CE: cross-entropy in nats over answer tokens only.
 
@@ -40,7 +45,7 @@ def ratio_loss(gates: Tensor, layers: int, target: float, free: Tensor) -> Tenso
         gates: Decisions of the routed layers, ``(R, B, T)``.
         layers: Number of all layers; those without a router count as executed.
         target: R_target.
-        free: Tokens that routers decide about (no padding, no reserved tokens), bool ``(B, T)``.
+        free: Tokens that are held to it: none of padding, none that always execute, bool ``(B, T)``.
     """
     executed = (gates.sum(0) + (layers - len(gates))) / layers
     return sequence_mean((executed - target).abs(), free)

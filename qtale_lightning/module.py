@@ -1,5 +1,6 @@
 """The LightningModule: a frozen base model with trainable LoRA, and with what a method of routing adds."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -148,8 +149,17 @@ class QTALEModule(ModelSettings, L.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def losses(self, batch: dict[str, Tensor], routing: Routing, target: float) -> Losses:
-        """The loss terms of a batch of ``input_ids, attention_mask, labels (B, T)``; ``routing`` is filled in."""
+    def losses(
+        self,
+        batch: dict[str, Tensor],
+        routing: Routing,
+        target: float,
+        lambdas: Mapping[str, float] | None = None,
+    ) -> Losses:
+        """The loss terms of a batch of ``input_ids, attention_mask, labels (B, T)``; ``routing`` is filled in.
+
+        ``lambdas`` weigh them; None: as they are at the end of training.
+        """
         hidden = self.model.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
@@ -162,13 +172,22 @@ class QTALEModule(ModelSettings, L.LightningModule):
         ce = answer_loss(self.model.lm_head(hidden[:, :-1][answer]), targets, answer)
         layers = len(self.model.model.layers)
         terms = self.how.losses(routing, layers, target) if routing.gates else {}
-        return Losses.weigh(ce, terms, self.lambdas)
+        return Losses.weigh(ce, terms, self.lambdas if lambdas is None else lambdas)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training's steps that are done."""
+        return self.trainer.global_step / float(self.trainer.estimated_stepping_batches)
 
     def scheduled(self, final: float) -> float:
         """A ratio as it is in this step: falling linearly from 1 to ``final`` while ``ratio_schedule`` lasts."""
-        steps = self.ratio_schedule * float(self.trainer.estimated_stepping_batches)
-        progress = min(1.0, self.trainer.global_step / steps) if steps else 1.0
+        progress = min(1.0, self.progress / self.ratio_schedule) if self.ratio_schedule else 1.0
         return 1.0 + progress * (final - 1.0)
+
+    def scheduled_lambdas(self) -> dict[str, float]:
+        """The losses' weights as they are in this step: λ1 rising along a sine, where it does (D-LLM's code)."""
+        rise = math.sin(math.pi / 2 * self.progress) if self.ratio_rises else 1.0
+        return self.lambdas | {"ratio": rise * self.lambdas["ratio"]}
 
     def batch_seed(self, batch: int) -> int:
         """Seed of a batch's noise on this device."""
@@ -183,7 +202,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
         """One micro-batch: losses, routing statistics, logs."""
         rate = self.scheduled(self.model.config.rate)
         routing, target = Routing(temperature=self.temperature, rate=rate), self.scheduled(self.target_ratio)
-        losses = self.losses(batch, routing, target)
+        lambdas = self.scheduled_lambdas()
+        losses = self.losses(batch, routing, target, lambdas)
         layers = self._ratio(sync_on_compute=False).to(self.device)
         layers.update(routing)
         per_layer = layers.compute()
@@ -195,6 +215,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
         if routing.gates:
             logs |= {f"train/{name}_loss": value for name, value in losses.terms.items()}
             logs["train/target_ratio"] = target
+            logs["train/lambda_ratio"] = lambdas["ratio"]
             logs |= {f"train/{name}": value for name, value in self.how.statistics(routing).items()}
             logs |= {f"train/execution_ratio_layer_{i:02d}": ratio for i, ratio in enumerate(per_layer)}
         self.log_dict({name: torch.as_tensor(value).detach() for name, value in logs.items()})
@@ -230,15 +251,22 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.validation_routing.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0."""
-        routers = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." in n]
-        others = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." not in n]
-        groups = [
-            {"params": parameters, "lr": lr, "name": name}
-            for parameters, lr, name in ((others, self.lr, "weights"), (routers, self.router_lr, "routers"))
-            if parameters
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0.
+
+        Biases and norms, vectors, have groups of their own, without weight decay unless all decays.
+        """
+        rates = {"weights": self.lr, "routers": self.router_lr}
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            kind, decay = "routers" if ".router." in name else "weights", self.weight_decay
+            group = kind
+            if parameter.ndim < 2 and not self.decays_all:
+                group, decay = f"{kind}-vectors", 0.0
+            made = {"name": group, "params": [], "lr": rates[kind], "weight_decay": decay}
+            groups.setdefault(group, made)["params"].append(parameter)
+        optimizer = torch.optim.AdamW([*groups.values()], betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

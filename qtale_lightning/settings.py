@@ -8,7 +8,7 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 from qtale_lightning.architectures import known_model, planned_config
 from qtale_lightning.models.locations import known_commit
 from qtale_lightning.routing import method_of
-from qtale_lightning.values import Names, NonNegative, Positive, ShareBelowOne, UserPath, ranged
+from qtale_lightning.values import Floats, Names, NonNegative, Positive, ShareBelowOne, UserPath, ranged
 
 WandbMode = Literal["auto", "online", "offline", "disabled"]
 
@@ -31,6 +31,8 @@ class ModelSettings:
             a key to attend to.
         target_ratio: R_target, the share of layers that a token should execute (D-LLM: 0.5).
         lambda_ratio: λ1, weight of the ratio loss (D-LLM: 5). Of dllm and qtale; 0 for other methods.
+        lambda_ratio_schedule: How λ1 gets there: sine rises from 0 over the whole training, λ1 · sin(π/2 · t / T)
+            (D-LLM's code); constant is there from the first step on.
         lambda_entropy: λ2, weight of the entropy loss (unpublished; ours). Of qtale; 0 for other methods.
         lambda_prediction: Weight of foreseeing which tokens a layer's capacity goes to (unpublished; ours). Of mod; 0
             for other methods.
@@ -39,12 +41,18 @@ class ModelSettings:
             Without effect for full and static.
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
         lora_rank: Rank of LoRA (paper: 8).
-        lora_alpha: LoRA's scale is alpha / rank (unpublished; ours).
-        lora_dropout: Dropout in front of LoRA (D-LLM: 0.05).
+        lora_alpha: LoRA's scale is alpha / rank; None is the rank, a scale of 1 (D-LLM's code).
+        lora_dropout: Of LoRA (D-LLM: 0.05).
+        lora_dropout_at: Where that is: output, y = Wx + dropout(B(Ax)) in float32 (D-LLM's code), or input,
+            y = Wx + B(A dropout(x)) (peft's, and the LoRA paper's).
+        lora_init: Of LoRA's A, B being 0: normal, with a standard deviation of 1 / rank (D-LLM's code), or uniform
+            within 1 / √width (peft's).
         lora_targets: Projections that get LoRA (paper: q, k, v).
         lr: Peak learning rate of LoRA (or of all weights). D-LLM's script: 9e-3 · effective batch / 256.
         router_lr: Peak learning rate of routers; None is the same as lr.
+        betas: AdamW's (D-LLM's code: 0.9 and 0.95).
         weight_decay: AdamW's (D-LLM: 0.02).
+        weight_decay_on: What decays: matrices, not biases and norms (D-LLM's code), or all.
         warmup: Share of training that warms the learning rate up; cosine to 0 follows (D-LLM: 2 of 10 epochs).
         seed: Of initial weights, Gumbel noise and dropout; the command line sets it from --seed_everything.
 
@@ -64,18 +72,23 @@ class ModelSettings:
         reserved_tokens: PositiveInt = 2,
         target_ratio: ClosedUnitInterval = 0.5,
         lambda_ratio: NonNegative = 5.0,
+        lambda_ratio_schedule: Literal["sine", "constant"] = "sine",
         lambda_entropy: NonNegative = 0.5,
         lambda_prediction: NonNegative = 0.0,
         temperature: Positive = 1.0,
         ratio_schedule: ClosedUnitInterval = 0.0,
         train_all: bool = False,
         lora_rank: PositiveInt = 8,
-        lora_alpha: Positive = 16.0,
+        lora_alpha: Positive | None = None,
         lora_dropout: ShareBelowOne = 0.05,
+        lora_dropout_at: Literal["output", "input"] = "output",
+        lora_init: Literal["normal", "uniform"] = "normal",
         lora_targets: Names[str] = Names(("q_proj", "k_proj", "v_proj")),  # noqa: B008 (a tuple)
         lr: Positive = 2.8e-4,
         router_lr: Positive | None = None,
+        betas: Floats[ShareBelowOne] = Floats((0.9, 0.95)),  # noqa: B008 (a tuple)
         weight_decay: NonNegative = 0.02,
+        weight_decay_on: Literal["matrices", "all"] = "matrices",
         warmup: ClosedUnitInterval = 0.2,
         seed: int = 0,
     ) -> None:
@@ -84,7 +97,13 @@ class ModelSettings:
         self._arguments = arguments
         family, _ = known_model(name)
         self.how = method_of(method)  # what the name stands for
-        lambdas = {option: value for option, value in arguments.items() if option.startswith("lambda_")}
+        if len(betas) != 2:
+            raise ValueError(f"--model.betas has {len(betas)} values: give two, such as 0.9,0.95")
+        lambdas = {
+            option: value
+            for option, value in arguments.items()
+            if option.startswith("lambda_") and not option.endswith("_schedule")
+        }
         for option, value in lambdas.items():
             if option not in self.how.weights and value != 0:
                 raise ValueError(
@@ -110,15 +129,20 @@ class ModelSettings:
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
         self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}
+        self.ratio_rises = lambda_ratio_schedule == "sine"
         self.train_all = train_all
         self.lora_options: dict[str, Any] = {
             "rank": lora_rank,
-            "alpha": lora_alpha,
+            "alpha": lora_rank if lora_alpha is None else lora_alpha,
             "dropout": lora_dropout,
+            "dropout_at": lora_dropout_at,
+            "init": lora_init,
             "targets": lora_targets,
         }
         self.lr, self.router_lr = lr, lr if router_lr is None else router_lr
+        self.betas = (float(betas[0]), float(betas[1]))  # of no type that a checkpoint wouldn't be read with
         self.weight_decay, self.warmup = weight_decay, warmup
+        self.decays_all = weight_decay_on == "all"
 
     @property
     def shape(self) -> SimpleNamespace:

@@ -1,10 +1,13 @@
 """The LightningModule: gradients, invariances, checkpoints and resuming."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -132,6 +135,33 @@ def test_checkpoint_holds_trainable_weights_only_and_refuses_others() -> None:
         make_module().load_state_dict(dict(list(state.items())[:-1]))
 
 
+def test_lora_drops_out_of_its_output() -> None:
+    """D-LLM's: y = Wx + dropout(B(Ax)), scale 1, A normal with a standard deviation of 1 / rank, B zero."""
+    module = QTALEModule(name="tiny", router_width=16, lora_rank=4, lora_dropout=0.5)
+    module.configure_model()
+    linear = module.model.model.layers[0].self_attn.q_proj
+    assert linear.lora_A["default"].weight.std().item() == pytest.approx(1 / 4, rel=0.1)
+    assert linear.scaling["default"] == 1.0
+    assert not linear.lora_B["default"].weight.any()
+    x = torch.randn(64, linear.in_features)
+    with torch.no_grad():
+        linear.lora_B["default"].weight.normal_()
+        base, change = linear.base_layer(x), linear.lora_B["default"](linear.lora_A["default"](x))
+        given = linear(x) - base
+        dropped = given.abs() < 1e-6
+        assert 0.45 < dropped.float().mean().item() < 0.55
+        close(given[~dropped], 2 * change[~dropped], 2)
+        close(linear.eval()(x), base + change, 2)
+
+
+def test_lora_of_peft_is_an_option() -> None:
+    options = {"lora_dropout_at": "input", "lora_init": "uniform", "lora_alpha": 16.0}
+    linear = make_module(**options).model.model.layers[0].self_attn.q_proj
+    assert type(linear) is peft.tuners.lora.Linear
+    assert linear.scaling["default"] == 2.0
+    assert linear.lora_A["default"].weight.abs().max().item() <= linear.in_features**-0.5
+
+
 def test_merging_keeps_the_logits() -> None:
     module, batch = make_module(), make_batch()
     module.eval()
@@ -140,6 +170,40 @@ def test_merging_keeps_the_logits() -> None:
         after = module.merge()(batch["input_ids"], routing=Routing(threshold=0.5), use_cache=False).logits
     close(after, before, depth(module.model.config))
     assert not [name for name, _ in module.model.named_parameters() if "lora" in name]
+
+
+def stepping(module: QTALEModule, step: int, steps: int) -> QTALEModule:
+    """The module within a training of so many steps."""
+    module._trainer = SimpleNamespace(global_step=step, estimated_stepping_batches=steps)  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("sine", [0.0, math.sqrt(0.5), 1.0]), ("constant", [1.0] * 3)]
+)
+def test_the_ratio_weight_rises_along_a_sine(schedule: str, shares: list[float]) -> None:
+    module = QTALEModule(name="tiny", lambda_ratio=4.0, lambda_ratio_schedule=schedule)
+    for step, share in zip((0, 10, 20), shares, strict=True):
+        lambdas = stepping(module, step, 20).scheduled_lambdas()
+        assert lambdas["ratio"] == pytest.approx(4.0 * share)
+        assert lambdas["entropy"] == 0.5
+
+
+@pytest.mark.parametrize(("decays", "vectors"), [("matrices", 0.0), ("all", 0.02)])
+def test_biases_and_norms_do_not_decay(decays: str, vectors: float) -> None:
+    module = stepping(make_module(weight_decay_on=decays, router_lr=1e-3), 0, 20)
+    optimizer = module.configure_optimizers()["optimizer"]
+    decay = {
+        parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+    assert len(decay) == len(trained)
+    for name, parameter in trained.items():
+        assert decay[parameter] == (vectors if name.endswith(("bias", "norm.weight")) else 0.02), name
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert rates["weights"] == 2.8e-4
+    assert rates["routers"] == 1e-3
 
 
 class Interrupt(Callback):
@@ -201,6 +265,8 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"lambda_ratio": float("nan")}, "--model.lambda_ratio nan"),
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
         ({"target_ratio": float("nan")}, "target_ratio nan"),
+        ({"betas": (0.9,)}, "--model.betas has 1 values: give two"),
+        ({"betas": (0.9, 1.0)}, "--model.betas 1.0"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:

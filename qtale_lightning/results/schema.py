@@ -53,7 +53,7 @@ class Run(TypedDict):
 
 
 class Train(TypedDict):
-    """Training facts: unpadded input `tokens`, and in `final_losses` the last logged value of each term."""
+    """Training facts: unpadded input `tokens`, and in `final_losses` the last logged value of each term, and of λ1."""
 
     steps: Count
     examples: Count

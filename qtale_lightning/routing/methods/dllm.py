@@ -29,10 +29,11 @@ class DLLM(Method):
 
     def losses(self, routing: Pass, layers: int, target: float) -> dict[str, Tensor]:
         """``ratio`` and ``entropy``."""
-        from qtale_lightning.losses import entropy_loss, ratio_loss
+        from qtale_lightning.losses import entropy_loss, predicting, ratio_loss
 
+        counted = routing.free & predicting(routing.tokens)
         return {
-            "ratio": ratio_loss(routing.stacked_gates(), layers, target, routing.free),
+            "ratio": ratio_loss(routing.stacked_gates(), layers, target, counted),
             "entropy": entropy_loss(routing.stacked_logits(), routing.free),
         }
 
