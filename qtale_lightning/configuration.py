@@ -92,6 +92,7 @@ class RunConfiguration:
     def check_training(self) -> None:
         """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
         checks.check_trainer(self.config["trainer"], self.config["validations"])
+        self.model.check_teacher()
 
 
 class PlannedRun(RunConfiguration):

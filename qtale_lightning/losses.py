@@ -6,6 +6,7 @@ So it depends neither on padding nor on how an effective batch is cut into micro
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -38,7 +39,13 @@ def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
     return sequence_mean(values, answer)
 
 
-def ratio_loss(gates: Tensor, layers: int, target: float, free: Tensor) -> Tensor:
+def ratio_loss(
+    gates: Tensor,
+    layers: int,
+    target: float,
+    free: Tensor,
+    held: Literal["token", "sequence", "all"] = "token",
+) -> Tensor:
     """L_ratio (D-LLM): mean over tokens of |share of all layers that the token executes − target|.
 
     Args:
@@ -46,9 +53,16 @@ def ratio_loss(gates: Tensor, layers: int, target: float, free: Tensor) -> Tenso
         layers: Number of all layers; those without a router count as executed.
         target: R_target.
         free: Tokens that are held to it: none of padding, none that always execute, bool ``(B, T)``.
+        held: What is held to the target, so that its distance counts: every token; the mean over each sequence's
+            tokens, of which hard ones may execute more (after SkipGPT, arXiv 2506.04179); or the mean over all, whose
+            signed excess is returned, since a mean over some of them, a micro-batch, has no distance of its own.
     """
-    executed = (gates.sum(0) + (layers - len(gates))) / layers
-    return sequence_mean((executed - target).abs(), free)
+    excess = (gates.sum(0) + (layers - len(gates))) / layers - target
+    if held == "token":
+        return sequence_mean(excess.abs(), free)
+    if held == "sequence":
+        return ((excess * free).sum(1) / free.sum(1).clamp_min(1)).abs().mean()
+    return sequence_mean(excess, free)
 
 
 def binary_entropy(logits: Tensor) -> Tensor:

@@ -82,12 +82,14 @@ if TYPE_CHECKING:
     NonNegative = float
     ShareBelowOne = float
     ShareAboveZero = float
+    CodeBits = int
     Bits = int | float
 else:
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
     NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
     ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
     ShareAboveZero = restricted_number_type("ShareAboveZero", float, [(">", 0), ("<=", 1)])
+    CodeBits = restricted_number_type("CodeBits", int, [(">=", 2), ("<=", 8)])
     # A precision: whole where it is.
     Bits = PositiveInt | Positive
 

@@ -1,9 +1,9 @@
 """The LightningModule: gradients, invariances, checkpoints and resuming."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -217,12 +217,33 @@ class Interrupt(Callback):
             trainer.should_stop = True
 
 
+# Every tool for training at once.
+TOOLS: dict[str, Any] = {
+    "ratio_budget": "sequence",
+    "ratio_ascent": 0.5,
+    "router_bias": (0.0, 1.0),
+    "distillation": 0.5,
+    "stages": "lora-first",
+    "noise_bits": 3,
+}
+
+
 def train(
-    root: Path, resume: Path | None = None, interrupt: int | None = None, accumulate: int = 1
+    root: Path,
+    resume: Path | None = None,
+    interrupt: int | None = None,
+    accumulate: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> QTALEModule:
     """Ten steps on a few facts, with dropout, Gumbel noise, a schedule and a shuffled order."""
     module = QTALEModule(
-        name="tiny", router_width=16, train_all=False, ratio_schedule=0.5, lr=1e-3, lora_dropout=0.1
+        name="tiny",
+        router_width=16,
+        train_all=False,
+        ratio_schedule=0.5,
+        lr=1e-3,
+        lora_dropout=0.1,
+        **options,
     )
     data = CommonsenseDataModule(
         "facts", batch_size=8, limit_train=56, limit_validation=8, calibration_rows=8
@@ -240,12 +261,21 @@ def train(
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each part keeps its checkpoints apart
 @pytest.mark.slow
-@pytest.mark.parametrize(("interrupt", "accumulate"), [(3, 1), (6, 1), (7, 1), (4, 2)])
-def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, accumulate: int) -> None:
+@pytest.mark.parametrize(
+    ("interrupt", "accumulate", "options"),
+    [(3, 1, {}), (6, 1, {}), (7, 1, {}), (4, 2, {}), (7, 2, TOOLS)],
+)
+def test_resumed_training_equals_uninterrupted(
+    tmp_path: Path, interrupt: int, accumulate: int, options: dict[str, Any]
+) -> None:
     """Interrupted within the first epoch of six batches, at its end, and within the second: bit for bit the same."""
-    whole = train(tmp_path / "whole", accumulate=accumulate)
-    train(tmp_path / "part", interrupt=interrupt, accumulate=accumulate)
-    resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "last.ckpt", accumulate=accumulate)
+    whole = train(tmp_path / "whole", accumulate=accumulate, options=options)
+    train(tmp_path / "part", interrupt=interrupt, accumulate=accumulate, options=options)
+    resumed = train(
+        tmp_path / "rest", resume=tmp_path / "part" / "last.ckpt", accumulate=accumulate, options=options
+    )
+    assert resumed.multiplier.value == whole.multiplier.value
+    assert bool(options) == (whole.multiplier.value > 0)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
@@ -265,7 +295,18 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"lambda_ratio": float("nan")}, "--model.lambda_ratio nan"),
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
         ({"target_ratio": float("nan")}, "target_ratio nan"),
-        ({"betas": (0.9,)}, "--model.betas has 1 values: give two"),
+        ({"betas": (0.9,)}, r"--model.betas \[0.9\]: give two"),
+        ({"router_bias": (0.1, float("inf"))}, r"--model.router_bias \[0.1, inf\]: give two numbers"),
+        ({"noise_bits": 9}, "--model.noise_bits 9: must be >= 2 and <= 8"),
+        ({"distillation": float("nan")}, "--model.distillation nan"),
+        ({"teacher": "there"}, "--model.teacher there has no effect without --model.distillation"),
+        ({**objective("full"), "distillation": 1.0}, "full skips nothing.*another --model.teacher"),
+        ({**objective("full"), "ratio_ascent": 0.1}, "full has no ratio loss, so --model.ratio_ascent"),
+        ({**objective("mod"), "ratio_budget": "sequence"}, "mod has no ratio loss, so --model.ratio_budget"),
+        (
+            {**objective("random"), "stages": "lora-first"},
+            "random has no routers, so --model.stages lora-first",
+        ),
         ({"betas": (0.9, 1.0)}, "--model.betas 1.0"),
     ],
 )

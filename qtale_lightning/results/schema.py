@@ -28,9 +28,11 @@ class Git(TypedDict):
 
 class MadeFrom(TypedDict):
     """Digests of what a run began with: the `base` model's folder (a hub's id as it is, None where the model has its
-    own source), the `files` of rows, and the `rows` as they were encoded, by split and task."""
+    own source), the `files` of rows, and the `rows` as they were encoded, by split and task; and of the `teacher`'s
+    folder, where there is one."""
 
     base: str | None
+    teacher: NotRequired[str | None]
     files: str | None
     rows: dict[str, dict[str, str]]
 
