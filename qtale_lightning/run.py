@@ -43,6 +43,7 @@ _ADDED: tuple[tuple[str, str, Any], ...] = (
     ("model", "teacher", None),
     ("model", "stages", "joint"),
     ("model", "noise_bits", None),
+    ("model", "keep_kv", False),
 )
 _SECTIONS = ("trainer", "model", "data", "quantize", "sweep")
 _SPLITS = {"train": "training", "calibration": "calibration", "validation": "validation"}

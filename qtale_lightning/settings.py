@@ -64,6 +64,8 @@ class ModelSettings:
             what began goes on at a tenth of its rate.
         noise_bits: In the second half of training, round the weights of half of the blocks, drawn anew in every step,
             to so many bits. None: of none.
+        keep_kv: A token leaves its keys and values in layers that it skips, too, instead of none. Costs their
+            computation and memory; not for families whose layers are computed whole (gemma3).
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
         lora_rank: Rank of LoRA (paper: 8).
         lora_alpha: LoRA's scale is alpha / rank; None is the rank, a scale of 1 (D-LLM's code).
@@ -109,6 +111,7 @@ class ModelSettings:
         teacher: UserPath | None = None,
         stages: Literal["joint", "lora-first", "routers-first"] = "joint",
         noise_bits: CodeBits | None = None,
+        keep_kv: bool = False,
         train_all: bool = False,
         lora_rank: PositiveInt = 8,
         lora_alpha: Positive | None = None,
@@ -144,6 +147,14 @@ class ModelSettings:
                     "must be 0 (METHOD=… of make sets it)"
                 )
         self._check_tools(ratio_budget, ratio_ascent, distillation, teacher, stages)
+        if keep_kv and not (self.how.decides and family.fused):
+            why = (
+                "skips nothing by tokens"
+                if family.fused
+                else "is of a family whose layers are computed whole"
+            )
+            subject = f"method {method}" if family.fused else name
+            raise ValueError(f"--model.keep_kv: {subject} {why}: leave it out")
         if not lora_targets and not train_all:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"
@@ -160,6 +171,7 @@ class ModelSettings:
             "router_width": router_width,
             "start_layer": start_layer,
             "reserved_tokens": reserved_tokens,
+            "keep_kv": keep_kv,
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
         self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}

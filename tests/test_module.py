@@ -225,6 +225,7 @@ TOOLS: dict[str, Any] = {
     "distillation": 0.5,
     "stages": "lora-first",
     "noise_bits": 3,
+    "keep_kv": True,
 }
 
 
@@ -301,6 +302,11 @@ def test_resumed_training_equals_uninterrupted(
         ({"distillation": float("nan")}, "--model.distillation nan"),
         ({"teacher": "there"}, "--model.teacher there has no effect without --model.distillation"),
         ({**objective("full"), "distillation": 1.0}, "full skips nothing.*another --model.teacher"),
+        ({**objective("full"), "keep_kv": True}, "--model.keep_kv: method full skips nothing by tokens"),
+        (
+            {"name": "gemma3-270m", "keep_kv": True},
+            "gemma3-270m is of a family whose layers are computed whole",
+        ),
         ({**objective("full"), "ratio_ascent": 0.1}, "full has no ratio loss, so --model.ratio_ascent"),
         ({**objective("mod"), "ratio_budget": "sequence"}, "mod has no ratio loss, so --model.ratio_budget"),
         (

@@ -93,6 +93,12 @@ def layer_flops(config: Any, context: float) -> float:
     return 2.0 * weights + 4.0 * context * config.num_attention_heads * head_width(config)
 
 
+def _left_flops(config: Any) -> float:
+    """FLOPs of one token's keys and values in one decoder layer."""
+    shapes = linear_shapes(config)
+    return 2.0 * sum(outputs * inputs for outputs, inputs in (shapes["k_proj"], shapes["v_proj"]))
+
+
 def router_flops(config: Any) -> float:
     """FLOPs of one token in one router (hidden → width → 2); 0 for a model without routers."""
     return 2.0 * config.router_width * (config.hidden_size + 2) if routed_layers(config) else 0.0
@@ -109,7 +115,8 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
         Σ_l [ r_l · layer_flops(r_l · context) + router_flops, where l has a router ] + head_flops
 
     A token executes layer l with probability r_l and then meets only the keys of tokens that executed it too,
-    so attention costs r_l² of the full model's. This takes executions of different tokens to be independent.
+    so attention costs r_l² of the full model's. This takes executions of different tokens to be independent. Where
+    keys and values of skipping tokens are kept (`keep_kv`), all tokens compute them, and attention costs r_l.
 
     Args:
         execution: each of the base model's layers' execution ratio r_l, in 0..1; 1 for one that can't be skipped, 0 for
@@ -121,7 +128,11 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
+    if getattr(config, "keep_kv", False):
+        left = _left_flops(config)
+        layers = sum(ratio * (layer_flops(config, context) - left) + left for ratio in execution)
+    else:
+        layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
     return layers + len(routed_layers(config)) * router_flops(config) + (head_flops(config) if head else 0.0)
 
 
@@ -182,13 +193,14 @@ def weight_bytes(config: Any, bits: float, group_size: int | None = None) -> int
 
 
 def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
-    """Expected bytes that one token leaves in the key-value cache (bfloat16), only in layers it executes.
+    """Expected bytes that one token leaves in the key-value cache (bfloat16): in layers it executes, or in all.
 
     Raises:
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    return sum(execution) * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
+    layers = config.num_hidden_layers if getattr(config, "keep_kv", False) else sum(execution)
+    return layers * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
 
 
 def _check_execution(config: Any, execution: Sequence[float]) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.routing import method_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ class RoutedConfig(_Base):
         method: That decides, by name; of folders that don't say it, one with routers and θ.
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         routing_seed: Of decisions by chance.
+        keep_kv: Whether a token leaves its keys and values in layers that it skips, too (FlexiDepth, arXiv 2503.23798);
+            otherwise none of them are there for other tokens.
         dropped_layers: Layers of the base model, by its numbers, that this one was made without.
     """
 
@@ -33,6 +36,7 @@ class RoutedConfig(_Base):
     method: str = "qtale"
     rate: float = 1.0
     routing_seed: int = 0
+    keep_kv: bool = False
     dropped_layers: list[int] | None = None
 
     def validate_routing(self) -> None:
@@ -52,6 +56,10 @@ class RoutedConfig(_Base):
             )
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate {self.rate} is no share of tokens: it must be in [0, 1]")
+        if self.keep_kv and not architecture_of(self).fused:
+            raise ValueError(
+                f"keep_kv: layers of {self.model_type} compute all of a token or nothing: leave it out"
+            )
         method_of(self.method)
         self.thresholds(self.threshold)
 

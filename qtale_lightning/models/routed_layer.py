@@ -45,27 +45,41 @@ class RoutedLayer(nn.Module):
             bias = routing.attention_bias(hidden_states.dtype, self.window)
             if gate is routing.tokens:  # a layer that isn't decided about
                 return self.execute(hidden_states, position_embeddings, Masked(bias, None))
-            output = self.execute(hidden_states, position_embeddings, Masked(bias, gate))
+            kept = None if routing.keep_kv else gate
+            output = self.execute(hidden_states, position_embeddings, Masked(bias, kept))
             weight = gate.to(output.dtype).unsqueeze(-1)
             return weight * output + (1 - weight) * hidden_states
 
-        packing = routing.packing(gate)
+        asked = routing.asked if self.is_last and self.prunes else None
+        present = gate  # tokens that leave keys and values
+        if routing.keep_kv and gate is not routing.tokens:
+            present, asked = routing.tokens, gate if asked is None else gate & asked
+        packing = routing.packing(present)
         if packing.length == 0:  # nobody executes: the layer isn't computed
             return hidden_states
         cache = past_key_values.layer(self.layer_idx) if past_key_values is not None else None
-        queries = routing.subset(gate, packing, self.is_last and self.prunes)
+        queries = routing.subset(present, packing, asked)
         if packing.index is not None:
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
         visible, reach = routing.visible(packing, queries), routing.reach(packing, queries, self.window)
         attend = Packed(packing, cache, queries, visible, reach)
+        if present is not gate and not bool(gate.any()):
+            self.remember(packing.gather(hidden_states), position_embeddings, attend)
+            return hidden_states
         output = self.execute(packing.gather(hidden_states), position_embeddings, attend)
         return (packing if queries is None else queries.packing).scatter(hidden_states, output)
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """``layer(x)``: the family's own layer, ``(B, T, D)`` from ``(B, T, D)``, with an attention of our own."""
         return super().forward(hidden_states, position_embeddings=rotary, attend=attend)
+
+    def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:
+        """Leave keys and values, of tokens ``(B, T, D)`` that skip the layer."""
+        raise NotImplementedError(
+            "keys and values of skipped tokens are kept by layers that compute them alone"
+        )
 
 
 def attach_router(

@@ -27,8 +27,9 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @functools.cache
-def model(start_layer: int, reserved_tokens: int) -> RoutedForCausalLM:
-    config = llama_config(**ARCHITECTURE, start_layer=start_layer, reserved_tokens=reserved_tokens)
+def model(start_layer: int, reserved_tokens: int, keep_kv: bool) -> RoutedForCausalLM:
+    options = {"start_layer": start_layer, "reserved_tokens": reserved_tokens, "keep_kv": keep_kv}
+    config = llama_config(**ARCHITECTURE, **options)
     torch.manual_seed(0)
     routed = route(LlamaForCausalLM(config), config)
     for layer in routed.model.layers:
@@ -40,7 +41,7 @@ def model(start_layer: int, reserved_tokens: int) -> RoutedForCausalLM:
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
     """A model, token ids `(B, T)`, a mask of sequences padded on either side each, and a decision for every token."""
-    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)))
+    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.booleans()))
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     longest = max(lengths) + draw(st.integers(0, 2))  # no sequence may be whole
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -91,6 +92,7 @@ def test_calls_that_share_a_cache_are_one_call(
         start = end
     close(torch.cat(parts, 1)[mask.bool()], whole, depth(routed.config))
     kept = sum(sum(cache.layer(i).lengths) for i in range(routed.config.num_hidden_layers))
-    routing = Routing(forced=gates)
+    routing, layers = Routing(forced=gates), routed.config.num_hidden_layers
     logits(routed, ids, mask, routing)
-    assert kept == int(routing.executed(routed.config.num_hidden_layers).sum())
+    every = layers * int(mask.sum())
+    assert kept == (every if routed.config.keep_kv else int(routing.executed(layers).sum()))
