@@ -32,6 +32,7 @@ from qtale_lightning.training import (
     Multiplier,
     Teacher,
     distillation_loss,
+    fit_stand_ins,
     noise_bits,
     parameter_groups,
     rounded_blocks,
@@ -51,7 +52,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
     The options are those of :class:`~qtale_lightning.settings.ModelSettings`.
 
     Attributes:
-        rows: What the method may measure on before training; set it before the model is loaded where it does.
+        rows: What the method, or stand-ins, may be measured on before training; set them before the model is loaded.
         measured: What it found, or a checkpoint says that it did; None until then.
     """
 
@@ -124,6 +125,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
         for part in self.model.modules():
             if isinstance(part, Router):
                 part.begin_at(self.router_bias)
+        if self.rows is not None and self.model.config.stand_in_rank:
+            fit_stand_ins(self.model, self.rows)  # otherwise a checkpoint has them
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)

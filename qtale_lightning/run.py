@@ -44,6 +44,7 @@ _ADDED: tuple[tuple[str, str, Any], ...] = (
     ("model", "stages", "joint"),
     ("model", "noise_bits", None),
     ("model", "keep_kv", False),
+    ("model", "stand_in_rank", 0),
 )
 _SECTIONS = ("trainer", "model", "data", "quantize", "sweep")
 _SPLITS = {"train": "training", "calibration": "calibration", "validation": "validation"}

@@ -66,6 +66,8 @@ class ModelSettings:
             to so many bits. None: of none.
         keep_kv: A token leaves its keys and values in layers that it skips, too, instead of none. Costs their
             computation and memory; not for families whose layers are computed whole (gemma3).
+        stand_in_rank: Rank of the map that stands in for a layer where tokens skip it, fitted in closed form before
+            training, then trained. 0: what skips is left as it is.
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).
         lora_rank: Rank of LoRA (paper: 8).
         lora_alpha: LoRA's scale is alpha / rank; None is the rank, a scale of 1 (D-LLM's code).
@@ -112,6 +114,7 @@ class ModelSettings:
         stages: Literal["joint", "lora-first", "routers-first"] = "joint",
         noise_bits: CodeBits | None = None,
         keep_kv: bool = False,
+        stand_in_rank: NonNegativeInt = 0,
         train_all: bool = False,
         lora_rank: PositiveInt = 8,
         lora_alpha: Positive | None = None,
@@ -155,6 +158,8 @@ class ModelSettings:
             )
             subject = f"method {method}" if family.fused else name
             raise ValueError(f"--model.keep_kv: {subject} {why}: leave it out")
+        if stand_in_rank and not self.how.decides:
+            raise ValueError(f"--model.stand_in_rank: method {method} skips nothing by tokens: leave it out")
         if not lora_targets and not train_all:
             raise ValueError(
                 "--model.lora_targets is empty: give at least one projection, or --model.train_all true"
@@ -172,6 +177,7 @@ class ModelSettings:
             "start_layer": start_layer,
             "reserved_tokens": reserved_tokens,
             "keep_kv": keep_kv,
+            "stand_in_rank": stand_in_rank,
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
         self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}

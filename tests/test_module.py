@@ -226,6 +226,7 @@ TOOLS: dict[str, Any] = {
     "stages": "lora-first",
     "noise_bits": 3,
     "keep_kv": True,
+    "stand_in_rank": 4,
 }
 
 
@@ -302,6 +303,8 @@ def test_resumed_training_equals_uninterrupted(
         ({"distillation": float("nan")}, "--model.distillation nan"),
         ({"teacher": "there"}, "--model.teacher there has no effect without --model.distillation"),
         ({**objective("full"), "distillation": 1.0}, "full skips nothing.*another --model.teacher"),
+        ({**objective("static"), "stand_in_rank": 8}, "static skips nothing by tokens"),
+        ({"stand_in_rank": -1}, "--model.stand_in_rank -1"),
         ({**objective("full"), "keep_kv": True}, "--model.keep_kv: method full skips nothing by tokens"),
         (
             {"name": "gemma3-270m", "keep_kv": True},

@@ -39,12 +39,12 @@ class ParameterCounts:
     embeddings: int
     head: int
     routers: int
+    stand_ins: int
 
     @property
     def total(self) -> int:
-        return (
-            sum(self.linears.values()) + self.biases + self.norms + self.embeddings + self.head + self.routers
-        )
+        rest = self.biases + self.norms + self.embeddings + self.head + self.routers + self.stand_ins
+        return sum(self.linears.values()) + rest
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
@@ -114,6 +114,8 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
 
         Σ_l [ r_l · layer_flops(r_l · context) + router_flops, where l has a router ] + head_flops
 
+    and what stands in for layers that tokens skip, if anything does.
+
     A token executes layer l with probability r_l and then meets only the keys of tokens that executed it too,
     so attention costs r_l² of the full model's. This takes executions of different tokens to be independent. Where
     keys and values of skipping tokens are kept (`keep_kv`), all tokens compute them, and attention costs r_l.
@@ -133,7 +135,9 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
         layers = sum(ratio * (layer_flops(config, context) - left) + left for ratio in execution)
     else:
         layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
-    return layers + len(routed_layers(config)) * router_flops(config) + (head_flops(config) if head else 0.0)
+    routers = len(routed_layers(config)) * router_flops(config)
+    stand_ins = len(decided_layers(config)) * 4.0 * config.hidden_size * _stand_in_rank(config)
+    return layers + routers + stand_ins + (head_flops(config) if head else 0.0)
 
 
 def flops_ratio(config: Any, execution: Sequence[float], context: float, head: bool = True) -> float:
@@ -164,7 +168,18 @@ def parameter_counts(config: Any) -> ParameterCounts:
         embeddings=embeddings,
         head=0 if config.tie_word_embeddings else embeddings,
         routers=routers,
+        stand_ins=len(decided_layers(config)) * _stand_in_parameters(config),
     )
+
+
+def _stand_in_rank(config: Any) -> int:
+    return getattr(config, "stand_in_rank", 0)
+
+
+def _stand_in_parameters(config: Any) -> int:
+    """Of one layer's stand-in: two linears, the second with a bias."""
+    rank, hidden = _stand_in_rank(config), config.hidden_size
+    return 2 * rank * hidden + hidden if rank else 0
 
 
 def weight_bytes(config: Any, bits: float, group_size: int | None = None) -> int:

@@ -48,9 +48,9 @@ def add_lora(
 
 
 def mark_trainable(model: nn.Module, everything: bool) -> None:
-    """Train LoRA and routers only, or every weight; trainable weights are float32 whatever the base's dtype."""
+    """Train what was added only, LoRA, routers and stand-ins, or every weight; in float32 whatever the base's dtype."""
     for name, parameter in model.named_parameters():
-        trainable = everything or "lora_" in name or ".router." in name
+        trainable = everything or any(part in name for part in ("lora_", ".router.", ".stand_in."))
         parameter.requires_grad_(trainable)
         if trainable:
             parameter.data = parameter.data.float()

@@ -26,6 +26,7 @@ class RoutedConfig(_Base):
         routing_seed: Of decisions by chance.
         keep_kv: Whether a token leaves its keys and values in layers that it skips, too (FlexiDepth, arXiv 2503.23798);
             otherwise none of them are there for other tokens.
+        stand_in_rank: Of the maps that stand in for layers that tokens skip; 0: there are none.
         dropped_layers: Layers of the base model, by its numbers, that this one was made without.
     """
 
@@ -37,6 +38,7 @@ class RoutedConfig(_Base):
     rate: float = 1.0
     routing_seed: int = 0
     keep_kv: bool = False
+    stand_in_rank: int = 0
     dropped_layers: list[int] | None = None
 
     def validate_routing(self) -> None:
@@ -53,6 +55,10 @@ class RoutedConfig(_Base):
         if self.start_layer < self.num_hidden_layers and self.reserved_tokens < 1:
             raise ValueError(
                 "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
+            )
+        if not 0 <= self.stand_in_rank <= self.hidden_size:
+            raise ValueError(
+                f"stand_in_rank {self.stand_in_rank} must be from 0 to the width {self.hidden_size}"
             )
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate {self.rate} is no share of tokens: it must be in [0, 1]")

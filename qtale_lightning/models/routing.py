@@ -93,8 +93,6 @@ class Routing:
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
-        if layer < self.resume:  # the pass began with the states behind it
-            return torch.zeros_like(self.tokens)
         if layer in self.keep:
             self.states[layer] = hidden_states
         if layer not in self.thresholds:

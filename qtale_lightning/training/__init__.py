@@ -10,11 +10,13 @@ from qtale_lightning.training.distillation import Teacher, distillation_loss
 from qtale_lightning.training.groups import parameter_groups
 from qtale_lightning.training.noise import noise_bits, rounded_blocks
 from qtale_lightning.training.stages import routed_progress, staged_rate
+from qtale_lightning.training.stand_ins import fit_stand_ins
 
 __all__ = [
     "Multiplier",
     "Teacher",
     "distillation_loss",
+    "fit_stand_ins",
     "noise_bits",
     "parameter_groups",
     "rounded_blocks",

@@ -108,6 +108,20 @@ def test_any_positions_and_branches(
 
 
 @torch.no_grad()
+def test_nobody_that_is_asked_for_executes_the_last_layer(routed: RoutedForCausalLM) -> None:
+    """With kept keys and values, which all tokens leave, those that skip the layer stay as they are."""
+    routed.config.keep_kv = True
+    ids, _ = rows("right")
+    asked = torch.arange(ids.shape[1]).expand(ids.shape) == 7
+    forced = {i: ~asked if i == 4 else torch.ones_like(asked) for i in routed.config.routed_layers}
+    routings = Routing(forced=forced, asked=asked, keep=[4]), Routing(forced=forced, execution="masked")
+    some, all_ = (
+        routed.model(ids, routing=routing, use_cache=False).last_hidden_state for routing in routings
+    )
+    close(some[asked], all_[asked], TERMS)
+
+
+@torch.no_grad()
 def test_training_and_masked_execution_compute_everything(routed: RoutedForCausalLM) -> None:
     ids, _ = rows("right")
     whole, expected = widest_product(routed, ids, routing=Routing(execution="masked"), use_cache=False)

@@ -27,21 +27,25 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @functools.cache
-def model(start_layer: int, reserved_tokens: int, keep_kv: bool) -> RoutedForCausalLM:
-    options = {"start_layer": start_layer, "reserved_tokens": reserved_tokens, "keep_kv": keep_kv}
+def model(start_layer: int, reserved_tokens: int, keep_kv: bool, stand_in_rank: int) -> RoutedForCausalLM:
+    options: dict[str, Any] = {"keep_kv": keep_kv, "stand_in_rank": stand_in_rank}
+    options |= {"start_layer": start_layer, "reserved_tokens": reserved_tokens}
     config = llama_config(**ARCHITECTURE, **options)
     torch.manual_seed(0)
     routed = route(LlamaForCausalLM(config), config)
     for layer in routed.model.layers:
         if layer.router is not None:
             nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
+        if layer.stand_in is not None:
+            nn.init.normal_(layer.stand_in.up.weight, 0.0, 0.5)
     return routed.eval()
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
     """A model, token ids `(B, T)`, a mask of sequences padded on either side each, and a decision for every token."""
-    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)), draw(st.booleans()))
+    tools = draw(st.booleans()), draw(st.sampled_from([0, 4]))
+    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)), *tools)
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     longest = max(lengths) + draw(st.integers(0, 2))  # no sequence may be whole
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
