@@ -46,6 +46,8 @@ def quantize(run: UserPath, options: tuple[str, ...]) -> None:
     with _configured(run, options, "quantize") as (directory, cli):
         from qtale_lightning import stages
 
+        if not cli.quantization.bits:
+            raise ValueError("--quantize.bits is empty, so nothing is to be quantized: give bits such as 4,3")
         cli.check()
         data = cli.prepare_data()
         cli.check_calibration()
