@@ -58,7 +58,7 @@ class RoutedLayer(nn.Module):
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
-        visible, reach = routing.visible(packing, queries), routing.reach(packing, queries, self.window)
+        visible, reach = routing.visible(packing, queries), routing.reach(self.window)
         attend = Packed(packing, cache, queries, visible, reach)
         output = self.execute(packing.gather(hidden_states), position_embeddings, attend)
         return (packing if queries is None else queries.packing).scatter(hidden_states, output)
