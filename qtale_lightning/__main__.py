@@ -16,6 +16,10 @@ def _configure() -> None:
     # Plain lines, which no width breaks: commands and paths in them are there to be copied.
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("qtale_lightning").setLevel(logging.INFO)
+    # Lightning prints its lines by a handler of its own: behind the root's, each would come twice.
+    logging.getLogger("lightning").propagate = False
+    # "Seed set to …", which the run's configuration says.
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # Not for the user: batches of a few kilobytes need no workers, a resumed run's folder isn't empty, and Lightning's
     # own use of torch is Lightning's concern.
     for message in (".*does not have many workers", ".*exists and is not empty", ".*treespec, LeafSpec"):

@@ -1,6 +1,7 @@
 """What trains, made from a configuration as LightningCLI parses it: module, data, trainer, callbacks."""
 
 import logging
+from argparse import ArgumentError
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from qtale_lightning import checks
 from qtale_lightning.checkpoints import RunCheckpointIO
+from qtale_lightning.commands.mistakes import plain
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.hub.repository import COMMIT
@@ -78,7 +80,10 @@ class QTALECLI(RunConfiguration, LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Its numbers go into checkpoints."""
-        super().parse_arguments(parser, args)
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:  # of what Lightning alone understands; all else was checked before
+            raise ArgumentError(None, plain(str(error))) from None
         plain_numbers(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import field, make_dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jsonargparse import SUPPRESS, ActionConfigFile, ArgumentParser, get_loader, set_loader
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveInt, register_type
 
 from qtale_lightning import checks
 from qtale_lightning.data.settings import DataSettings
@@ -143,6 +143,26 @@ def without_lightnings(args: Sequence[str]) -> list[str]:
     ]
 
 
+class TrainerPrecision(str):
+    """A value of ``--trainer.precision``: one of the literals of Lightning's own types of it, as text."""
+
+    @staticmethod
+    def read(value: Any) -> "TrainerPrecision":
+        """From what was written (ValueError)."""
+        types = {
+            ast.unparse(node.targets[0]): node.value
+            for node in _source("fabric/plugins/precision/precision.py")
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript)
+        }
+        names = ("_PRECISION_INPUT_STR", "_PRECISION_INPUT_STR_ALIAS")  # its whole numbers are among these
+        choices = [choice for name in names for choice in ast.literal_eval(types[name].slice)]
+        if str(value) not in choices:
+            raise ValueError(f"choose one of {', '.join(choices)}")
+        return TrainerPrecision(value)
+
+
+register_type(TrainerPrecision, str, TrainerPrecision.read)
+
 _TYPES: dict[str, Any] = {
     "int": int,
     "bool": bool,
@@ -150,6 +170,9 @@ _TYPES: dict[str, Any] = {
     "Optional[bool]": bool | None,
     "Union[int, float]": int | float,
     "Optional[Union[int, float]]": int | float | None,
+    "Union[int, bool]": int | bool,
+    "Optional[Union[bool, _LITERAL_WARN]]": bool | Literal["warn"] | None,
+    "Optional[_PRECISION_INPUT]": TrainerPrecision | None,
 }
 
 
@@ -158,11 +181,7 @@ def trainer_options() -> type:
 
     Types that need Lightning to be understood are Any: ``fit`` checks those.
     """
-    lightning = find_spec("lightning")  # finds it, and imports nothing
-    assert lightning is not None
-    folder = Path(str(lightning.origin)).parent
-    source = (folder / "pytorch" / "trainer" / "trainer.py").read_text(encoding="utf-8")
-    classes = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+    classes = (node for node in _source("pytorch/trainer/trainer.py") if isinstance(node, ast.ClassDef))
     trainer = next(node for node in classes if node.name == "Trainer")
     methods = (node for node in trainer.body if isinstance(node, ast.FunctionDef))
     made = next(node for node in methods if node.name == "__init__")
@@ -174,6 +193,13 @@ def trainer_options() -> type:
     options = make_dataclass("Trainer", fields)
     options.__doc__ = re.sub(r":\w+:`~?([^`]*)`", r"\1", ast.get_docstring(made) or "").replace("``", "")
     return options
+
+
+def _source(file: str) -> list[ast.stmt]:
+    """A source file of Lightning, parsed."""
+    lightning = find_spec("lightning")  # finds it, and imports nothing
+    assert lightning is not None
+    return ast.parse((Path(str(lightning.origin)).parent / file).read_text(encoding="utf-8")).body
 
 
 def _load_checked(text: str) -> Any:

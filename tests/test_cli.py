@@ -646,6 +646,23 @@ def test_a_stage_before_its_model(refused: Refusal, claimed: str) -> None:
         assert "make train" in message
 
 
+def test_a_stage_of_an_interrupted_run_names_the_command_that_resumes_it(
+    refused: Refusal, claimed: str, tmp_path: Path
+) -> None:
+    """With all of its options, as the run has recorded it."""
+    command = (
+        "python -m qtale_lightning fit --config experiments/base.yaml --data.tasks facts --seed_everything 3"
+    )
+    update_results(claimed, "run", run_metadata("tiny", "qtale", "facts", 3, command, "random"))
+    for stage in ("evaluate", "quantize"):
+        assert f"goes on from where it was, and makes it: `{command}`" in refused(stage, claimed)
+
+
+def test_no_bits_are_nothing_to_quantize(refused: Refusal, claimed: str) -> None:
+    message = refused("quantize", claimed, "--quantize.bits", "[]")
+    assert "--quantize.bits is empty, so nothing is to be quantized" in message
+
+
 def test_a_threshold_that_is_none(refused: Refusal, claimed: str) -> None:
     assert "--theta 2.0: must be >= 0 and <= 1" in refused("evaluate", claimed, "--theta", "2")
 

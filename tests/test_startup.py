@@ -108,3 +108,16 @@ def test_fits_help_shows_what_the_suites_configurations_set_of_the_trainer() -> 
     used = {name for section in sections for name in section.get("trainer", {})}
     assert used
     assert used <= {*SHOWN}
+
+
+@pytest.mark.slow
+def test_lightnings_lines_come_once_and_without_the_seed() -> None:
+    script = (
+        "from qtale_lightning.__main__ import _configure; _configure(); "
+        "import lightning as L; from lightning.pytorch.utilities import rank_zero_info; "
+        "L.seed_everything(7); rank_zero_info('a line')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (done.stderr + done.stdout).count("a line") == 1
+    assert "Seed set" not in done.stderr + done.stdout

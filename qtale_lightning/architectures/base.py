@@ -58,6 +58,7 @@ class Architecture:
         not_clipped: Linears that AWQ doesn't clip: the product of q and k forms the scores, and their errors don't
             add up.
         norms: A layer's norms over the residual stream's width.
+        norms_behind: The norm that a block's output goes through before it joins the residual stream, by block.
         head_norms: A layer's norms over a head's width.
         biases: Linears with a bias, each with the configuration's field that says so, or True.
         norm_offset: What norms add to their stored weight: 1 in a family that stores its difference from 1.
@@ -76,6 +77,7 @@ class Architecture:
     )
     not_clipped: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    norms_behind: Mapping[str, str] = field(default_factory=dict)
     head_norms: tuple[str, ...] = ()
     biases: Mapping[str, str | bool] = field(default_factory=dict)
     norm_offset: float = 0.0

@@ -20,6 +20,7 @@ GEMMA3 = Architecture(
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
+    norms_behind={"self_attn": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"},
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     biases={f"self_attn.{name}": "attention_bias" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     norm_offset=1.0,

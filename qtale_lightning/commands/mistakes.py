@@ -62,6 +62,10 @@ def plain(text: str) -> str:
 def _reason(text: str) -> str:
     """One of the reasons that a value was refused for."""
     text = re.sub(r"^Not of type \w+: ", "", text.strip())
+    text = re.sub(
+        r"^Expected a dot import path string: .*", "expected a class path, such as package.Class", text
+    )
+    text = re.sub(r"^Expected a path but \S+ either not accessible or invalid", "no such file", text)
     text = re.sub(r"^Expected an? <class '(?:\w+\.)*(\w+)'>", r"expected \1", text)
     text = re.sub(r"^Expected a typing\.Literal\[(.*)\]", r"choose one of \1", text)
     text = re.sub(

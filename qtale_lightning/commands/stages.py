@@ -46,6 +46,8 @@ def quantize(run: UserPath, options: tuple[str, ...]) -> None:
     with _configured(run, options, "quantize") as (directory, cli):
         from qtale_lightning import stages
 
+        if not cli.quantization.bits:
+            raise ValueError("--quantize.bits is empty, so nothing is to be quantized: give bits such as 4,3")
         cli.check()
         data = cli.prepare_data()
         cli.check_calibration()
@@ -62,10 +64,15 @@ def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
     """
     with _configured(run, options, "thresholds") as (directory, cli):
         from qtale_lightning import stages
+        from qtale_lightning.evaluation.budget import UnmetBudgetError
         from qtale_lightning.report import write_report
 
-        quantization = cli.quantization
-        stages.sweep(directory, cli.prepare_data(), quantization.bits, quantization.engine, cli.sweep)
+        quantization, data = cli.quantization, cli.prepare_data()
+        try:
+            stages.sweep(directory, data, quantization.bits, quantization.engine, cli.sweep)
+        except UnmetBudgetError:  # said last, behind the report of all that was met
+            write_report(directory.root)
+            raise
         write_report(directory.root)
 
 

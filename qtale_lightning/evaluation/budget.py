@@ -18,10 +18,15 @@ from qtale_lightning.routing.router import EXECUTE, SKIP
 TOLERANCE = 0.005
 """How near to the budget the execution ratio on the calibration questions must come."""
 MAX_PASSES = 16
+_SUGGESTIONS = 3  # ratios that a failed search tries to name instead, at up to as many passes each
 STEP = 0.1
 """Share of a layer's decisions that its θ is moved by, to see what they are worth."""
 
 Theta = float | list[float]
+
+
+class UnmetBudgetError(ValueError):
+    """No θ meets a budget; the message says what can be had."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ class Calibration:
         ]
 
 
-def find_threshold(calibration: Passes, budget: float, by_layer: Sequence[float] | None = None) -> Found:
+def find_threshold(calibration: Passes, budget: float) -> Found:
     """The θ whose execution ratio is within `TOLERANCE` of the budget; deterministic.
 
     θ is searched as its logit t, which what is skipped grows with. Every pass gives the whole distribution of
@@ -132,26 +137,57 @@ def find_threshold(calibration: Passes, budget: float, by_layer: Sequence[float]
     Args:
         calibration: Makes the passes.
         budget: Share of layers to execute, in (0, 1].
+
+    Raises:
+        UnmetBudgetError: No θ meets it; the message gives ratios that can be had: of those that were met on the way,
+            such that a search for them meets them again, which is tried.
+    """
+    made: dict[str, Pass] = {}
+
+    def watch(theta: Theta) -> Pass:
+        if str(theta) not in made:
+            made[str(theta)] = calibration.watch(theta)
+        return made[str(theta)]
+
+    found = search_threshold(watch, budget)
+    if found is not None:
+        return found
+    near = sorted((seen.ratio for seen in made.values()), key=lambda ratio: abs(ratio - budget))
+    named = list(dict.fromkeys(f"{ratio:.3f}" for ratio in near))[:_SUGGESTIONS]
+    met = [ratio for ratio in named if search_threshold(watch, float(ratio)) is not None]
+    which = f"a ratio that is met, such as {' or '.join(met)}" if met else "another ratio"
+    raise UnmetBudgetError(
+        f"no threshold found for an execution ratio of {budget:g} ± {TOLERANCE} in {MAX_PASSES} passes: it jumps near "
+        f"there. Give --sweep.budgets {which}"
+    )
+
+
+def search_threshold(
+    watch: Callable[[Theta], Pass], budget: float, by_layer: Sequence[float] | None = None
+) -> Found | None:
+    """The search of :func:`find_threshold`; None where it doesn't meet the budget in `MAX_PASSES`.
+
+    Args:
+        watch: Makes a pass.
+        budget: Share of layers to execute, in (0, 1].
         by_layer: θ by routed layer to start from: t is then added to the logit of each. None: one θ for all.
 
     Raises:
-        ValueError: No θ meets the budget; the message gives the ratios that can be had.
+        UnmetBudgetError: The budget is below what always executes.
     """
     offsets = None if by_layer is None else [_logit(theta) for theta in by_layer]
     low, high, t, last_error = -math.inf, math.inf, 0.0, math.inf
-    tried: dict[float, float] = {}  # ratio by t
     for _ in range(MAX_PASSES):
         theta = _theta(t) if offsets is None else [_theta(t + offset) for offset in offsets]
-        seen = calibration.watch(theta)
-        tried[t] = seen.ratio
+        seen = watch(theta)
         error = seen.ratio - budget
         if abs(error) <= TOLERANCE:
             return Found(theta, seen)
         floor = 1 - sum(map(len, seen.gaps)) / seen.decisions
         if budget < floor - TOLERANCE:
-            raise ValueError(
+            raise UnmetBudgetError(
                 f"an execution ratio of {budget:g} can't be reached: reserved tokens and layers without a router "
-                f"execute always, {floor:.3f} of all. Give --sweep.budgets from {floor:.3f} to 1"
+                f"execute always, {floor:.3f} of all. Give --sweep.budgets above that"
             )
         low, high = (t, high) if error > 0 else (low, t)
         proposed = _quantile(seen, offsets, budget)
@@ -159,13 +195,7 @@ def find_threshold(calibration: Passes, budget: float, by_layer: Sequence[float]
         if not low < proposed < high or (slow and math.isfinite(low) and math.isfinite(high)):
             proposed = (low + high) / 2
         t, last_error = proposed, abs(error)
-    met = dict.fromkeys(
-        f"{ratio:.3f}" for ratio in sorted(tried.values(), key=lambda ratio: abs(ratio - budget))
-    )
-    raise ValueError(
-        f"no threshold found for an execution ratio of {budget:g} ± {TOLERANCE} in {MAX_PASSES} passes: it jumps near "
-        f"there. Give --sweep.budgets a ratio that was met, such as {' or '.join([*met][:2])}"
-    )
+    return None
 
 
 def _quantile(seen: Pass, offsets: Sequence[float] | None, budget: float) -> float:
@@ -184,10 +214,10 @@ def find_layer_thresholds(calibration: Passes, budget: float) -> Found:
     'execute', and the change of nll and of execution is measured: 2 passes a layer, which compute only what lies
     behind the layer. Then every layer takes, of more, less and unchanged, what is best at one price of execution
     for all layers, the lowest at which the budget holds (the measured changes are taken to add up); at last t is
-    searched anew as in :func:`find_threshold`. The common θ stays where that doesn't lower the nll.
+    searched anew as in :func:`find_threshold`. The common θ stays where that doesn't lower the nll, or meets nothing.
 
     Raises:
-        ValueError: as `find_threshold`.
+        UnmetBudgetError: as `find_threshold`.
     """
     common = find_threshold(calibration, budget)
     assert isinstance(common.theta, float)
@@ -202,8 +232,8 @@ def find_layer_thresholds(calibration: Passes, budget: float) -> Found:
     for (layer, theta), probe in zip(moves, calibration.compare(probes) if probes else [], strict=True):
         options[layer].append((probe.ratio - common.at.ratio, probe.nll - common.at.nll, theta))
     chosen = [theta for _, _, theta in cheapest(options)]
-    found = find_threshold(calibration, budget, chosen) if chosen != base else common
-    return found if found.at.nll < common.at.nll else common
+    found = search_threshold(calibration.watch, budget, chosen) if chosen != base else None
+    return found if found is not None and found.at.nll < common.at.nll else common
 
 
 Option = tuple[float, float, float]

@@ -23,6 +23,7 @@ from qtale_lightning.harness.backend import (
 from qtale_lightning.harness.tasks import LOCAL, is_local, local_prompts, write_tasks
 from qtale_lightning.manifest import DamagedFileError, read_object, writing
 from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.report.notes import theta_text
 from qtale_lightning.results.fingerprints import FORMAT, comparable, made
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
@@ -146,8 +147,8 @@ def lm_eval(
                 for name, config in found["configs"].items()
             }
             save_evaluation(run.root, row)
-    theta_text = "" if row["theta"] is None else f", θ = {row['theta']}"
-    console.print(f"{bits:g} bits{theta_text}, {row['protocol']['harness']}, {row['seconds']:.0f} s")
+    theta_said = "" if row["theta"] is None else f", θ = {theta_text(row['theta'])}"
+    console.print(f"{bits:g} bits{theta_said}, {row['protocol']['harness']}, {row['seconds']:.0f} s")
     print(table(row["results"]))
     return row
 

@@ -12,7 +12,7 @@ from transformers import AttentionInterface
 from qtale_lightning import cpu
 from qtale_lightning.compat import kernels
 from qtale_lightning.models.cache import RoutedCacheLayer
-from qtale_lightning.models.packing import Packing, Reach, Subset
+from qtale_lightning.models.packing import Packing, Reach, Subset, rows_of
 
 # Tokens of a sequence, on average, from which sequences attend one after the other on a CPU.
 MANY_TOKENS = 16
@@ -87,9 +87,8 @@ class Packed:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, dropout: float) -> Tensor:
         """See :class:`Attention`; keys and values join the cache."""
-        places = None if self.reach is None else self.reach.keys
-        if self.cache is not None and places is not None:
-            places = self.cache.remember(places, self.packing)
+        if self.cache is not None and self.reach is not None:
+            self.cache.remember(self.reach.places, self.packing)
         if self._attends_next(query, key, value):
             assert self.cache is not None
             return self.cache.attend_next(query, key, value, self.packing, scaling)
@@ -108,8 +107,8 @@ class Packed:
             )
         if self._is_bounded:
             assert self.reach is not None
-            assert places is not None
-            mask = self.reach.mask(places)
+            packed = rows_of(self.reach.places, self.packing) if self.cache is None else self.cache.recall()
+            mask = self.reach.mask(queries, packed)
         if self.visible is not None:
             mask = self.visible if mask is None else self.visible & mask
         if length == 1:
@@ -130,7 +129,7 @@ class Packed:
         """Keys and values ``(1, N, H_kv, d)`` join the cache, and nobody asks for anything."""
         assert self.cache is not None
         if self.reach is not None:
-            self.cache.remember(self.reach.keys, self.packing)
+            self.cache.remember(self.reach.places, self.packing)
         rows = self.packing.to_rows
         self.cache.update(rows(key).transpose(1, 2), rows(value).transpose(1, 2), self.packing)
 

@@ -1,11 +1,13 @@
 """The cache of a routed model: a token that skips a layer leaves no key and no value there, unless they are kept."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from qtale_lightning import cpu
-from qtale_lightning.models.packing import NOWHERE, Packing
+from qtale_lightning.models.packing import NOWHERE, Packing, rows_of
 
 _GROWTH = 64  # slots added at a time while decoding, so that not every token copies the cache
 
@@ -16,7 +18,9 @@ class RoutedCacheLayer(CacheLayerMixin):
     Attributes:
         keys, values: Buffers ``(B, H, capacity, d)``; slots at and behind a sequence's length are unused.
         lengths: Tokens kept of each sequence, B of them.
-        places: Of kept tokens in their sequences ``(B, capacity)``, in a layer with a window.
+        places: Of kept tokens in their sequences ``(B, capacity)``, in a layer with a window; as far as they were asked
+            for, which they are once a sequence is longer than it.
+        noted: What the others follow from: the places of a pass's tokens, its packing, and the lengths before.
     """
 
     is_sliding = False
@@ -25,6 +29,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         super().__init__()
         self.lengths: tuple[int, ...] = ()
         self.places: Tensor | None = None
+        self.noted: list[tuple[Tensor, Packing, tuple[int, ...]]] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty buffers for keys like ``key_states (B, H, *, d)``."""
@@ -88,25 +93,29 @@ class RoutedCacheLayer(CacheLayerMixin):
         mask = torch.arange(end, device=keys.device) <= queries[:, :, None]
         return keys, values, mask[:, None]
 
-    def remember(self, places: Tensor, packing: Packing) -> Tensor:
-        """Keep the places ``(B, L)`` of tokens that are about to be appended; return those of all keys ``(B, K)``.
+    def remember(self, places: Tensor, packing: Packing) -> None:
+        """Note the places ``(B, T)`` of a pass whose packing is about to be appended; :meth:`recall` works them out."""
+        self.noted.append((places, packing, self.lengths or (0,) * len(packing.counts)))
 
-        Unused slots of what is returned are behind every query.
-        """
-        batch, new = places.shape
-        past = self.lengths or (0,) * batch
-        starts = torch.tensor(past, device=places.device)
+    def recall(self) -> Tensor:
+        """Places of all keys ``(B, K)``; unused slots of what is returned are behind every query."""
+        for places, packing, past in self.noted:
+            self._place(rows_of(places, packing), past)
+        self.noted = []
+        assert self.places is not None
+        lengths = torch.tensor(self.lengths, device=self.places.device)
+        used = torch.arange(self.longest, device=self.places.device) < lengths[:, None]
+        return torch.where(used, self.places[:, : self.longest], NOWHERE)
+
+    def _place(self, rows: Tensor, past: Sequence[int]) -> None:
+        """Write places ``(B, L)`` behind so many of each sequence; unused ones are overwritten later."""
+        batch, new = rows.shape
         if self.places is None:
-            self.places = places.new_full((batch, 0), NOWHERE)
-        end = max(past) + new
-        if (missing := end - self.places.shape[1]) > 0:
+            self.places = rows.new_full((batch, 0), NOWHERE)
+        if (missing := max(past) + new - self.places.shape[1]) > 0:
             self.places = nn.functional.pad(self.places, (0, missing + _GROWTH), value=NOWHERE)
-        slots = starts[:, None] + torch.arange(new, device=places.device)
-        self.places.scatter_(1, slots, places)
-        counts = torch.tensor(packing.counts, device=places.device)
-        used = torch.arange(end, device=places.device) < (starts + counts)[:, None]
-        longest = max(kept + count for kept, count in zip(past, packing.counts, strict=True))
-        return torch.where(used, self.places[:, :end], NOWHERE)[:, :longest]
+        starts = torch.tensor(past, device=rows.device)
+        self.places.scatter_(1, starts[:, None] + torch.arange(new, device=rows.device), rows)
 
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
@@ -151,6 +160,8 @@ class RoutedCacheLayer(CacheLayerMixin):
             assert self.keys is not None
             assert self.values is not None
             index = index.to(self.keys.device)
+            if self.noted:
+                self.recall()  # of the sequences as they are
             self.keys, self.values = self.keys[index], self.values[index]
             if self.places is not None:
                 self.places = self.places[index]

@@ -1,7 +1,7 @@
 """The configuration of a routed model: the routing's part, shared by all families."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qtale_lightning.architectures import architecture_of
 from qtale_lightning.routing import method_of
@@ -68,6 +68,19 @@ class RoutedConfig(_Base):
             )
         method_of(self.method)
         self.thresholds(self.threshold)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As ever; and refuses a θ where nothing is decided by one.
+
+        Raises:
+            ValueError: The method has no θ, so that the model would do what it does without.
+        """
+        changed = name == "threshold" and name in self.__dict__ and value != self.threshold
+        if changed and not self.has_theta:
+            raise ValueError(
+                f"this model has no θ, by its method {self.method}: leave config.threshold as it is"
+            )
+        super().__setattr__(name, value)
 
     @property
     def routed_layers(self) -> range:

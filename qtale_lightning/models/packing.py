@@ -136,32 +136,22 @@ class Reach:
 
     Attributes:
         window: Tokens that one sees, itself among them.
-        queries: Places of those whose output is asked for, in rows ``(B, L')``.
-        keys: Places of executing tokens, in rows ``(B, L)``; unused slots are `NOWHERE`.
+        places: Of a pass's tokens, ``(B, T)``.
         binds: Whether a sequence may be longer than the window.
     """
 
     window: int
-    queries: Tensor
-    keys: Tensor
+    places: Tensor
     binds: bool
 
-    @classmethod
-    def of(
-        cls, window: int, places: Tensor, packing: Packing, queries: Subset | None, binds: bool
-    ) -> "Reach":
-        """Of places ``(B, T)`` and what is packed of them."""
-        keys = _rows_of(places, packing)
-        return cls(window, keys if queries is None else _rows_of(places, queries.packing), keys, binds)
-
-    def mask(self, keys: Tensor) -> Tensor:
-        """Which keys each query may see, bool ``(B, 1, L', K)``, of places ``(B, K)``: at and before its own."""
-        query = self.queries[:, :, None]
+    def mask(self, queries: Packing, keys: Tensor) -> Tensor:
+        """Which keys each packed query may see, bool ``(B, 1, L', K)``, of places ``(B, K)``: at and before its own."""
+        query = rows_of(self.places, queries)[:, :, None]
         return ((keys[:, None] <= query) & (keys[:, None] > query - self.window)).unsqueeze(1)
 
 
-def _rows_of(places: Tensor, packing: Packing) -> Tensor:
-    """Places of packed tokens in rows ``(B, L)``."""
+def rows_of(places: Tensor, packing: Packing) -> Tensor:
+    """Places ``(B, T)`` of packed tokens in rows ``(B, L)``; unused slots are `NOWHERE`."""
     rows = packing.to_rows(packing.gather(places + 1))  # unused slots are zero
     return torch.where(rows == 0, NOWHERE, rows - 1)
 

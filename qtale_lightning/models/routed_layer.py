@@ -67,7 +67,7 @@ class RoutedLayer(nn.Module):
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
-        visible, reach = routing.visible(packing, queries), routing.reach(packing, queries, self.window)
+        visible, reach = routing.visible(packing, queries), routing.reach(self.window)
         attend = Packed(packing, cache, queries, visible, reach)
         if present is not gate and asked is not None and not bool(asked.any()):
             self.remember(packing.gather(hidden_states), position_embeddings, attend)

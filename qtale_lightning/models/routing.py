@@ -137,11 +137,9 @@ class Routing:
             self._visible = mask.unsqueeze(1)
         return mask.unsqueeze(1)
 
-    def reach(self, packing: Packing, queries: Subset | None, window: int | None) -> Reach | None:
-        """How far back those that are asked for may see in a layer with a window; None: to the beginning."""
-        if window is None:
-            return None
-        return Reach.of(window, self.places, packing, queries, self.length > window)
+    def reach(self, window: int | None) -> Reach | None:
+        """How far back tokens may see in a layer with a window; None: to the beginning."""
+        return None if window is None else Reach(window, self.places, self.length > window)
 
     def attention_bias(self, dtype: torch.dtype, window: int | None = None) -> Tensor:
         """Causal and padding mask of masked execution, additive, ``(B, 1, T, T)``; the same for layers of a window."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from qtale_lightning.architectures import Architecture, ScaleMapping
 from qtale_lightning.quantization.calibration import Moments, plain_float32
+from qtale_lightning.quantization.damage import damage_behind
 from qtale_lightning.quantization.errors import output_error, output_errors
 from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import Recipe, clip_limit
@@ -227,6 +228,13 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
                     [h.float().square().sum(-1).flatten() for h in _residuals(seen, family, mapping)]
                 )
                 recipe.damage[layer.path(mapping.previous)] = outputs * error / stream.mean().item()
+
+    for mapping in family.mappings:
+        if behind := family.norms_behind.get(mapping.block):
+            calls, streams = seen.calls[mapping.block], _residuals(seen, family, mapping)
+            recipe.damage[layer.path(mapping.previous)] = damage_behind(
+                layer, calls, streams, recipe, mapping, behind
+            )
 
 
 def _residuals(seen: Observed, family: Architecture, mapping: ScaleMapping) -> list[Tensor]:

@@ -25,16 +25,20 @@ __getattr__ = lazily(
 
 
 def write_report(run_dir: str | Path, console: "Console | None" = None) -> Results:
-    """Makes a run's plots and `results.md` from its `results.json`, prints the summary, returns the results.
+    """Makes a run's plots and `results.md` from its `results.json`, prints the summary, ending in the page's path;
+    returns the results.
 
     Raises:
         FileNotFoundError, ValueError: as `load_results`.
     """
+    from rich.console import Console
+
     from qtale_lightning.report.figures import write_figures
     from qtale_lightning.report.tables import print_summary, write_markdown
 
     write_figures(run_dir)
-    write_markdown(run_dir)
-    results = load_results(run_dir)
+    page = write_markdown(run_dir)
+    results, console = load_results(run_dir), console or Console()
     print_summary(results, console)
+    console.print(f"all of it, with figures: {page}", markup=False, highlight=False, soft_wrap=True)
     return results

@@ -45,7 +45,7 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None) -> str:
     """Runs × θ in rows, precisions in columns; accuracy ± standard error, nll ± standard error, execution ratio."""
     of_run = series_of(runs)
-    precisions = _precisions(of_run)
+    precisions, rows_of = _precisions(of_run), [_rows(series) for series in of_run]
     lines = []
     for run, series in zip(runs, of_run, strict=True):
         rows = {(theta_text(row["theta"]), label): row for label, found in series.items() for row in found}
@@ -53,14 +53,15 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
             cells = [_cell(rows[theta, label]) if (theta, label) in rows else "" for label in precisions]
             lines.append([_method(run), theta, *cells])
     headers = ["method", "θ", *precisions]
-    one = _validation(runs[0])[0]
+    one = rows_of[0][0]
     names = (score_header(task_title(t), score["metric"]) for t, score in one["accuracy"].items())
-    measured = "Average accuracy in %" if _averaged(runs) else " / ".join(names)
+    measured = "Average accuracy in %" if _averaged(rows_of) else " / ".join(names)
     commands = "\n".join(f"{run['run']['command']}  # commit {_commit(run)}" for run in runs)
     pairs = ""
     if paired is not None and paired.rows:
         pairs = f"{markdown.table(paired.headers, paired.rows)}\n\n{paired.title}. {paired.caption}\n\n"
-    made = f"{markdown.bullets(_making(runs))}\n\n" if _making(runs) else ""
+    said = [*_differing(runs), *_making(runs, rows_of)]
+    made = f"{markdown.bullets(said)}\n\n" if said else ""
     return (
         f"{markdown.table(headers, lines)}\n\n"
         f"{measured} / nll of the gold answers in nats a token (standard errors), and the measured share of "
@@ -73,10 +74,10 @@ def comparison_markdown(runs: Sequence[Results], paired: FactTable | None = None
 def plot_comparison(runs: Sequence[Results]) -> Figure:
     """Accuracy (top) and nll (bottom) against the share of layers executed; a column per precision, a line per run."""
     of_run = series_of(runs)
-    precisions, averaged = _precisions(of_run), _averaged(runs)
+    precisions, averaged = _precisions(of_run), _averaged([_rows(series) for series in of_run])
     figure = Figure(figsize=(3.6 * len(precisions), 6.4 if averaged else 3.8), layout="constrained")
     panels = figure.subplots(2 if averaged else 1, len(precisions), sharex=True, sharey="row", squeeze=False)
-    asked = f"{_validation(runs[0])[0]['examples']:,} validation questions"
+    asked = f"{_rows(of_run[0])[0]['examples']:,} validation questions"
     figure.suptitle(plain(f"{_setting(runs[0])} · {asked}"), fontsize=11)
     for column, label in enumerate(precisions):
         for run, series, style in zip(runs, of_run, STYLES, strict=False):
@@ -115,8 +116,8 @@ def _precisions(of_run: Sequence[Mapping[str, list[Evaluation]]]) -> list[str]:
     return sorted(bits, key=lambda label: (-bits[label], label))
 
 
-def _validation(run: Results) -> list[Evaluation]:
-    return own_rows(run)
+def _rows(series: Mapping[str, list[Evaluation]]) -> list[Evaluation]:
+    return [row for rows in series.values() for row in rows]
 
 
 def _method(run: Results) -> str:
@@ -133,22 +134,44 @@ def _commit(run: Results) -> str:
     return "unknown" if git is None else git["commit"][:10] + (" with changes" if git["dirty"] else "")
 
 
-def _making(runs: Sequence[Results]) -> list[str]:
+def _differing(runs: Sequence[Results]) -> list[str]:
+    """What the runs differ in besides their method, of what their training was: each with every run's own."""
+    facts: dict[str, list[str]] = {
+        "base models": [run["run"]["model"] for run in runs],
+        "seeds": [str(run["run"]["seed"]) for run in runs],
+        "lengths of training": [
+            f"{train['steps']:,} steps, {train['examples']:,} examples"
+            if (train := run.get("train"))
+            else "unknown"
+            for run in runs
+        ],
+        "precisions of training": [run["run"].get("precision", "unknown") for run in runs],
+        "hardware": [run["run"]["hardware"] for run in runs],
+    }
+    return [
+        f"different {name}: "
+        + "; ".join(f"{_method(run)} {said}" for run, said in zip(runs, values, strict=True))
+        for name, values in facts.items()
+        if len({*values}) > 1
+    ]
+
+
+def _making(runs: Sequence[Results], rows_of: Sequence[Sequence[Evaluation]]) -> list[str]:
     """How precisions were made, of each run where they differ; and which runs don't say what made their rows."""
-    said = [quantization_lines(_validation(run)) for run in runs]
+    said = [quantization_lines(rows) for rows in rows_of]
     lines = (
         said[0]
         if all(one == said[0] for one in said)
         else [f"{_method(run)}: {line}" for run, one in zip(runs, said, strict=True) for line in one]
     )
-    unknown = [_method(run) for run in runs if unidentified(_validation(run))]
+    unknown = [_method(run) for run, rows in zip(runs, rows_of, strict=True) if unidentified(rows)]
     note = f"{', '.join(unknown)}: rows without fingerprints, which don't say by what settings they were made"
     return [*lines, note] if unknown else lines
 
 
-def _averaged(runs: Sequence[Results]) -> bool:
+def _averaged(rows_of: Sequence[Sequence[Evaluation]]) -> bool:
     """Whether all tasks report accuracies, so that there is an average of them."""
-    return all(row["average"] is not None for run in runs for row in _validation(run))
+    return all(row["average"] is not None for rows in rows_of for row in rows)
 
 
 def _cell(row: Evaluation) -> str:
@@ -161,12 +184,12 @@ def _cell(row: Evaluation) -> str:
 
 def _check_protocols(runs: Sequence[Results], names: Sequence[str | Path]) -> None:
     for name, run in zip(names, runs, strict=True):
-        rows = _validation(run)
+        rows = own_rows(run)
         if not rows:
             raise ValueError(
                 f"{name} has no validation rows: 'python -m qtale_lightning thresholds {name}' makes them"
             )
-        if not same_questions(rows[0], _validation(runs[0])[0]):
+        if not same_questions(rows[0], own_rows(runs[0])[0]):
             raise ValueError(
                 f"questions or protocols differ, so the rows don't compare: {names[0]} and {name}"
             )

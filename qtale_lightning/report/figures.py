@@ -14,7 +14,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from qtale_lightning.manifest import writing
-from qtale_lightning.report.notes import DLLM_THETA, run_title, theta_text
+from qtale_lightning.report.notes import HALF, run_title, theta_text
 from qtale_lightning.report.routing_figure import plot_routing, read_metrics
 from qtale_lightning.report.style import DPI, STYLES, TRAINING_STYLE, plain
 from qtale_lightning.results.schema import Evaluation, Results
@@ -105,7 +105,7 @@ def _annotate_thetas(
     """Writes θ at a line's ends, at D-LLM's 0.5 and at the selected point: more would clutter."""
     for index, row in enumerate(rows):
         end = index in (0, len(rows) - 1)
-        if row["theta"] is not None and (end or row is chosen or same_theta(row["theta"], DLLM_THETA)):
+        if row["theta"] is not None and (end or row is chosen or same_theta(row["theta"], HALF)):
             axes.annotate(
                 theta_text(row["theta"]),
                 (x[index], y[index]),

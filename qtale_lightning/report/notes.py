@@ -7,10 +7,11 @@ from qtale_lightning.results.fingerprints import unidentified
 from qtale_lightning.results.schema import Evaluation, Results
 from qtale_lightning.results.series import best_row, selected_row, validation_series
 from qtale_lightning.results.store import same_theta
+from qtale_lightning.routing import METHODS, Method
 from qtale_lightning.tasks import task_title
 
-DLLM_THETA = 0.5
-"""D-LLM's decision, argmax over (skip, execute): what a selected θ is compared with."""
+HALF = 0.5
+"""θ of the likelier decision, argmax over (skip, execute): what a selected θ is compared with."""
 
 NOISE_RULE = (
     "A difference counts as within noise when it is at most two standard errors, where the standard error of "
@@ -34,7 +35,8 @@ def run_title(results: Results) -> str:
 def theta_text(theta: float | list[float] | None) -> str:
     """θ as text: a dash for a model without routers, the lowest and the highest where every layer has its own."""
     if isinstance(theta, list):
-        return f"{min(theta):.2g}…{max(theta):.2g} by layer"
+        low, high = (f"{one:.2g}" if one >= 0.001 else f"{one:.1g}" for one in (min(theta), max(theta)))
+        return f"{low}…{high} by layer"
     return "–" if theta is None else f"{theta:g}"
 
 
@@ -96,7 +98,7 @@ def noise_notes(results: Results) -> list[str]:
         if len(rows) == 1:
             continue
         subject = f"{label}, selected θ = {theta_text(chosen['theta'])}"
-        for name, other in _references(rows):
+        for name, other in _references(rows, _at_half(results)):
             verdict = f" is {name}" if other is chosen else f" against {name}: {_difference(chosen, other)}"
             notes.append(f"{subject}{verdict}.")
     labels = list(chosen_rows)
@@ -106,14 +108,20 @@ def noise_notes(results: Results) -> list[str]:
     return notes
 
 
-def _references(rows: list[Evaluation]) -> list[tuple[str, Evaluation]]:
-    """What a selected row is held against: D-LLM's decision, where it was evaluated, and the best row."""
+def _at_half(results: Results) -> str:
+    """What the run's method calls deciding at θ = 0.5."""
+    name = results["run"]["method"] if "run" in results else ""
+    return f"{METHODS.get(name, Method).at_half} (θ = {HALF:g})"
+
+
+def _references(rows: list[Evaluation], at_half: str) -> list[tuple[str, Evaluation]]:
+    """What a selected row is held against: the decision at θ = 0.5, where it was evaluated, and the best row."""
     best = best_row(rows)
-    argmax = next((row for row in rows if same_theta(row["theta"], DLLM_THETA)), None)
+    argmax = next((row for row in rows if same_theta(row["theta"], HALF)), None)
     if argmax is best:
-        return [("D-LLM's decision (θ = 0.5), the best row", best)]
+        return [(f"{at_half}, the best row", best)]
     references = [(f"the best row (θ = {theta_text(best['theta'])})", best)]
-    return references if argmax is None else [("D-LLM's decision (θ = 0.5)", argmax), *references]
+    return references if argmax is None else [(at_half, argmax), *references]
 
 
 def _difference(row: Evaluation, other: Evaluation) -> str:

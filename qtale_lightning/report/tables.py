@@ -184,7 +184,7 @@ def evaluation_table(results: Results, brief: bool = False) -> FactTable:
             marks = ["selected"] * selected + ["best"] * (row is best and len(rows) > 1)
             scores = [cell(row) for cell in columns.values()]
             nll = f"{row['average_nll']:.3f}" + ("" if brief else f" ± {row['average_nll_stderr']:.3f}")
-            table.rows.append([label, *_cells(row), *scores, _average(row), nll, ", ".join(marks)])
+            table.rows.append([label, *_cells(row), *scores, _average(row), nll, " and ".join(marks)])
     return table
 
 

@@ -48,6 +48,7 @@ def print_table(table: FactTable, console: Console) -> None:
             collapse_padding=True,
             pad_edge=False,
         )
+        widths = _widths(table, columns, console.width)
         for column in columns:
             header = table.headers[column]
             figures = header not in WORDS and header not in LABELS
@@ -56,10 +57,13 @@ def print_table(table: FactTable, console: Console) -> None:
                 justify="left" if header in WORDS else "right",
                 no_wrap=figures,
                 overflow="fold",
-                min_width=min(_least(table, column), console.width - GAP),
+                width=widths[column],
             )
         for index, row in enumerate(table.rows):
-            cells = [Text(row[c], style="bold" if (index, c) in table.bold else "") for c in columns]
+            cells = [
+                Text(_cell(table, row, c, widths[c]), style="bold" if (index, c) in table.bold else "")
+                for c in columns
+            ]
             shown.add_row(*cells, style="bold green" if index in table.emphasized else None)
         console.print(shown, soft_wrap=False)
 
@@ -115,13 +119,33 @@ def _parts(table: FactTable, width: int) -> list[list[int]]:
     return parts
 
 
+def _widths(table: FactTable, columns: Sequence[int], width: int) -> dict[int, int]:
+    """Of a part's columns: what each needs, and what is left over for the first that would be wider on one line."""
+    widths = {column: min(_least(table, column), width - GAP) for column in columns}
+    left = width - sum(widths.values()) - GAP * len(widths)
+    for column in columns:
+        lines = [*_broken(table.headers[column]).splitlines(), *(row[column] for row in table.rows)]
+        more = min(left, max(map(cell_len, lines), default=0) - widths[column])
+        if more > 0:
+            widths[column] += more
+            left -= more
+    return widths
+
+
 def _least(table: FactTable, column: int) -> int:
     """The width that a column needs: of its longest figure, or of the longest word."""
     header = table.headers[column]
     words = _broken(header).splitlines()
     for row in table.rows:
-        words += row[column].split() if header in WORDS | LABELS else [row[column]]
+        cell = _cell(table, row, column, 0)
+        words += cell.split() if header in WORDS | LABELS else [cell]
     return max(map(cell_len, words), default=0)
+
+
+def _cell(table: FactTable, row: Sequence[str], column: int, width: int) -> str:
+    """A cell as it is printed in so many columns of the terminal: a range of θ may be broken, too."""
+    cell = row[column]
+    return cell.replace("…", "… ") if table.headers[column] == "θ" and cell_len(cell) > width else cell
 
 
 def _broken(header: str) -> str:

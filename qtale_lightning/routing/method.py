@@ -81,6 +81,7 @@ class Method:
         decides: Whether layers from ``start_layer`` on decide token by token.
         routers: Whether routers do.
         theta: Whether decisions at inference are p(execute) ≥ θ, so that a θ can be chosen after training.
+        at_half: What deciding at θ = 0.5, for the likelier of a router's two classes, is called in reports.
         noisy: Whether noise turns decisions in training, independently in each layer.
         weights: Options ``lambda_…`` of its losses' weights; all others must be 0.
         measures: Whether it measures something on training rows before training; see :meth:`measure`.
@@ -91,6 +92,7 @@ class Method:
     decides: ClassVar[bool] = False
     routers: ClassVar[bool] = False
     theta: ClassVar[bool] = False
+    at_half: ClassVar[str] = "the likelier decision"
     noisy: ClassVar[bool] = False
     weights: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[bool] = False

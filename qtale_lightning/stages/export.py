@@ -14,6 +14,7 @@ from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import inference_dtype
 from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.loading import load_model
 
@@ -83,6 +84,18 @@ def _model_card(run: RunDirectory, module: QTALEModule) -> str:
     )
 
 
+def missing(run: RunDirectory, bits: float = 16, engine: str = DEFAULT) -> FileNotFoundError:
+    """That the run's model at a precision isn't there, and what makes it: the run's own command, where it is known."""
+    if bits != 16:
+        command = f"python -m qtale_lightning quantize {run.root} --quantize.bits {bits:g}"
+        makes = f"`{command}{'' if engine == DEFAULT else f' --quantize.engine {engine}'}` makes it"
+    elif begun := load_or_new(run.root).get("run"):
+        makes = f"the run's own command goes on from where it was, and makes it: `{begun['command']}`"
+    else:
+        makes = "the command that began the run makes it, such as `make train` with the same variables"
+    return FileNotFoundError(f"{run.model(bits, engine)} isn't there: {makes}.")
+
+
 def load_exported(
     run: RunDirectory, bits: float = 16, engine: str = DEFAULT, as_stored: bool = False
 ) -> RoutedForCausalLM:
@@ -96,8 +109,7 @@ def load_exported(
     """
     folder = run.model(bits, engine)
     if not folder.is_dir():
-        stage = "`make train`" if bits == 16 else "`python -m qtale_lightning quantize <run>`"
-        raise FileNotFoundError(f"{folder} isn't there: {stage} makes it.")
+        raise missing(run, bits, engine)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if as_stored else inference_dtype(device)
     return load_model(run, folder, dtype).eval().to(device)

@@ -15,7 +15,7 @@ from qtale_lightning.report.page import render_page
 from qtale_lightning.results.routing import Changes
 from qtale_lightning.results.store import load_results, same_theta, update_results
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.stages.export import load_exported
+from qtale_lightning.stages.export import load_exported, missing
 from qtale_lightning.stages.loading import load_tokenizer
 from qtale_lightning.stages.progress import console
 
@@ -54,9 +54,7 @@ def inspect(
     widths = sorted(there(run, engine) if bits is None else set(bits) - {16}, reverse=True)
     for width in widths:
         if not run.model(width, engine).is_dir():
-            raise FileNotFoundError(
-                f"{run.model(width, engine)} isn't there: `python -m qtale_lightning quantize {run.root}` makes it."
-            )
+            raise missing(run, width, engine)
     model = load_exported(run)
     if not model.config.has_theta:
         raise ValueError(
@@ -147,7 +145,7 @@ def own_texts(run: RunDirectory, texts: Sequence[str]) -> list[Text]:
         ValueError: A text has no token.
     """
     if not run.model().is_dir():
-        raise FileNotFoundError(f"{run.model()} isn't there: `make train` makes it.")
+        raise missing(run)
     tokenizer = load_tokenizer(run, run.model())
     encoded = [tuple(tokenizer(text)["input_ids"]) for text in texts]
     for text, ids in zip(texts, encoded, strict=True):

@@ -46,6 +46,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         ValueError: The group size doesn't divide a width, or the exported model is quantized itself.
         DamagedFileError: A file of the run isn't what it wrote.
     """
+    if not options.bits:
+        console.print("nothing is quantized: --quantize.bits is empty")
+        return
     sequences = data.calibration_sequences(options.sequences) if options.calibrates else []
     if len(sequences) < options.sequences and options.calibrates:
         log.info(
@@ -58,9 +61,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     missing = [bits for bits in options.bits if not _is_there(run, bits, options.engine, ingredients[bits])]
     if not missing:
         said = ", ".join(f"{bits:g}" for bits in options.bits)
-        console.print(
-            f"{options.engine}, {said or 'no'} bits: there already, of this model, rows and options"
-        )
+        console.print(f"{options.engine}, {said} bits: there already, of this model, rows and options")
         return
     started = time.perf_counter()
     model = load_exported(run)
@@ -118,17 +119,16 @@ def _is_there(run: RunDirectory, bits: float, engine: str, ingredients: Mapping[
         return False
     made_from = made(run.quantization_config(bits, engine))
     if not made_from:
-        console.print(f"{folder} doesn't say what it was made from, or in another format: it is made anew")
+        console.print(f"{folder} doesn't say what it was made from, or in another format: {_REPLACED}")
         return False
     if differing := differences(made_from, ingredients):
         words = [_IN_WORDS.get(key, f"--quantize.{key} {made_from.get(key)}") for key in differing]
-        console.print(
-            f"{folder} was made with {', '.join(words)}: it is made anew, what was measured of it goes"
-        )
+        console.print(f"{folder} was made with {', '.join(words)}: {_REPLACED}")
         return False
     return True
 
 
+_REPLACED = "it stays until another is made to take its place, and what was measured of it goes with it"
 _IN_WORDS = {
     "model": "another exported model",
     "calibration": "other training sequences",

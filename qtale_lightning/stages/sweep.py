@@ -7,7 +7,13 @@ from typing import Any, Literal, cast
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, mean_over_tasks
-from qtale_lightning.evaluation.budget import Calibration, Theta, find_layer_thresholds, find_threshold
+from qtale_lightning.evaluation.budget import (
+    Calibration,
+    Theta,
+    UnmetBudgetError,
+    find_layer_thresholds,
+    find_threshold,
+)
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.evaluation.scoring import Scores
 from qtale_lightning.evaluation.threshold import (
@@ -48,9 +54,11 @@ def sweep(
     leaves what is selected as it is.
 
     Raises:
-        ValueError: A budget can't be met.
+        UnmetBudgetError: Budgets can't be met, at the precisions that the message names; all else is there.
+        ValueError: A budget is below the share of layers without a router.
     """
     selected: list[Selected] = []
+    unmet: list[str] = []
     for b in (16, *sorted(bits, reverse=True)):
         subject = Subject(run, data, load_exported(run, b, engine), b, "none" if b == 16 else engine)
         if not subject.model.config.has_theta:
@@ -59,9 +67,21 @@ def sweep(
         elif options.searches:
             config = subject.model.config
             options.check_budgets(config.start_layer / config.num_hidden_layers)
-            selected += [_meet(subject, budget, options.rule == "layer-budget") for budget in options.budgets]
+            for budget in options.budgets:
+                try:
+                    selected.append(_meet(subject, budget, options.rule == "layer-budget"))
+                except UnmetBudgetError as error:
+                    unmet.append(f"{subject}: {error}")
+                    console.print(f"{subject.bits:>3g} bits: budget {budget:g} isn't met")
         else:
             selected.append(_select(subject, options))
+    _keep_selected(run, data, selected)
+    if unmet:
+        raise UnmetBudgetError("; ".join(unmet) + ". All else that was asked for is done")
+
+
+def _keep_selected(run: RunDirectory, data: CommonsenseDataModule, selected: Sequence[Selected]) -> None:
+    """Write what was selected, in place of what was selected before at the same precisions."""
     results = load_or_new(run.root)
     for split in _SPLITS:
         if own_questions(results, split) not in (None, data.digest(split)):

@@ -1,9 +1,7 @@
 """A table's figures, from its finished runs: their `results.json` and `metrics.csv`; PNG, PDF and a caption each."""
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,8 @@ from qtale_lightning.report.figures import SMOOTHED_FROM
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.routing_figure import read_metrics
 from qtale_lightning.report.style import DPI
-from qtale_lightning.results.schema import Evaluation, Results
-from qtale_lightning.results.store import load_results, same_theta
+from qtale_lightning.results.store import same_theta
 from qtale_lightning.routing import method_of
-from qtale_lightning.tables.declaration import Line, setting_of
 from qtale_lightning.tables.plots import (
     Heat,
     Point,
@@ -31,51 +27,10 @@ from qtale_lightning.tables.plots import (
     plot_layers,
     style_of,
 )
-from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table, commit_of
+from qtale_lightning.tables.variants import Variant, find_variants, point_of, precisions
 
-LAMBDA, TARGET = "model.lambda_entropy", "model.target_ratio"
-
-
-@dataclass(frozen=True)
-class Variant:
-    """The finished runs, one a seed, of a method with its options."""
-
-    line: Line
-    data: str
-    runs: list[TableRun]
-    results: list[Results]
-
-    @property
-    def label(self) -> str:
-        """Such as "QTALE, λ₂ = 2"."""
-        setting = setting_of(self.line.options)
-        return method_of(self.line.method).title + (f", {setting}" if setting else "")
-
-    @property
-    def curve(self) -> str:
-        """What it is a part of where ratios are compared: without θ, each run has one point of its method's curve."""
-        others = [(key, value) for key, value in self.line.options if key != TARGET]
-        method = method_of(self.line.method)
-        return self.label if method.theta else ", ".join(filter(None, [method.title, setting_of(others)]))
-
-    def rows(self, bits: float, engine: str) -> list[list[Evaluation]]:
-        """Validation rows at every θ (one for all layers) that all seeds have; by execution ratio."""
-        by_seed = [
-            [
-                row
-                for row in results["evaluation"]
-                if (row["bits"], row["engine"], row["split"]) == (bits, engine, "validation")
-                and not isinstance(row["theta"], list)
-            ]
-            for results in self.results
-        ]
-        groups = []
-        for row in by_seed[0]:
-            alike = [[o for o in others if same_theta(o["theta"], row["theta"])] for others in by_seed]
-            if all(alike):
-                groups.append([found[0] for found in alike])
-        return sorted(groups, key=lambda group: statistics.fmean(row["execution_ratio"] for row in group))
+LAMBDA = "model.lambda_entropy"
 
 
 def write_figures(table: Table, folder: Path, command: str) -> list[Path]:
@@ -87,7 +42,7 @@ def write_figures(table: Table, folder: Path, command: str) -> list[Path]:
     written = []
     data_sets = list(dict.fromkeys(data for line in table.lines for data in table.data_of(line)))
     for data in data_sets:
-        variants = _variants(table, data)
+        variants = find_variants(table, data)
         if not variants:
             continue
         title = f"{table.request.model} · {variants[0].runs[0].data}"
@@ -108,31 +63,6 @@ def write_figures(table: Table, folder: Path, command: str) -> list[Path]:
     return written
 
 
-def _variants(table: Table, data: str) -> list[Variant]:
-    found: dict[tuple[object, ...], Variant] = {}
-    used: set[str] = set()
-    for line in table.lines:
-        if (line.method, line.options) in found or data not in table.data_of(line):
-            continue
-        runs = [table.run_of(line, data, seed) for seed in table.request.seeds]
-        runs = [run for run in runs if run.finished]
-        if runs and runs[0].identity not in used:
-            used.add(runs[0].identity)
-            results = [load_results(run.directory.root) for run in runs]
-            found[line.method, line.options] = Variant(line, data, runs, results)
-    return list(found.values())
-
-
-def _precisions(table: Table) -> dict[str, tuple[float, str]]:
-    """Bits and engine of the table's lines, by name."""
-    found = sorted({(line.bits, line.engine) for line in table.lines}, key=lambda one: (-one[0], one[1]))
-    several = len({engine for _, engine in found} - {"none"}) > 1
-    return {
-        f"{bits:g} bits{f' {engine}' if several and engine != 'none' else ''}": (bits, engine)
-        for bits, engine in found
-    }
-
-
 def _styles(variants: Sequence[Variant]) -> Styles:
     curves = list(dict.fromkeys(variant.curve for variant in variants))
     return {
@@ -142,27 +72,12 @@ def _styles(variants: Sequence[Variant]) -> Styles:
     }
 
 
-def _mean(values: Sequence[float], errors: Sequence[float], factor: float = 1) -> tuple[float, float]:
-    """Mean and standard error over seeds, over questions where there is one."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else errors[0]
-    return factor * statistics.fmean(values), factor * error
-
-
-def _point(group: Sequence[Evaluation]) -> Point:
-    averages = [row["average"] for row in group if row["average"] is not None]
-    return Point(
-        statistics.fmean(row["execution_ratio"] for row in group),
-        _mean(averages, [group[0]["average_stderr"] or 0.0], 100) if len(averages) == len(group) else None,
-        _mean([row["average_nll"] for row in group], [group[0]["average_nll_stderr"]]),
-    )
-
-
 def _frontier(table: Table, variants: list[Variant], title: str) -> Figure | None:
     panels = {}
-    for name, (bits, engine) in _precisions(table).items():
+    for name, (bits, engine) in precisions(table).items():
         curves: dict[str, list[Point]] = {}
         for variant in variants:
-            points = [_point(group) for group in variant.rows(bits, engine)]
+            points = [point_of(group) for group in variant.rows(bits, engine)]
             curves[variant.curve] = sorted(curves.get(variant.curve, []) + points, key=lambda p: p.ratio)
         panels[name] = {label: points for label, points in curves.items() if points}
     panels = {name: curves for name, curves in panels.items() if curves}
@@ -217,7 +132,7 @@ def _short(theta: float | list[float] | None) -> str:
 
 def _layers(table: Table, variants: list[Variant], title: str) -> Figure | None:
     panels: dict[str, dict[str, tuple[str, Sequence[float]]]] = {}
-    for name, (bits, engine) in _precisions(table).items():
+    for name, (bits, engine) in precisions(table).items():
         for variant in variants:
             for line in table.lines:
                 same = (line.method, line.options, line.bits, line.engine) == (
@@ -252,13 +167,13 @@ def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None
     thetas = sorted(asked, reverse=True)
     if len(lambdas) < 2 or not thetas:
         return None
-    for name, (bits, engine) in _precisions(table).items():
+    for name, (bits, engine) in precisions(table).items():
         groups = {value: by_lambda[value].rows(bits, engine) for value in lambdas}
 
         def at(value: float, theta: float, groups: dict[float, Any] = groups) -> Point | None:
             found = (g for g in groups[value] if same_theta(g[0]["theta"], theta))
             group = next(found, None)
-            return _point(group) if group else None
+            return point_of(group) if group else None
 
         points = [[at(value, theta) for theta in thetas] for value in lambdas]
         if not any(point for row in points for point in row):

@@ -89,6 +89,15 @@ def test_a_configuration_is_printed(options: Any, capsys: pytest.CaptureFixture[
         (["table", "csqa", "--model=tiny", "--seeds=0,1.5"], "--seeds 1.5: 1.5 not an integer"),
         (["fit", "--model.lr", "-1"], "fit: --model.lr -1: must be > 0 and < infinity"),
         (["fit", "--model.lora_rank", "2.5"], "--model.lora_rank 2.5: "),
+        (
+            ["fit", "--trainer.precision", "bf16-mixd"],
+            "fit: --trainer.precision bf16-mixd: choose one of transformer-engine, transformer-engine-float16, "
+            "16-true, 16-mixed, bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16",
+        ),
+        (
+            ["plan", "--trainer.deterministic", "wran"],
+            "plan: --trainer.deterministic wran: expected bool, or choose one of 'warn'",
+        ),
         (["report", "RUN", "--data.root", "x"], "there is no option --data.root"),
         (["sweep", "start", "f.yaml", "--count", "0"], "sweep start: --count 0: must be > 0"),
     ],
@@ -114,6 +123,12 @@ def test_what_is_near_was_probably_meant() -> None:
             "--a 0.0: must be > 0 and < infinity",
         ),
         ('Parser key "a":\n  something else', "--a: something else"),
+        (
+            'Parser key "a":\n  Does not validate against any of the Union subtypes\nSubtypes: [list]\nErrors:\n'
+            "  - Expected a dot import path string: foo\n  - Expected a <class 'NoneType'>\n"
+            "Given value type: <class 'str'>\nGiven value: foo",
+            "--a foo: expected a class path, such as package.Class",
+        ),
         ("argument --a: expected one argument", "--a: expected one argument"),
     ],
 )

@@ -20,9 +20,11 @@ from qtale_lightning.evaluation.budget import (
     Option,
     Pass,
     Theta,
+    UnmetBudgetError,
     cheapest,
     find_layer_thresholds,
     find_threshold,
+    search_threshold,
 )
 from qtale_lightning.evaluation.scoring import Scores, score
 from qtale_lightning.models import RoutedForCausalLM
@@ -110,7 +112,8 @@ def test_thresholds_by_layer_are_moved_together() -> None:
     """By the same number of logits."""
     start = [0.5, 0.2, 0.6, 0.3]
     calibration = Decisions(1.0)
-    found = find_threshold(calibration, 0.6, start)
+    found = search_threshold(calibration.watch, 0.6, start)
+    assert found is not None
     assert abs(found.at.ratio - 0.6) <= TOLERANCE
     assert calibration.watched[0] == start
     assert isinstance(found.theta, list)
@@ -122,7 +125,7 @@ def test_a_budget_below_what_always_executes() -> None:
     """2 of 6 layers, and the reserved tenth of 4: 0.4."""
     calibration = Decisions()
     with pytest.raises(
-        ValueError, match=r"0\.3 can't be reached.*0\.400 of all.*--sweep\.budgets from 0\.400 to 1"
+        ValueError, match=r"0\.3 can't be reached.*0\.400 of all.*--sweep\.budgets above that"
     ):
         find_threshold(calibration, 0.3)
     assert len(calibration.watched) == 1, "no pass is wasted on it"
@@ -139,6 +142,22 @@ def test_a_ratio_that_decisions_jump_over() -> None:
     assert len(named) == 2
     for ratio in named:
         assert abs(find_threshold(calibration, ratio).at.ratio - ratio) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("feedback", "step", "budget", "missed"),
+    [(4.0, 1.0, 0.7, "0.676"), (-4.0, 1.0, 0.59, "0.607"), (-1.0, 2.0, 0.82, "0.826")],
+)
+def test_a_ratio_is_suggested_only_where_its_search_meets_it(
+    feedback: float, step: float, budget: float, missed: str
+) -> None:
+    """Each of these searches passes a ratio that a search for it doesn't find again: states change with θ."""
+    with pytest.raises(UnmetBudgetError) as refusal:
+        find_threshold(Decisions(feedback, step=step), budget)
+    named = str(refusal.value).split("such as ")[1].split(" or ")
+    assert missed not in named
+    for ratio in named:
+        find_threshold(Decisions(feedback, step=step), float(ratio))
 
 
 # ------------------------------------------------------------------------------------------- a θ for each layer

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from qtale_lightning.architectures.llama import LLAMA
 from qtale_lightning.quantization import awq
@@ -199,5 +199,47 @@ def test_damage_is_what_happens_to_the_residual_stream(
         # Shared scales are searched by the mean of shares; a single linear's error is known as a mean alone.
         expected = (change / size).mean() if len(mapping.linears) > 1 else change.mean() / size.mean()
         assert recipe.damage[layer.path(mapping.previous)] == pytest.approx(expected.item(), rel=1e-3)
+        for name, weight in kept.items():
+            layer.linears[name].weight.copy_(weight)
+
+
+@torch.no_grad()
+def test_damage_is_measured_behind_the_norms_of_a_familys_blocks() -> None:
+    """Gemma's: what joins the stream is the normed output, whatever the size of the block's own."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, initializer_range=0.1,
+    )  # fmt: skip
+    model, rows = Gemma3ForCausalLM(config).eval(), torch.randint(3, 97, (4, 16))
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            weight.copy_(torch.randn_like(weight) * 0.3)
+    [recipe] = awq.search(model, [{"input_ids": rows}], [uniform(linear_shapes(model), 3, {})], 16)
+    layer = decoder_layers(model)[1]
+    seen: dict[str, Tensor] = {}
+    fronts = {"self_attn": "input_layernorm", "mlp": "pre_feedforward_layernorm"}
+    for block, norm in layer.architecture.norms_behind.items():
+        layer.module.get_submodule(norm).register_forward_hook(
+            lambda module, args, output, block=block: seen.update({block: output})
+        )
+        layer.module.get_submodule(fronts[block]).register_forward_pre_hook(
+            lambda module, args, block=block: seen.update({f"before {block}": args[0]})
+        )
+    model(rows)
+    exact = dict(seen)
+    for mapping in layer.architecture.mappings:
+        kept = {name: layer.linears[name].weight.clone() for name in mapping.linears}
+        scale = recipe.scales.get(layer.path(mapping.previous), torch.ones(()))
+        for name, weight in kept.items():
+            clipped = clip_weight(weight * scale, recipe.clips.get(layer.path(name)))
+            layer.linears[name].weight.copy_(fake_quantize(clipped, recipe.scheme(layer.path(name))) / scale)
+        model(rows)
+        change, size = (
+            x.square().sum(-1)
+            for x in (seen[mapping.block] - exact[mapping.block], exact[f"before {mapping.block}"])
+        )
+        expected = (change / size).mean().item()
+        assert recipe.damage[layer.path(mapping.previous)] == pytest.approx(expected, rel=1e-3)
         for name, weight in kept.items():
             layer.linears[name].weight.copy_(weight)

@@ -44,6 +44,20 @@ def test_engines_have_columns_of_their_own(qtale: Results) -> None:
     assert len(plot_comparison([one, other]).axes) == 2 * (header.count("-bit"))
 
 
+def test_what_runs_differ_in_is_said(qtale: Results) -> None:
+    one, other = two_runs(qtale)
+    assert "different" not in comparison_markdown([one, other])
+    other["train"] |= {"steps": 750, "examples": 12000}
+    other["run"]["seed"] = 3
+    page = comparison_markdown([one, other])
+    assert (
+        "- different lengths of training: qtale 1,500 steps, 24,000 examples; dllm 750 steps, 12,000 examples\n"
+        in page
+    )
+    assert "- different seeds: qtale 0; dllm 3\n" in page
+    assert "hardware" not in page
+
+
 def test_figure_has_a_column_per_precision_and_a_line_per_run(qtale: Results) -> None:
     runs = two_runs(qtale)
     precisions = {row["bits"] for row in qtale["evaluation"] if row["split"] == "validation"}

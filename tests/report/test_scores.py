@@ -129,7 +129,7 @@ def test_tables_show_every_task_where_there_is_no_average(mixed: Results, brief:
     for cells in table.rows:
         expected = ["25.00 ± 5.00", "12.50", "7.389 ± 0.500", "40.00 / 15.00 / 30.00 ± 2.00", "–"]
         assert cells[start : start + 5] == expected
-    assert [cells[-1] for cells in table.rows] == ["", "selected, best"] * 2
+    assert [cells[-1] for cells in table.rows] == ["", "selected and best"] * 2
 
 
 def test_a_frame_has_percent_and_perplexities(mixed: Results) -> None:

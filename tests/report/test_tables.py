@@ -129,7 +129,7 @@ def test_notes_name_what_they_compare(qtale: Results, row: Row) -> None:
     assert best_selected[-1] == "4-bit, selected θ = 0.3 is the best row (θ = 0.3)."
     argmax_best = noise_notes(pair(row, 0.5, 0.6, 0.01))
     assert len(argmax_best) == 1
-    assert "against D-LLM's decision (θ = 0.5), the best row: accuracy -10.00" in argmax_best[0]
+    assert "against the likelier decision (θ = 0.5), the best row: accuracy -10.00" in argmax_best[0]
 
 
 def test_full_runs_compare_precisions_only(full: Results) -> None:
@@ -216,6 +216,17 @@ def test_report_writes_everything_and_prints_the_summary(
     assert re.findall(r"\]\((.*?)\)", text) == [plot for plot in plots if plot.endswith("png")]
     assert isinstance(console.file, io.StringIO)
     assert "Selected threshold" in console.file.getvalue()
+    assert console.file.getvalue().endswith(f"{tmp_path}/results.md\n"), "where all of it is, in one line"
+
+
+def test_the_decision_at_half_is_named_by_the_method(qtale: Results) -> None:
+    for method, name in (
+        ("mod", "MoD's decision"),
+        ("dllm", "D-LLM's decision"),
+        ("other", "the likelier decision"),
+    ):
+        qtale["run"]["method"] = method
+        assert noise_notes(qtale)[0] == f"16-bit, selected θ = 0.5 is {name} (θ = 0.5)."
 
 
 @pytest.mark.slow

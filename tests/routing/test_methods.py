@@ -48,6 +48,19 @@ def test_a_folder_that_doesnt_name_its_method_has_routers_and_a_threshold() -> N
     assert base_layers(config) == 5
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_threshold_without_effect_is_refused_where_it_is_set(method: str) -> None:
+    decides = METHODS[method].decides
+    config = llama_config(**ARCHITECTURE, method=method, start_layer=2 if decides else 5)
+    config.threshold = config.threshold  # says nothing new
+    if METHODS[method].theta:
+        config.threshold = 0.25
+        assert config.threshold == 0.25
+    else:
+        with pytest.raises(ValueError, match=f"no θ, by its method {method}"):
+            config.threshold = 0.25
+
+
 @each
 def test_packed_execution_is_masked_execution(make: Make, method: str) -> None:
     model, tokens = make(method), ids(3, 14)

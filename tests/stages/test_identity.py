@@ -119,7 +119,7 @@ def test_other_options_make_it_anew_and_its_figures_go(
     dense = rows(run, 16)
     main(["quantize", str(run.root), *more])
     said = " ".join(capsys.readouterr().out.split())
-    assert f"was made with {says}: it is made anew" in said
+    assert f"was made with {says}: it stays until another is made" in said
     results = load_results(run.root)
     assert rows(run) == []
     assert [choice["bits"] for choice in results["selected"]] == [16]

@@ -250,7 +250,7 @@ def test_a_search_isnt_repeated_even_after_another_rule(run: Path, passes: Passe
 def test_a_budget_out_of_reach_is_refused_with_what_can_be_had(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for budget, words in (("0.1", "layers without a router are 0.333 of all"), ("0.34", "from 0.")):
+    for budget, words in (("0.1", "layers without a router are 0.333 of all"), ("0.34", "above that")):
         with pytest.raises(SystemExit) as end:
             main(["thresholds", str(run), "--sweep.rule", "budget", "--sweep.budgets", f"[{budget}]"])
         assert end.value.code == 2
@@ -258,6 +258,23 @@ def test_a_budget_out_of_reach_is_refused_with_what_can_be_had(
         assert "--sweep.budgets" in message
         assert "can't be reached" in message
         assert words in message
+
+
+def test_a_budget_out_of_reach_leaves_the_others_to_be_met(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every precision, and in the report; the message comes last."""
+    reports: list[Path] = []
+    monkeypatch.setattr("qtale_lightning.report.write_report", reports.append)
+    with pytest.raises(SystemExit) as end:
+        sweep(run, "--sweep.rule", "budget", "--sweep.budgets", "[0.34,0.7]")
+    assert end.value.code == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "16 bits: an execution ratio of 0.34 can't be reached" in message
+    assert "4 bits: an execution ratio of 0.34 can't be reached" in message
+    selected = load_results(run)["selected"]
+    assert [(choice["bits"], choice["budget"]) for choice in selected] == [(16, 0.7), (4, 0.7)]
+    assert reports == [run]
 
 
 def test_layers_get_their_own_thresholds_and_reports_show_them(

@@ -19,6 +19,7 @@ class DLLM(Method):
     name = "dllm"
     title = "D-LLM"
     decides = routers = theta = noisy = True
+    at_half = "D-LLM's decision"
     weights: ClassVar[tuple[str, ...]] = ("lambda_ratio",)
 
     def sample(self, routing: Pass, layer: int) -> Tensor:

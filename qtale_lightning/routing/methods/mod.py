@@ -30,6 +30,7 @@ class MixtureOfDepths(Method):
     name = "mod"
     title = "MoD"
     decides = routers = theta = True
+    at_half = "MoD's decision"
     weights = ("lambda_prediction",)
 
     def fields(self, layers: int, start_layer: int, target_ratio: float, seed: int) -> dict[str, Any]:
