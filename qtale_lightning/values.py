@@ -133,7 +133,7 @@ def in_range(section: str, declared: Callable[..., Any], values: Mapping[str, An
         option = f"--{section}.{name}" if section else f"--{name}"
         ranges = [one for one in _parts(kind) if hasattr(one, "_restrictions")]
         given = values.get(name)
-        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+        for value in given if isinstance(given, tuple | list) else () if given is None else (given,):
             refusals = [_refusal(one, value) for one in ranges]
             if ranges and all(refusals):
                 raise ValueError(f"{option} {value}: {refusals[0]}")

@@ -282,6 +282,14 @@ def test_resumed_training_equals_uninterrupted(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_options_are_taken_as_a_configuration_has_them() -> None:
+    """Lists of YAML, such as a run's own config.yaml has."""
+    module = QTALEModule(name="tiny", betas=[0.8, 0.9], router_bias=[0, 1], lora_targets=["q_proj"])
+    assert module.betas == (0.8, 0.9)
+    with pytest.raises(ValueError, match=r"--model.betas 1.0: must be >= 0 and < 1"):
+        QTALEModule(name="tiny", betas=[0.9, 1.0])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
