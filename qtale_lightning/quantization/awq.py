@@ -229,9 +229,9 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
 
     for mapping in family.mappings:
         if behind := family.norms_behind.get(mapping.block):
-            calls, stream = seen.calls[mapping.block], _residuals(seen, family.norm_of(mapping))
+            calls, residuals = seen.calls[mapping.block], _residuals(seen, family.norm_of(mapping))
             recipe.damage[layer.path(mapping.previous)] = damage_behind(
-                layer, calls, stream, recipe, mapping, behind
+                layer, calls, residuals, recipe, mapping, behind
             )
 
 
