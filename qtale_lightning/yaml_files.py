@@ -12,7 +12,7 @@ MAX_BYTES = 2**20
 MAX_VALUES = 100_000
 MAX_DEPTH = 100
 
-# libyaml's, where PyYAML was built with it: ten times as fast, on texts that a command reads dozens of times.
+# libyaml's, where PyYAML was built with it: several times as fast, on texts that tables read again and again.
 _LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
