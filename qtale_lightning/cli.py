@@ -37,6 +37,7 @@ from qtale_lightning.run import RunDirectory
 from qtale_lightning.schedule import Schedule
 from qtale_lightning.strategy import resolve_strategy
 from qtale_lightning.values import plain_numbers
+from qtale_lightning.yaml_files import plain_yaml
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
 
     def config_text(self) -> str:
         """The resolved configuration as YAML, without what belongs to this start only."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
+        config = plain_yaml(self.parser.dump(self.config, skip_none=False, skip_link_targets=True))
         for key in ("config", "ckpt_path"):
             config.pop(key, None)
         return yaml.safe_dump(config, sort_keys=False)
@@ -287,7 +288,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
         local = CSVLogger(run.root, name="logs", version=run.next_log(), flush_logs_every_n_steps=20)
         remote = wandb_logger(run.root, self.config["wandb"], self.config["wandb_project"])
         loggers: list[Logger] = [local] if remote is None else [local, remote]
-        settings = yaml.safe_load(self.config_text())
+        settings = plain_yaml(self.config_text())
         settings["effective_batch"] = self._effective_batch()
         for logger in loggers:
             logger.log_hyperparams(settings)

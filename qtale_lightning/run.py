@@ -8,14 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qtale_lightning.checks import OWNED
 from qtale_lightning.files import remove_leftovers
 from qtale_lightning.locks import locked
 from qtale_lightning.manifest import DamagedFileError, read_object, record, verify, writing
 from qtale_lightning.quantization.engines import DEFAULT, find, folder
-from qtale_lightning.yaml_files import RefusedYamlError, read_yaml
+from qtale_lightning.yaml_files import RefusedYamlError, plain_yaml, read_yaml
 
 # Settings that may differ between two starts of the same run: where it runs, and what happens after training,
 # where every piece is checked on its own.
@@ -161,7 +159,7 @@ class RunDirectory:
         """
         if self.config.is_file():
             ours, theirs = (
-                _fixed(config, known is None) for config in (yaml.safe_load(text), self.read_config())
+                _fixed(config, known is None) for config in (plain_yaml(text), self.read_config())
             )
             differing = list(_differences(theirs, ours))
             if differing:

@@ -7,7 +7,7 @@ import os
 # and threads of more processes than there are cores wait for each other.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 from qtale_lightning import cpu
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+TESTS = Path(__file__).parent
+EXPERIMENTS = TESTS.parent / "experiments"
 
 Options = Callable[..., list[str]]
 
@@ -25,10 +26,34 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+# The files that take longest, by seconds on a processor without AMX. Each runs in one process (`--dist loadfile`): one
+# that begins late is what the others wait for.
+LONGEST = (
+    "tables/test_real_commands.py",
+    "test_end_to_end.py",
+    "tables/test_tables.py",
+    "faults/test_killed.py",
+    "test_wandb_faults.py",
+    "parity/test_harness.py",
+    "test_benchmarks.py",
+    "test_distributed.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: beside the last of them, others still have something to do."""
+    """The longest files first, then those with slow tests: beside the last, others still have something to do."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    first = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (first.get(item.path, len(first)), item.path not in slow))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Only a power cut would show whether files were on the disk, and no test cuts it; the commands that tests start as
+    processes wait as ever."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -34,7 +34,6 @@ def fit(options: tuple[str, ...]) -> None:
 
 def _fit(cli: QTALECLI, options: tuple[str, ...]) -> None:
     """What `fit` does in the run's directory."""
-    import yaml
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from qtale_lightning.checkpoints import resume_point
@@ -45,6 +44,7 @@ def _fit(cli: QTALECLI, options: tuple[str, ...]) -> None:
     from qtale_lightning.results.metadata import run_metadata
     from qtale_lightning.results.origin import origin
     from qtale_lightning.results.store import load_or_new
+    from qtale_lightning.yaml_files import plain_yaml
 
     run, data = cli.run, cli.prepare_data()
     cli.check_rows()
@@ -58,7 +58,7 @@ def _fit(cli: QTALECLI, options: tuple[str, ...]) -> None:
             f"nothing to resume from: {checkpoint} isn't there. Leave --ckpt_path out to start."
         )
     trainer = cli.make_trainer()
-    made_from = origin(yaml.safe_load(cli.config_text())) | {"rows": data.digests()}
+    made_from = origin(plain_yaml(cli.config_text())) | {"rows": data.digests()}
     known = load_or_new(run.root).get("run", {}).get("made_from")
     first = not is_helper()
     (run.claim if first else run.check_claim)(cli.config_text(), made_from, known)

@@ -231,9 +231,9 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
 
     for mapping in family.mappings:
         if behind := family.norms_behind.get(mapping.block):
-            calls, streams = seen.calls[mapping.block], _residuals(seen, family, mapping)
+            calls, residuals = seen.calls[mapping.block], _residuals(seen, family, mapping)
             recipe.damage[layer.path(mapping.previous)] = damage_behind(
-                layer, calls, streams, recipe, mapping, behind
+                layer, calls, residuals, recipe, mapping, behind
             )
 
 

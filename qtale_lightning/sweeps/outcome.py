@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qtale_lightning.results.schema import Evaluation
 from qtale_lightning.results.series import selected_row, validation_series
 from qtale_lightning.results.store import load_results, same_theta
+from qtale_lightning.yaml_files import plain_yaml
 
 KEYS = (
     *("bits", "engine", "theta", "execution_ratio", "flops_ratio", "average", "average_stderr"),
@@ -60,4 +59,4 @@ def _option(command: Sequence[str], name: str) -> Any:
             value = following
         elif argument.startswith(f"--{name}="):
             value = argument.partition("=")[2]
-    return None if value is None else yaml.safe_load(value)
+    return None if value is None else plain_yaml(value)

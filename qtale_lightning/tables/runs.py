@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
-
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.experiments import find
@@ -20,6 +18,7 @@ from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory, identity
 from qtale_lightning.tables.declaration import Line, Option
 from qtale_lightning.tables.request import Request
+from qtale_lightning.yaml_files import plain_yaml
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def resolve(
 
 def _identities(cli: QTALECLI) -> list[str]:
     """Of the run as it would start here; and as it may have on another device, which precision was left to."""
-    config = yaml.safe_load(cli.config_text())
+    config = plain_yaml(cli.config_text())
     made_from, trainer = origin(config), config["trainer"]
     precisions = [trainer["precision"], *(() if cli.precision_origin == "given" else PRECISIONS)]
     return [

@@ -344,7 +344,7 @@ def test_generation_pads_on_the_left(
 
 @pytest.fixture(scope="module")
 def real_rows(real_root: Path) -> Prompts:
-    """Twenty real rows of each task, the shortest of sixty: this is the file's longest test."""
+    """Ten real rows of each task, the shortest of sixty: this is the file's longest test."""
     found = {}
     for task in CSQA:
         prompts = [
@@ -353,7 +353,7 @@ def real_rows(real_root: Path) -> Prompts:
         ]
         found[task] = sorted(
             prompts, key=lambda prompt: len("".join(prompt.contexts + prompt.continuations))
-        )[:20]
+        )[:10]
     return found
 
 
@@ -371,7 +371,7 @@ def test_real_rows(
 ) -> None:
     dense, tokenizer = smollm2
     found = by_harness(dense, tokenizer, real_rows, tmp_path, 8)
-    assert_equal(without_routers(dense), tokenizer, real_rows, found, most_ties=0.05)
+    assert_equal(without_routers(dense), tokenizer, real_rows, found, most_ties=0.1)
 
 
 @pytest.mark.slow

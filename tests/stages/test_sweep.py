@@ -226,10 +226,13 @@ def test_a_budget_is_met_on_calibration_and_on_validation_questions(run: Path, p
 def test_a_budget_is_met_on_real_rows_that_were_held_out(
     make_run: Callable[..., RunDirectory], real_root: Path, tmp_path: Path
 ) -> None:
-    """θ comes from training rows of the seven tasks, the ratio is that of validation rows."""
+    """θ comes from training rows of the seven tasks, the ratio is that of validation rows; at 16 bits."""
     rows_of_all = ("--data.tasks", "csqa", "--data.root", str(real_root), "--data.calibration_rows", "24")
     run = make_run(tmp_path, "qtale", *rows_of_all, "--data.limit_validation", "24", *SWEEP)
-    results = sweep(run.root, "--sweep.rule", "budget", "--sweep.budgets", "[0.8,0.6]")
+    results = sweep(
+        run.root, "--quantize.bits", "[]", "--sweep.rule", "budget", "--sweep.budgets", "[0.8,0.6]"
+    )
+    assert [choice["budget"] for choice in results["selected"]] == [0.8, 0.6]
     for choice in results["selected"]:
         assert abs(choice["execution_ratio"] - choice["budget"]) <= 0.02
 

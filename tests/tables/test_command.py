@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.tables.conftest import OPTIONS, ROOT, FakeCommands
 from tests.tables.files import folder, row_of, rows, table
 
 Arguments = Callable[..., list[str]]
@@ -86,6 +88,22 @@ def test_a_line_like_one_that_failed_fails(arguments: Arguments, commands: Any) 
 CALIBRATED = {"digest": "of them", "sequences": 40}
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished table, which no test changes."""
+    out = tmp_path_factory.mktemp("made") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        table(["csqa", "--model", "tiny", "--out", str(out), *OPTIONS], FakeCommands())
+    return out
+
+
+@pytest.fixture
+def made_table(made_once: Path, tmp_path: Path) -> Path:
+    """Another such folder, where the tests' command lines look for it."""
+    return shutil.copytree(made_once, tmp_path / "out")
+
+
 def requantized(given: list[str], made: dict[str, Any]) -> None:
     """A precision of the first seed is another one now."""
     file = Path(given[4]) / "tiny-qtale-facts-s0" / "model-awq-4bit" / "config.json"
@@ -106,11 +124,9 @@ def requantized(given: list[str], made: dict[str, Any]) -> None:
     ],
 )
 def test_a_precision_by_other_settings_is_refused_before_anything_runs(
-    arguments: Arguments, commands: Any, made: dict[str, Any], says: str
+    arguments: Arguments, commands: Any, made_table: Path, made: dict[str, Any], says: str
 ) -> None:
     """One seed's was requantized by hand; the other seed's would be made as the table asks."""
-    table(arguments("csqa"), commands)
-    commands.started.clear()
     requantized(arguments("csqa"), made)
     with pytest.raises(ValueError, match=re.escape(says)):
         table(arguments("csqa", "--seeds", "0,1"), commands)
@@ -119,10 +135,8 @@ def test_a_precision_by_other_settings_is_refused_before_anything_runs(
 
 @pytest.mark.slow
 def test_as_many_sequences_as_there_are_answer_a_table_that_asks_for_more(
-    arguments: Arguments, commands: Any
+    arguments: Arguments, commands: Any, made_table: Path
 ) -> None:
-    table(arguments("csqa"), commands)
-    commands.started.clear()
     requantized(arguments("csqa"), {"calibration": CALIBRATED | {"all": True}})
     table(arguments("csqa"), commands)
     assert commands.kinds() == ["thresholds"], "of another model, but by the settings that are asked for"

@@ -1,11 +1,16 @@
-"""Every declared table by the commands that it stands for, run for real on the tiny model, and its figures."""
+"""Every declared table by the commands that it stands for, run for real on the tiny model, and its figures.
+
+A table's repetitions are left out: all lines of all tables are made in `test_tables.py`, by commands that take no time.
+"""
 
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.launching import Local
@@ -13,6 +18,7 @@ from qtale_lightning.locks import INHERITED
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.report import figures as report_figures
 from qtale_lightning.tables.declaration import FOLDER
+from qtale_lightning.yaml_files import read_yaml
 from tests.tables.files import figures, table
 
 pytestmark = pytest.mark.slow
@@ -46,14 +52,42 @@ def nothing(arguments: Sequence[str], log: Path | None, lock: int | None) -> int
     raise AssertionError(f"it was there: {arguments}")
 
 
+def shortened(declaration: dict[str, Any]) -> dict[str, Any]:
+    """A table with every path of its own once.
+
+    Without cells that differ from one before in numbers only, without a third value of an option or θ, and, but for the
+    last cell, with one data set each, in turn.
+    """
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for cell in declaration["cells"]:
+        theta = cell.get("theta")
+        rule = (theta["rule"], *theta) if isinstance(theta, dict) else type(theta)
+        key = (cell["method"], rule, *cell.get("options", {}), *cell.get("bits", []), *cell.get("engine", []))
+        kept.setdefault(key, cell)
+    *others, _ = cells = list(kept.values())
+    for number, cell in enumerate(others):
+        if data := cell.get("data"):
+            cell["data"] = [data[number % len(data)]]
+    for cell in cells:
+        if isinstance(cell.get("theta"), list):
+            cell["theta"] = cell["theta"][:2]
+        for name, value in cell.get("options", {}).items():
+            if isinstance(value, list):
+                cell["options"][name] = value[:2]
+    return declaration | {"cells": cells}
+
+
 @pytest.fixture(scope="module")
 def arguments(generality: Path, tmp_path_factory: pytest.TempPathFactory) -> Arguments:
     """A table's command line; all tables share their runs, as those of a user do."""
-    out = tmp_path_factory.mktemp("out")
+    out, declared = (tmp_path_factory.mktemp(name) for name in ("out", "declared"))
 
     def given(name: str) -> list[str]:
         more = ("--data.root", str(generality), *TEXTS) if name == "generality" else ()
-        return [name, "--model", "tiny", "--out", str(out), *SMALL, *more]
+        file = declared / f"{name}.yaml"
+        text = yaml.safe_dump(shortened(read_yaml(ROOT / FOLDER / file.name)), allow_unicode=True)
+        file.write_text(text, encoding="utf-8")
+        return [str(file), "--model", "tiny", "--out", str(out), *SMALL, *more]
 
     return given
 
