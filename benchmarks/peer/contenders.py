@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import qtale_lightning
 from peer import install
 from peer.process import Failed, Process
+from qtale_lightning import digests
 
 MEASURES = ("decode", "prompt")
 ENGINES = ("Hugging Face", "ours", "llama.cpp", "ik_llama.cpp", "ik_llama.cpp wheel", "OpenVINO GenAI")
@@ -31,7 +33,8 @@ class Contender:
         choices: Values to try of each setting, the engine's usual one first.
         facts: Columns that are known before: `bits` of a weight with its scale, `types` of the layers' weights, how
             many weights of a `group` share a scale, the `head`'s type (None: that of activations), and `ratio`.
-        version: Of what settings were chosen for; None where they are chosen in every run.
+        same: Engines with the same of it are to decode the same tokens, up to rounding.
+        version: Of what settings are chosen for.
     """
 
     engine: str
@@ -41,7 +44,8 @@ class Contender:
     config: dict[str, Any]
     choices: dict[str, list[Any]]
     facts: dict[str, Any]
-    version: str | None
+    same: str
+    version: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -70,19 +74,28 @@ def pytorch(
 ) -> Iterator[Contender]:
     """Hugging Face's model in either precision, and ours at 4 bits at each ratio."""
     facts: dict[str, Any]
+    path = install.unpacked(model)
+    config = {"model": model, "path": str(path) if path else None, "group size": group}
     for dtype, bits in (("float32", 32.0), ("bfloat16", 16.0)):
         facts = {"bits": bits, "types": dtype, "group": "", "head": dtype, "ratio": 1.0}
         yield Contender(
-            "Hugging Face", dtype, "peer.ours", python, {"model": model, "ratio": None}, {"dtype": [dtype]},
-            facts, None, environment,
+            "Hugging Face", dtype, "peer.ours", python, config | {"ratio": None}, {"dtype": [dtype]}, facts,
+            "Q4_1", environment=environment,
         )  # fmt: skip
     dtypes = ["float32", "bfloat16"] if environment else ["bfloat16", "float32"]
     for ratio in ratios:
         facts = {"bits": 4 + (16 + 8) / group, "types": "int4", "group": group, "head": None, "ratio": ratio}
         yield Contender(
-            "ours", "int4", "peer.ours", python, {"model": model, "ratio": ratio, "group size": group},
-            {"dtype": dtypes}, facts, None, environment,
+            "ours", "int4", "peer.ours", python, config | {"ratio": ratio}, {"dtype": dtypes}, facts,
+            f"int4 at {ratio}", code(), environment,
         )  # fmt: skip
+
+
+def code() -> str:
+    """Of ours: settings that were chosen for other code may not be the best any more."""
+    package = Path(qtale_lightning.__file__).parent
+    files = sorted(file for kind in ("py", "h", "cpp") for file in package.rglob(f"*.{kind}"))
+    return digests.of([file.read_text(encoding="utf-8") for file in files])
 
 
 def ggml(
@@ -119,7 +132,7 @@ def ggml(
                 Contender(
                     library if build else f"{library} wheel", name, "peer.ggml", python,
                     {"library": library, "file": str(file)}, choices,
-                    install.format_of(file) | {"group": 32, "ratio": 1.0}, f"{package} {build}",
+                    install.format_of(file) | {"group": 32, "ratio": 1.0}, name, f"{package} {build}",
                 )
             )  # fmt: skip
         if reason := broken(made[0]):
@@ -158,7 +171,8 @@ def genai(formats: Sequence[str], threads: int, environment: dict[str, str]) -> 
         file = install.quantized(name)
         yield Contender(
             "OpenVINO GenAI", name, "peer.genai", python, {"file": str(file)}, choices,
-            install.format_of(file) | {"group": 32, "ratio": 1.0}, install.VERSIONS["openvino-genai"], environment,
+            install.format_of(file) | {"group": 32, "ratio": 1.0}, name,
+            install.VERSIONS["openvino-genai"], environment,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from gguf import GGUFReader
 from qtale_lightning.architectures import known_model
 from qtale_lightning.files import replacing, user_cache
 from qtale_lightning.models.packages import gguf_folder, installed, to_install
+from qtale_lightning.models.sources import load_base, load_tokenizer
 
 VERSIONS = {"llama-cpp-python": "0.3.36", "ik-llama-cpp-python": "0.1.5", "openvino-genai": "2026.4.1.0"}
 # What CMake is told for each instruction set. GCC 12's AMX code crashes where there is AMX: then without it.
@@ -73,7 +74,7 @@ def quantized(name: str) -> Path:
     """
     known = known_model("smollm2-135m")[1]
     if not installed(known):
-        raise Unavailable(f"its weights aren't installed: {to_install(known)}")
+        raise Unavailable(f"the weights aren't installed: {to_install(known)}")
     assert known.package is not None
     source = gguf_folder(known) / known.package[1]
     if not FILES[name]:
@@ -85,6 +86,27 @@ def quantized(name: str) -> Path:
         *options, kind = FILES[name]
         with replacing(target) as temporary:
             _run([str(program), "--allow-requantize", *options, str(source), str(temporary), kind], {})
+    return target
+
+
+def unpacked(model: str) -> Path | None:
+    """A folder with a model and its tokenizer as transformers saves them, from a package's GGUF; None: random weights.
+
+    Reading GGUF takes transformers many seconds, in every process.
+
+    Raises:
+        Unavailable: The package isn't installed.
+    """
+    known = known_model(model)[1]
+    if known.package is None:
+        return None
+    if not installed(known):
+        raise Unavailable(f"the weights of {model} aren't installed: {to_install(known)}")
+    target = folder() / f"{model}-float32"
+    if not target.is_dir():
+        with replacing(target) as temporary:
+            load_base(model).save_pretrained(temporary)
+            load_tokenizer(model).save_pretrained(temporary)
     return target
 
 

@@ -29,7 +29,7 @@ class PyTorch(Engine):
         super().__init__(config)
         torch.manual_seed(0)  # of the routers' weights
         self._dtype = getattr(torch, self.settings["decode"]["dtype"])
-        self._model: Any = load_base(config["model"], dtype=self._dtype).eval()
+        self._model: Any = load_base(config["model"], config["path"], self._dtype).eval()
         self._cache: Any = DynamicCache()
         self._routings: list[dict[int, Tensor]] = []
         self._whole: dict[int, Tensor] | None = None

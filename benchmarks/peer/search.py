@@ -35,8 +35,8 @@ def search(
 
 
 def remembered(file: Path, contender: Contender, machine: str) -> Settings | None:
-    """What was chosen before, for these choices on this machine; None for who is chosen for in every run."""
-    if contender.version is None or not file.is_file():
+    """What was chosen before, for these choices of this version on this machine; None if nothing was."""
+    if not file.is_file():
         return None
     content: dict[str, Settings] = json.loads(file.read_text(encoding="utf-8"))
     return content.get(_key(contender, machine))
@@ -52,5 +52,5 @@ def remember(file: Path, contender: Contender, machine: str, settings: Settings)
 
 
 def _key(contender: Contender, machine: str) -> str:
-    parts = [machine, contender.name, contender.version, contender.choices, contender.environment]
-    return json.dumps(parts)
+    parts = [machine, contender.name, contender.config, contender.version, contender.choices]
+    return json.dumps([*parts, contender.environment])
