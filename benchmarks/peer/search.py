@@ -19,13 +19,15 @@ def search(
 
     Args:
         usual: Of each measure, to start from.
-        choices: Values of each setting; the first is the usual one.
+        choices: Values to try of each setting.
         seconds: Of each measure, with settings; infinite where they don't work.
     """
     chosen, best = usual, seconds(usual)
     for key, values in choices.items():
-        for value in values[1:]:
+        for value in values:
             tried = {measure: chosen[measure] | {key: value} for measure in MEASURES}
+            if tried == chosen:
+                continue
             took = seconds(tried)
             for measure in MEASURES:
                 if took[measure] < (1 - MARGIN) * best[measure]:
