@@ -210,10 +210,9 @@ def main() -> None:
 
 def run(args: Namespace) -> None:
     """All of it; raises :class:`install.Unavailable` where ours can't be measured."""
-    if args.quick:  # nothing is installed
-        args.model, args.steps, args.repeats, args.only = "tiny", 4, 1, ENGINES[:2]
-    else:
-        args.model = MODEL
+    args.model = "tiny" if args.quick else MODEL
+    if args.quick:  # ours alone, unsearched: nothing is installed
+        args.steps, args.repeats, args.only, args.ratios = 4, 1, ["ours"], [0.5]
     everybody, lacking = everyone(
         Path(sys.executable), args.model, args.ratios, args.group_size, torch.get_num_threads(), args.isa, args.only,
     )  # fmt: skip
@@ -229,8 +228,11 @@ def run(args: Namespace) -> None:
         of_engine: dict[str, Settings] = {}  # of its first weights
         for one in everybody:
             try:
-                like = of_engine.get(one.engine)
-                settings[one.name] = chosen(one, given, args.isa, args.search, like)
+                settings[one.name] = (
+                    one.usual()
+                    if args.quick
+                    else chosen(one, given, args.isa, args.search, of_engine.get(one.engine))
+                )
                 of_engine.setdefault(one.engine, settings[one.name])
                 if not args.search:
                     processes[one.name] = running.enter_context(one.start(settings[one.name], given))

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -190,6 +191,27 @@ def test_what_cannot_be_installed_says_why(
     assert {one.engine for one in found} == {"Hugging Face", "ours"}
     assert list(lacking) == ["llama.cpp", "ik_llama.cpp", "ik_llama.cpp wheel", "OpenVINO GenAI"]
     assert all("No matching distribution found" in reason for reason in lacking.values())
+
+
+def test_ours_decodes_greedily_and_again(peers: ModuleType) -> None:
+    from peer.ours import PyTorch
+
+    from qtale_lightning.models.sources import load_base
+
+    config: dict[str, Any] = {"model": "tiny", "path": None, "ratio": None, "group size": 32}
+    config |= {"context": [5, 6, 7], "prompt": [1, 2, 3, 4], "warm": 1, "steps": 3}
+    config |= {"settings": {measure: {"dtype": "float32"} for measure in peers.MEASURES}}
+    with torch.inference_mode():
+        dense = PyTorch(config)
+        greedy = load_base("tiny").generate(
+            torch.tensor([[5, 6, 7]]), max_new_tokens=5, do_sample=False, eos_token_id=None
+        )
+        assert dense.decode()[1] == greedy[0, 3:].tolist()
+        assert dense.decode()[1] == greedy[0, 3:].tolist()  # the cache was taken back
+        ours = PyTorch(config | {"ratio": 0.5})
+        assert ours.decode()[1] == ours.decode()[1]
+        assert ours.read() > 0
+        assert dense.read() > 0
 
 
 @pytest.mark.slow
