@@ -33,7 +33,7 @@ class Ggml(Engine):
         self._decoding, self._reading = (self._context(self.settings[name]) for name in ("decode", "prompt"))
         first = self._array(self.context)
         self._one = self._array([0])
-        self._forget(self._decoding, 0)
+        self.forget(self._decoding, 0)
         self._run(self._decoding, first, 0)
         self._first = self._best(self._decoding)
 
@@ -57,7 +57,7 @@ class Ggml(Engine):
         raise NotImplementedError
 
     def decode(self) -> tuple[float, list[int]]:
-        self._forget(self._decoding, len(self.context))
+        self.forget(self._decoding, len(self.context))
         tokens, started = [self._first], 0.0
         for step in range(self.warm + self.steps):
             if step == self.warm:
@@ -69,7 +69,7 @@ class Ggml(Engine):
 
     def read(self) -> float:
         tokens = self._array(self.prompt)
-        self._forget(self._reading, 0)
+        self.forget(self._reading, 0)
         started = time.perf_counter()
         self._run(self._reading, tokens, 0)
         self._best(self._reading)
@@ -108,9 +108,6 @@ class Ggml(Engine):
     def _run(self, context: Any, tokens: Any, position: int) -> None:
         if status := self.c.llama_decode(context, self.batch(tokens, position)):
             raise RuntimeError(f"llama_decode returned {status}")
-
-    def _forget(self, context: Any, position: int) -> None:
-        self.forget(context, position)
 
     def _best(self, context: Any) -> int:
         logits = self.c.llama_get_logits_ith(context, -1)
