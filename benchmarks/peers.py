@@ -22,8 +22,9 @@ installed here is left out, with its reason in the output and the JSON.
 - `agrees`: how many of the decoded tokens, from the first on, are those of the first engine with the same weights
   (Hugging Face's in float32 has Q4_1's): the engines compute the same model, up to rounding.
 - `--isa avx2`: as on a machine without AVX-512: llama.cpp compiled for AVX2, ik_llama.cpp's wheel (which is), and
-  variables for PyTorch, oneDNN and ours. OpenVINO's own kernels (attention, norms) can't be limited: it is faster
-  here than there. `instructions` says what each reports.
+  variables for PyTorch, oneDNN and ours. OpenVINO's own kernels (attention, norms) can't be limited, and with oneDNN
+  limited its activations in 8 bits fail, so that they are off: its row is no measure of a real AVX2 machine.
+  `instructions` says what each engine reports.
 """
 
 import math

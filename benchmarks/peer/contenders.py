@@ -154,7 +154,7 @@ def broken(contender: Contender) -> str:
 
 
 def genai(formats: Sequence[str], threads: int, environment: dict[str, str]) -> Iterator[Contender]:
-    """OpenVINO GenAI, which reads GGUF files by itself; where it is limited, without bfloat16.
+    """OpenVINO GenAI, which reads GGUF files by itself; where it is limited, in float32 without activations in 8 bits.
 
     Raises:
         install.Unavailable: It isn't installed, or the files aren't there.
@@ -163,7 +163,8 @@ def genai(formats: Sequence[str], threads: int, environment: dict[str, str]) -> 
     choices: dict[str, list[Any]] = {
         "ATTENTION_BACKEND": ["PA", "SDPA"],
         "INFERENCE_PRECISION_HINT": ["f32"] if environment else [None, "f32"],
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": [None, 0, 64],
+        # Its products of activations in 8 bits compute nonsense where oneDNN is limited and OpenVINO itself isn't.
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": [0] if environment else [None, 0, 64],
         "KV_CACHE_PRECISION": [None, "f16"],
         "INFERENCE_NUM_THREADS": thread_counts(threads),
     }
