@@ -38,7 +38,7 @@ TABLED := $(TABLE) --model $(MODEL) --data.tasks $(call quote,$(DATA)) --seeds $
 STARTED := $(if $(filter-out local,$(LAUNCH)),--launch $(LAUNCH)) $(if $(JOBS),--jobs $(JOBS))
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
 # benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
-BENCHES := train_step linear latency families router quantize evaluate llamacpp
+BENCHES := train_step linear latency families router quantize evaluate peers
 PRESETS := $(patsubst experiments/paper/%.yaml,%,$(wildcard experiments/paper/*.yaml))
 LAYOUTS := $(patsubst experiments/devices/%.yaml,%,$(wildcard experiments/devices/*.yaml))
 SWEEPS  := $(patsubst sweeps/%.yaml,%,$(wildcard sweeps/*.yaml))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -14,11 +15,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qtale_lightning import cpu
 from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.files import replacing
 from qtale_lightning.results.metadata import hardware, package_versions
 
 Key = TypeVar("Key", bound=Hashable)
+
+# Of a processor's flags, those that decide how fast it multiplies.
+FLAGS = "avx2 fma f16c avx_vnni avx512f avx512_vnni avx512_bf16 avx512_fp16 amx_int8 amx_bf16"
+FLAGS += " asimddp i8mm bf16 sve"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -85,13 +91,18 @@ def claim(name: str, value: float, goal: float, better: str) -> dict[str, Any]:
 def report(
     name: str, rows: Sequence[Mapping[str, Any]], claims: Sequence[Mapping[str, Any]], target: Path | None
 ) -> None:
-    """Print the table, hardware and claims; write them as JSON where a file is given."""
+    """Print the table, hardware and claims; write them as JSON where a file is given.
+
+    Columns of dicts are in the JSON only.
+    """
     console = Console(width=None if sys.stdout.isatty() else 200)  # a log's table keeps its columns
     table = Table(title=name, caption=hardware())
-    for column in rows[0]:
+    shown = [column for column, value in rows[0].items() if not isinstance(value, dict)]
+    for column in shown:
         table.add_column(column, justify="right" if isinstance(rows[0][column], float) else "left")
     for row in rows:
-        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+        values = (row[column] for column in shown)
+        table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in values))
     console.print(table)
     for one in claims:
         sign = "≥" if one["better"] == "higher" else "≤"
@@ -106,8 +117,27 @@ def write(
     """Write measurements, with hardware and versions, as JSON where a file is given."""
     if target is not None:
         content = {
-            "benchmark": name, "hardware": hardware(), "versions": package_versions(),
+            "benchmark": name, "hardware": hardware(), "processor": processor(), "versions": package_versions(),
             "rows": list(rows), "claims": list(claims),
         }  # fmt: skip
         with replacing(target) as temporary:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def processor() -> str:
+    """Which processor, as Linux knows it: family and model tell what a name like "AMD EPYC" doesn't, and its flags."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text(encoding="utf-8") if cpuinfo.is_file() else ""
+
+    def field(name: str) -> str:
+        found = re.search(rf"^{name}\s*:\s*(.+)$", text, re.MULTILINE)
+        return found.group(1) if found else "?"
+
+    flags = {*field("flags").split(), *field("Features").split()}
+    known = " ".join(flag for flag in FLAGS.split() if flag in flags)
+    return f"{field('model name')}, family {field('cpu family')}, model {field('model')}: {known}"
+
+
+def instructions() -> str:
+    """What of the processor our computing uses in this process: by operations of ours, or by PyTorch's alone."""
+    return "ours: AVX-512 bf16" if cpu.available() else f"PyTorch: {torch.backends.cpu.get_cpu_capability()}"

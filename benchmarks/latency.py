@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import claim, interleaved, median_ratio, parser, report, show, write
+from common import claim, instructions, interleaved, median_ratio, parser, report, show, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -189,7 +189,10 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
                 {"model": name + (f", {count} layers" if layers else ""), "run": f"{kind} {batch} × {length}"}
                 | {"form": form, "ratio": float(ratio), "ms": 1e3 * statistics.median(values)}
                 | {"tokens/s": tokens / statistics.median(values), "speed-up": speedup, "ideal": best}
-                | {"of ideal": speedup / best}
+                | {
+                    "of ideal": speedup / best,
+                    "instructions": instructions() if args.device == "cpu" else "GPU",
+                }
             )
             show(rows[-1])
     return rows
