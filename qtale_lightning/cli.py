@@ -183,8 +183,8 @@ class QTALECLI(RunConfiguration, LightningCLI):
             self.sweep.check_budgets(least - TOLERANCE, "layers without a router and reserved tokens")
 
     def prepare_method(self) -> None:
-        """Give the module what its method measures on before training; :meth:`prepare_data` comes before."""
-        if self.model.how.measures:
+        """Give the module what is measured on before training; :meth:`prepare_data` comes before."""
+        if self.model.how.measures or self.model.routing_options["stand_in_rank"]:
             sequences = self.datamodule.calibration_sequences(MEASURED_ROWS)
             self.model.rows = Rows(sequences, self._reserved_share())
 

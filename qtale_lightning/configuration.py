@@ -79,6 +79,11 @@ class RunConfiguration:
                 f"--model.lora_rank {self.model.lora_options['rank']} is above the width {config.hidden_size} of "
                 f"{self.model.name}, whose weights have no higher rank: give a smaller one, or --model.train_all true"
             )
+        if (rank := self.model.routing_options["stand_in_rank"]) > config.hidden_size:
+            raise ValueError(
+                f"--model.stand_in_rank {rank} is above the width {config.hidden_size} of {self.model.name}: give a "
+                "smaller one"
+            )
         if self.model.how.theta:
             self.sweep.check_budgets(start / config.num_hidden_layers)
         metrics = self.datamodule.asking.metrics("calibration")
@@ -92,6 +97,7 @@ class RunConfiguration:
     def check_training(self) -> None:
         """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
         checks.check_trainer(self.config["trainer"], self.config["validations"])
+        self.model.check_teacher()
 
 
 class PlannedRun(RunConfiguration):

@@ -6,6 +6,7 @@ So it depends neither on padding nor on how an effective batch is cut into micro
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
     """
     totals = (values * mask).sum(1)
     return (totals / mask.sum(1).clamp_min(1)).mean()
+
+
+def predicting(tokens: Tensor) -> Tensor:
+    """Tokens that a real one follows, bool ``(B, T)`` from real tokens: D-LLM holds no others to the ratio."""
+    return torch.nn.functional.pad(tokens[:, :-1] & tokens[:, 1:], (0, 1))
 
 
 def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
@@ -33,17 +39,30 @@ def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
     return sequence_mean(values, answer)
 
 
-def ratio_loss(gates: Tensor, layers: int, target: float, free: Tensor) -> Tensor:
+def ratio_loss(
+    gates: Tensor,
+    layers: int,
+    target: float,
+    free: Tensor,
+    held: Literal["token", "sequence", "all"] = "token",
+) -> Tensor:
     """L_ratio (D-LLM): mean over tokens of |share of all layers that the token executes − target|.
 
     Args:
         gates: Decisions of the routed layers, ``(R, B, T)``.
         layers: Number of all layers; those without a router count as executed.
         target: R_target.
-        free: Tokens that routers decide about (no padding, no reserved tokens), bool ``(B, T)``.
+        free: Tokens that are held to it: none of padding, none that always execute, bool ``(B, T)``.
+        held: What is held to the target, so that its distance counts: every token; the mean over each sequence's
+            tokens, of which hard ones may execute more (after SkipGPT, arXiv 2506.04179); or the mean over all, whose
+            signed excess is returned, since a mean over some of them, a micro-batch, has no distance of its own.
     """
-    executed = (gates.sum(0) + (layers - len(gates))) / layers
-    return sequence_mean((executed - target).abs(), free)
+    excess = (gates.sum(0) + (layers - len(gates))) / layers - target
+    if held == "token":
+        return sequence_mean(excess.abs(), free)
+    if held == "sequence":
+        return ((excess * free).sum(1) / free.sum(1).clamp_min(1)).abs().mean()
+    return sequence_mean(excess, free)
 
 
 def binary_entropy(logits: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """The LightningModule: a frozen base model with trainable LoRA, and with what a method of routing adds."""
 
+import math
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -23,11 +25,25 @@ from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sharding import shard
 from qtale_lightning.models.sources import find_commit, load_base, load_tokenizer
-from qtale_lightning.routing import Rows
+from qtale_lightning.routing import Budget, Rows
+from qtale_lightning.routing.router import Router
 from qtale_lightning.settings import ModelSettings
+from qtale_lightning.training import (
+    Multiplier,
+    Teacher,
+    distillation_loss,
+    fit_stand_ins,
+    noise_bits,
+    parameter_groups,
+    rounded_blocks,
+    routed_progress,
+    staged_rate,
+)
 
 # What a checkpoint calls that which the method measured.
 MEASURED = "measured"
+# And the multiplier of the ratio, where that is a constraint.
+MULTIPLIER = "multiplier"
 
 
 class QTALEModule(ModelSettings, L.LightningModule):
@@ -36,7 +52,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
     The options are those of :class:`~qtale_lightning.settings.ModelSettings`.
 
     Attributes:
-        rows: What the method may measure on before training; set it before the model is loaded where it does.
+        rows: What the method, or stand-ins, may be measured on before training; set them before the model is loaded.
         measured: What it found, or a checkpoint says that it did; None until then.
     """
 
@@ -49,6 +65,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self._tuner: Any = None
         self.rows: Rows | None = None
         self.measured: dict[str, Any] | None = None
+        self.multiplier = Multiplier(self.ratio_ascent)
         self.routing_record: dict[str, dict[str, Any]] = {}  # of the last validation, see RoutingDiagnostics
 
     @property
@@ -105,6 +122,11 @@ class QTALEModule(ModelSettings, L.LightningModule):
         fields |= self.measured
         self.how.change(base, fields)
         self.model = route(base, routed_config(base.config, **fields))
+        for part in self.model.modules():
+            if isinstance(part, Router):
+                part.begin_at(self.router_bias)
+        if self.rows is not None and self.model.config.stand_in_rank:
+            fit_stand_ins(self.model, self.rows)  # otherwise a checkpoint has them
         if not self.train_all:
             self._tuner = add_lora(self.model, **self.lora_options)
         mark_trainable(self.model, self.train_all)
@@ -136,7 +158,7 @@ class QTALEModule(ModelSettings, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Beside the weights: what the method measured before training, without which they fit no model."""
-        checkpoint[MEASURED] = self.measured
+        checkpoint[MEASURED], checkpoint[MULTIPLIER] = self.measured, self.multiplier.value
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of a model that something else was measured for (ValueError)."""
@@ -145,30 +167,68 @@ class QTALEModule(ModelSettings, L.LightningModule):
                 f"the checkpoint's model was made with {theirs or 'nothing'}, measured before training, this one with "
                 f"{self.measured or 'nothing'}: resume where the run began, or start a new run"
             )
+        self.multiplier.value = checkpoint.get(MULTIPLIER, 0.0)
 
     # ------------------------------------------------------------------------------------------------- training
 
-    def losses(self, batch: dict[str, Tensor], routing: Routing, target: float) -> Losses:
-        """The loss terms of a batch of ``input_ids, attention_mask, labels (B, T)``; ``routing`` is filled in."""
-        hidden = self.model.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            routing=routing,
-            use_cache=False,
-        ).last_hidden_state
+    def losses(
+        self,
+        batch: dict[str, Tensor],
+        routing: Routing,
+        target: float,
+        lambdas: Mapping[str, float] | None = None,
+    ) -> Losses:
+        """The loss terms of a batch of ``input_ids, attention_mask, labels (B, T)``; ``routing`` is filled in.
+
+        ``lambdas`` weigh them in training; None: the objective that training ends with, without what only trains.
+        """
+        trains = lambdas is not None
+        with rounded_blocks(self.model, noise_bits(self.noise_bits, self.progress) if trains else None):
+            hidden = self.model.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                routing=routing,
+                use_cache=False,
+            ).last_hidden_state
         targets = batch["labels"][:, 1:]
         answer = targets != -100
         # The head is computed where an answer token is predicted, and nowhere else.
-        ce = answer_loss(self.model.lm_head(hidden[:, :-1][answer]), targets, answer)
-        layers = len(self.model.model.layers)
-        terms = self.how.losses(routing, layers, target) if routing.gates else {}
-        return Losses.weigh(ce, terms, self.lambdas)
+        logits = self.model.lm_head(hidden[:, :-1][answer])
+        ce = answer_loss(logits, targets, answer)
+        budget = Budget(target, "all" if trains and self.multiplier else self.ratio_budget)
+        terms = self.how.losses(routing, len(self.model.model.layers), budget) if routing.gates else {}
+        if lambdas is not None and lambdas["distillation"]:
+            terms |= {"distillation": distillation_loss(logits, self.teacher.logits(batch, answer), answer)}
+        return Losses.weigh(ce, terms, self.lambdas if lambdas is None else lambdas)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training's steps that are done."""
+        return self.trainer.global_step / float(self.trainer.estimated_stepping_batches)
+
+    @property
+    def routed_progress(self) -> float:
+        """The same of those steps in which tokens skip layers; negative before them."""
+        return routed_progress(self.stages, self.progress)
 
     def scheduled(self, final: float) -> float:
         """A ratio as it is in this step: falling linearly from 1 to ``final`` while ``ratio_schedule`` lasts."""
-        steps = self.ratio_schedule * float(self.trainer.estimated_stepping_batches)
-        progress = min(1.0, self.trainer.global_step / steps) if steps else 1.0
+        done = max(0.0, self.routed_progress)
+        progress = min(1.0, done / self.ratio_schedule) if self.ratio_schedule else 1.0
         return 1.0 + progress * (final - 1.0)
+
+    def scheduled_lambdas(self) -> dict[str, float]:
+        """The losses' weights as they are in this step: λ1 rising along a sine, where it does (D-LLM's code)."""
+        if self.routed_progress < 0:
+            return dict.fromkeys(self.lambdas, 0.0)
+        rise = math.sin(math.pi / 2 * self.routed_progress) if self.ratio_rises else 1.0
+        ratio = self.multiplier.value if self.multiplier else rise * self.lambdas["ratio"]
+        return self.lambdas | {"ratio": ratio}
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """Of self-distillation, loaded on first use."""
+        return Teacher(lambda: self.model, self.teacher_folder, self.model.dtype)
 
     def batch_seed(self, batch: int) -> int:
         """Seed of a batch's noise on this device."""
@@ -183,7 +243,12 @@ class QTALEModule(ModelSettings, L.LightningModule):
         """One micro-batch: losses, routing statistics, logs."""
         rate = self.scheduled(self.model.config.rate)
         routing, target = Routing(temperature=self.temperature, rate=rate), self.scheduled(self.target_ratio)
-        losses = self.losses(batch, routing, target)
+        if self.routed_progress < 0:
+            routing.threshold, routing.sample = 0.0, False
+        lambdas = self.scheduled_lambdas()
+        losses = self.losses(batch, routing, target, lambdas)
+        if self.multiplier and self.routed_progress >= 0:
+            self.multiplier.observe(losses.terms["ratio"])
         layers = self._ratio(sync_on_compute=False).to(self.device)
         layers.update(routing)
         per_layer = layers.compute()
@@ -192,9 +257,10 @@ class QTALEModule(ModelSettings, L.LightningModule):
             "train/ce": losses.ce,
             "train/execution_ratio": per_layer.mean(),
         }
+        logs |= {f"train/{name}_loss": value for name, value in losses.terms.items()}
         if routing.gates:
-            logs |= {f"train/{name}_loss": value for name, value in losses.terms.items()}
             logs["train/target_ratio"] = target
+            logs["train/lambda_ratio"] = lambdas["ratio"]
             logs |= {f"train/{name}": value for name, value in self.how.statistics(routing).items()}
             logs |= {f"train/execution_ratio_layer_{i:02d}": ratio for i, ratio in enumerate(per_layer)}
         self.log_dict({name: torch.as_tensor(value).detach() for name, value in logs.items()})
@@ -202,6 +268,13 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.log("ratio", per_layer.mean(), prog_bar=True, logger=False)
         # Where it isn't finite, all gradients are NaN, on every device that they are summed over: all of them see it.
         return losses.total * torch.where(losses.total.detach().isfinite(), 1.0, torch.nan)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise or lower the multiplier by what all devices executed in this step; here, before the step is saved."""
+        if self.multiplier.observed:
+            self.multiplier.ascend(
+                float(self.trainer.strategy.reduce(self.multiplier.excess(), reduce_op="mean"))
+            )
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log the speed of the micro-batch, forward and backward."""
@@ -230,15 +303,14 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.validation_routing.reset()
 
     def configure_optimizers(self) -> Any:
-        """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0."""
-        routers = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." in n]
-        others = [p for n, p in self.model.named_parameters() if p.requires_grad and ".router." not in n]
-        groups = [
-            {"params": parameters, "lr": lr, "name": name}
-            for parameters, lr, name in ((others, self.lr, "weights"), (routers, self.router_lr, "routers"))
-            if parameters
-        ]
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
+        """AdamW with separate rates for routers and the rest; linear warm-up, then cosine to 0, in each stage."""
+        rates = self.lr, self.router_lr
+        groups = parameter_groups(self.model, *rates, self.weight_decay, self.decays_all)
+        optimizer = torch.optim.AdamW(groups, betas=self.betas)
         steps = int(self.trainer.estimated_stepping_batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
+        if self.stages == "joint":
+            schedule = get_cosine_schedule_with_warmup(optimizer, int(self.warmup * steps), steps)
+        else:
+            of_groups = [staged_rate(self.stages, group["name"], steps, self.warmup) for group in groups]
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, of_groups)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

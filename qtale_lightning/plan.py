@@ -14,13 +14,13 @@ from qtale_lightning.tasks import TASKS
 
 
 def trainable_parameters(run: RunConfiguration) -> int:
-    """Routers and LoRA, rank · (in + out) of every targeted projection; or all weights."""
+    """Routers, stand-ins and LoRA, rank · (in + out) of every targeted projection; or all weights."""
     config, lora = run.model.shape, run.model.lora_options
     counts, shapes = cost.parameter_counts(config), cost.linear_shapes(config)
     if run.model.train_all:
         return counts.total
     adapted = sum(lora["rank"] * sum(shapes[name]) for name in lora["targets"])
-    return counts.routers + config.num_hidden_layers * adapted
+    return counts.routers + counts.stand_ins + config.num_hidden_layers * adapted
 
 
 def print_plan(run: RunConfiguration) -> None:

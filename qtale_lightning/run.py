@@ -32,7 +32,18 @@ FREE_TRAINER_KEYS = {
 # Where the base model and the rows lie is free, too, where it is known by content what they were.
 _PLACES = (("model", "path"), ("data", "root"))
 # Options that older runs don't say: what these values mean is what they did.
-_ADDED = (("model", "lambda_prediction", 0.0),)
+_ADDED: tuple[tuple[str, str, Any], ...] = (
+    ("model", "lambda_prediction", 0.0),
+    ("model", "ratio_budget", "token"),
+    ("model", "ratio_ascent", 0.0),
+    ("model", "router_bias", [0.1, 2.0]),
+    ("model", "distillation", 0.0),
+    ("model", "teacher", None),
+    ("model", "stages", "joint"),
+    ("model", "noise_bits", None),
+    ("model", "keep_kv", False),
+    ("model", "stand_in_rank", 0),
+)
 _SECTIONS = ("trainer", "model", "data", "quantize", "sweep")
 _SPLITS = {"train": "training", "calibration": "calibration", "validation": "validation"}
 
@@ -234,6 +245,8 @@ def identity(config: Mapping[str, Any], made_from: Mapping[str, Any]) -> str:
     """A hash of what makes a run: its configuration without what may differ between two starts, and, wherever they lie,
     the base model and the files of rows that it is ``made_from`` (see `qtale_lightning.results.origin`)."""
     parts = {key: made_from.get(key) for key in ("base", "files")}
+    if "teacher" in made_from:
+        parts["teacher"] = made_from["teacher"]
     return hashlib.sha256(json.dumps([_fixed(config), parts], sort_keys=True).encode()).hexdigest()
 
 
@@ -253,6 +266,8 @@ def _other_parts(known: Mapping[str, Any], made_from: Mapping[str, Any]) -> Iter
     """In words, what of a run's base model and rows is another now."""
     if known.get("base") != made_from.get("base"):
         yield "another base model (--model.path)"
+    if known.get("teacher") != made_from.get("teacher"):
+        yield "another teacher (--model.teacher)"
     for split, name in _SPLITS.items():
         before, now = ({**one.get("rows", {}).get(split, {})} for one in (known, made_from))
         if before and (tasks := [task for task in now if now[task] != before.get(task)]):

@@ -82,12 +82,14 @@ if TYPE_CHECKING:
     NonNegative = float
     ShareBelowOne = float
     ShareAboveZero = float
+    CodeBits = int
     Bits = int | float
 else:
     Positive = restricted_number_type("Positive", float, [(">", 0), ("<", math.inf)])
     NonNegative = restricted_number_type("NonNegative", float, [(">=", 0), ("<", math.inf)])
     ShareBelowOne = restricted_number_type("ShareBelowOne", float, [(">=", 0), ("<", 1)])
     ShareAboveZero = restricted_number_type("ShareAboveZero", float, [(">", 0), ("<=", 1)])
+    CodeBits = restricted_number_type("CodeBits", int, [(">=", 2), ("<=", 8)])
     # A precision: whole where it is.
     Bits = PositiveInt | Positive
 
@@ -131,7 +133,7 @@ def in_range(section: str, declared: Callable[..., Any], values: Mapping[str, An
         option = f"--{section}.{name}" if section else f"--{name}"
         ranges = [one for one in _parts(kind) if hasattr(one, "_restrictions")]
         given = values.get(name)
-        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+        for value in given if isinstance(given, tuple | list) else () if given is None else (given,):
             refusals = [_refusal(one, value) for one in ranges]
             if ranges and all(refusals):
                 raise ValueError(f"{option} {value}: {refusals[0]}")

@@ -112,6 +112,9 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             id="LoRA's rank",
         ),
         pytest.param(
+            ("--model.stand_in_rank", "129"), ("--model.stand_in_rank 129", "width 128"), id="stand-ins' rank"
+        ),
+        pytest.param(
             ("--model.lora_targets", "[]", "--model.train_all", "false"),
             ("--model.lora_targets is empty", "--model.train_all"),
             id="no LoRA",

@@ -29,7 +29,10 @@ def trained_tokens(replicas: int, batches: int) -> int:
 
 
 def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Four micro-batches of four on each of two devices are 32 examples; scoring afterwards needs no other process."""
+    """Four micro-batches of four on each of two devices are 32 examples; scoring afterwards needs no other process.
+
+    With every tool for training: both begin with the same stand-ins, and raise the same multiplier.
+    """
     more = (
         *("--data.batch_size", "4", "--data.limit_validation", "12", "--data.calibration_rows", "8"),
         *(
@@ -43,6 +46,9 @@ def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], 
             "[0.5]",
         ),
         *("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"),
+        *("--model.ratio_ascent", "0.5", "--model.ratio_schedule", "0", "--model.stages", "routers-first"),
+        *("--model.distillation", "1"),
+        *("--model.noise_bits", "3", "--model.keep_kv", "true", "--model.stand_in_rank", "4"),
         *("--wandb", "disabled", "--out", str(tmp_path)),
     )
     command = [sys.executable, "-m", "qtale_lightning", "fit", *options("tiny", "qtale", *more)]
@@ -51,6 +57,7 @@ def test_two_processes_train_and_one_reports(options: Callable[..., list[str]], 
     assert done.returncode == 0, done.stderr[-3000:]
     results = load_results(tmp_path / "tiny-qtale-facts-s0")
     assert results["train"]["steps"] == 4
+    assert results["train"]["final_losses"]["lambda_ratio"] > 0
     assert results["train"]["examples"] == 32
     assert results["train"]["tokens"] == trained_tokens(replicas=2, batches=4)
     assert [row["split"] for row in results["evaluation"]] == ["calibration", "validation"]

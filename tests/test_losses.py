@@ -11,6 +11,7 @@ from qtale_lightning.losses import (
     answer_loss,
     binary_entropy,
     entropy_loss,
+    predicting,
     ratio_loss,
     sequence_mean,
 )
@@ -22,6 +23,24 @@ def test_ratio_loss_by_hand() -> None:
     free = torch.tensor([[True, True, True], [False, True, False]])
     # Sequence 1: (.25 + .5 + 0) / 3; sequence 2 counts its one free token: share .75, so .25.
     assert ratio_loss(gates, 4, 0.5, free).item() == pytest.approx((0.25 + 0.25) / 2)
+
+
+def test_the_ratio_of_a_sequence_or_of_all_by_hand() -> None:
+    # Shares .75, 1 and .5 of the tokens of both sequences; the last of the first doesn't count.
+    gates = torch.tensor([[[1.0, 1.0, 0.0]] * 2, [[0.0, 1.0, 0.0]] * 2])
+    free = torch.tensor([[True, True, False], [True, True, True]])
+    assert ratio_loss(gates, 4, 0.75, free).item() == pytest.approx(
+        ((0 + 0.25) / 2 + (0 + 0.25 + 0.25) / 3) / 2
+    )
+    assert ratio_loss(gates, 4, 0.75, free, "sequence").item() == pytest.approx((0.25 / 2 + 0) / 2)
+    assert ratio_loss(gates, 4, 0.9, free, "all").item() == pytest.approx((0.875 - 0.9 + 0.75 - 0.9) / 2)
+
+
+def test_only_tokens_that_a_real_one_follows_are_held_to_the_ratio() -> None:
+    """On either side of padding, as D-LLM's code pairs the decisions of one token with the mask of the next."""
+    tokens = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    expected = torch.tensor([[True, True, False, False], [False, True, True, False]])
+    assert torch.equal(predicting(tokens), expected)
 
 
 def test_entropy_loss_by_hand() -> None:

@@ -1,10 +1,13 @@
 """The LightningModule: gradients, invariances, checkpoints and resuming."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import lightning as L
+import peft
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -132,6 +135,33 @@ def test_checkpoint_holds_trainable_weights_only_and_refuses_others() -> None:
         make_module().load_state_dict(dict(list(state.items())[:-1]))
 
 
+def test_lora_drops_out_of_its_output() -> None:
+    """D-LLM's: y = Wx + dropout(B(Ax)), scale 1, A normal with a standard deviation of 1 / rank, B zero."""
+    module = QTALEModule(name="tiny", router_width=16, lora_rank=4, lora_dropout=0.5)
+    module.configure_model()
+    linear = module.model.model.layers[0].self_attn.q_proj
+    assert linear.lora_A["default"].weight.std().item() == pytest.approx(1 / 4, rel=0.1)
+    assert linear.scaling["default"] == 1.0
+    assert not linear.lora_B["default"].weight.any()
+    x = torch.randn(64, linear.in_features)
+    with torch.no_grad():
+        linear.lora_B["default"].weight.normal_()
+        base, change = linear.base_layer(x), linear.lora_B["default"](linear.lora_A["default"](x))
+        given = linear(x) - base
+        dropped = given.abs() < 1e-6
+        assert 0.45 < dropped.float().mean().item() < 0.55
+        close(given[~dropped], 2 * change[~dropped], 2)
+        close(linear.eval()(x), base + change, 2)
+
+
+def test_lora_of_peft_is_an_option() -> None:
+    options = {"lora_dropout_at": "input", "lora_init": "uniform", "lora_alpha": 16.0}
+    linear = make_module(**options).model.model.layers[0].self_attn.q_proj
+    assert type(linear) is peft.tuners.lora.Linear
+    assert linear.scaling["default"] == 2.0
+    assert linear.lora_A["default"].weight.abs().max().item() <= linear.in_features**-0.5
+
+
 def test_merging_keeps_the_logits() -> None:
     module, batch = make_module(), make_batch()
     module.eval()
@@ -140,6 +170,40 @@ def test_merging_keeps_the_logits() -> None:
         after = module.merge()(batch["input_ids"], routing=Routing(threshold=0.5), use_cache=False).logits
     close(after, before, depth(module.model.config))
     assert not [name for name, _ in module.model.named_parameters() if "lora" in name]
+
+
+def stepping(module: QTALEModule, step: int, steps: int) -> QTALEModule:
+    """The module within a training of so many steps."""
+    module._trainer = SimpleNamespace(global_step=step, estimated_stepping_batches=steps)  # type: ignore[assignment]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("schedule", "shares"), [("sine", [0.0, math.sqrt(0.5), 1.0]), ("constant", [1.0] * 3)]
+)
+def test_the_ratio_weight_rises_along_a_sine(schedule: str, shares: list[float]) -> None:
+    module = QTALEModule(name="tiny", lambda_ratio=4.0, lambda_ratio_schedule=schedule)
+    for step, share in zip((0, 10, 20), shares, strict=True):
+        lambdas = stepping(module, step, 20).scheduled_lambdas()
+        assert lambdas["ratio"] == pytest.approx(4.0 * share)
+        assert lambdas["entropy"] == 0.5
+
+
+@pytest.mark.parametrize(("decays", "vectors"), [("matrices", 0.0), ("all", 0.02)])
+def test_biases_and_norms_do_not_decay(decays: str, vectors: float) -> None:
+    module = stepping(make_module(weight_decay_on=decays, router_lr=1e-3), 0, 20)
+    optimizer = module.configure_optimizers()["optimizer"]
+    decay = {
+        parameter: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
+    assert len(decay) == len(trained)
+    for name, parameter in trained.items():
+        assert decay[parameter] == (vectors if name.endswith(("bias", "norm.weight")) else 0.02), name
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    rates = {group["name"]: group["initial_lr"] for group in optimizer.param_groups}
+    assert rates["weights"] == 2.8e-4
+    assert rates["routers"] == 1e-3
 
 
 class Interrupt(Callback):
@@ -153,12 +217,35 @@ class Interrupt(Callback):
             trainer.should_stop = True
 
 
+# Every tool for training at once.
+TOOLS: dict[str, Any] = {
+    "ratio_budget": "sequence",
+    "ratio_ascent": 0.5,
+    "router_bias": (0.0, 1.0),
+    "distillation": 0.5,
+    "stages": "lora-first",
+    "noise_bits": 3,
+    "keep_kv": True,
+    "stand_in_rank": 4,
+}
+
+
 def train(
-    root: Path, resume: Path | None = None, interrupt: int | None = None, accumulate: int = 1
+    root: Path,
+    resume: Path | None = None,
+    interrupt: int | None = None,
+    accumulate: int = 1,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> QTALEModule:
     """Ten steps on a few facts, with dropout, Gumbel noise, a schedule and a shuffled order."""
     module = QTALEModule(
-        name="tiny", router_width=16, train_all=False, ratio_schedule=0.5, lr=1e-3, lora_dropout=0.1
+        name="tiny",
+        router_width=16,
+        train_all=False,
+        ratio_schedule=0.5,
+        lr=1e-3,
+        lora_dropout=0.1,
+        **options,
     )
     data = CommonsenseDataModule(
         "facts", batch_size=8, limit_train=56, limit_validation=8, calibration_rows=8
@@ -176,14 +263,31 @@ def train(
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # each part keeps its checkpoints apart
 @pytest.mark.slow
-@pytest.mark.parametrize(("interrupt", "accumulate"), [(3, 1), (6, 1), (7, 1), (4, 2)])
-def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, accumulate: int) -> None:
+@pytest.mark.parametrize(
+    ("interrupt", "accumulate", "options"),
+    [(3, 1, {}), (6, 1, {}), (7, 1, {}), (4, 2, {}), (7, 2, TOOLS)],
+)
+def test_resumed_training_equals_uninterrupted(
+    tmp_path: Path, interrupt: int, accumulate: int, options: dict[str, Any]
+) -> None:
     """Interrupted within the first epoch of six batches, at its end, and within the second: bit for bit the same."""
-    whole = train(tmp_path / "whole", accumulate=accumulate)
-    train(tmp_path / "part", interrupt=interrupt, accumulate=accumulate)
-    resumed = train(tmp_path / "rest", resume=tmp_path / "part" / "last.ckpt", accumulate=accumulate)
+    whole = train(tmp_path / "whole", accumulate=accumulate, options=options)
+    train(tmp_path / "part", interrupt=interrupt, accumulate=accumulate, options=options)
+    resumed = train(
+        tmp_path / "rest", resume=tmp_path / "part" / "last.ckpt", accumulate=accumulate, options=options
+    )
+    assert resumed.multiplier.value == whole.multiplier.value
+    assert bool(options) == (whole.multiplier.value > 0)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_options_are_taken_as_a_configuration_has_them() -> None:
+    """Lists of YAML, such as a run's own config.yaml has."""
+    module = QTALEModule(name="tiny", betas=[0.8, 0.9], router_bias=[0, 1], lora_targets=["q_proj"])
+    assert module.betas == (0.8, 0.9)
+    with pytest.raises(ValueError, match=r"--model.betas 1.0: must be >= 0 and < 1"):
+        QTALEModule(name="tiny", betas=[0.9, 1.0])
 
 
 @pytest.mark.parametrize(
@@ -201,6 +305,26 @@ def test_resumed_training_equals_uninterrupted(tmp_path: Path, interrupt: int, a
         ({"lambda_ratio": float("nan")}, "--model.lambda_ratio nan"),
         ({"weight_decay": -0.1}, "--model.weight_decay -0.1"),
         ({"target_ratio": float("nan")}, "target_ratio nan"),
+        ({"betas": (0.9,)}, r"--model.betas \[0.9\]: give two"),
+        ({"router_bias": (0.1, float("inf"))}, r"--model.router_bias \[0.1, inf\]: give two numbers"),
+        ({"noise_bits": 9}, "--model.noise_bits 9: must be >= 2 and <= 8"),
+        ({"distillation": float("nan")}, "--model.distillation nan"),
+        ({"teacher": "there"}, "--model.teacher there has no effect without --model.distillation"),
+        ({**objective("full"), "distillation": 1.0}, "full skips nothing.*another --model.teacher"),
+        ({**objective("static"), "stand_in_rank": 8}, "static skips nothing by tokens"),
+        ({"stand_in_rank": -1}, "--model.stand_in_rank -1"),
+        ({**objective("full"), "keep_kv": True}, "--model.keep_kv: method full skips nothing by tokens"),
+        (
+            {"name": "gemma3-270m", "keep_kv": True},
+            "gemma3-270m is of a family whose layers are computed whole",
+        ),
+        ({**objective("full"), "ratio_ascent": 0.1}, "full has no ratio loss, so --model.ratio_ascent"),
+        ({**objective("mod"), "ratio_budget": "sequence"}, "mod has no ratio loss, so --model.ratio_budget"),
+        (
+            {**objective("random"), "stages": "lora-first"},
+            "random has no routers, so --model.stages lora-first",
+        ),
+        ({"betas": (0.9, 1.0)}, "--model.betas 1.0"),
     ],
 )
 def test_bad_options_are_refused_at_once(options: dict[str, Any], message: str) -> None:

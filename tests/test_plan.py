@@ -85,12 +85,14 @@ def test_parameters_of_llama2_7b(plan: Plan) -> None:
     assert number(plan("llama2-7b", "qtale")["parameters"]) == 6_738_415_616 + routers
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_trainable_parameters_are_those_of_the_module(method: str, plan: Plan) -> None:
-    module = QTALEModule(name="tiny", router_width=32, lora_rank=4, **objective(method))
-    module.rows = Rows([[5, 6, 7]], 0.0)
+@pytest.mark.parametrize(("method", "stand_ins"), [*((method, 0) for method in METHODS), ("qtale", 3)])
+def test_trainable_parameters_are_those_of_the_module(method: str, stand_ins: int, plan: Plan) -> None:
+    options = {"router_width": 32, "lora_rank": 4, "stand_in_rank": stand_ins}
+    module = QTALEModule(name="tiny", **options, **objective(method))
+    module.rows = Rows([[5, 6, 7, 8, 9]], 0.0)
     module.configure_model()
-    rows = plan("tiny", method, "--model.train_all", "false", "--model.lora_rank", "4")
+    more = [part for key, value in options.items() for part in (f"--model.{key}", str(value))]
+    rows = plan("tiny", method, "--model.train_all", "false", *more)
     assert number(rows["trainable parameters"]) == sum(
         p.numel() for p in module.parameters() if p.requires_grad
     )

@@ -15,6 +15,7 @@ LOSSES = {
     "ce": "train/ce",
     "ratio": "train/ratio_loss",
     "entropy": "train/entropy_loss",
+    "lambda_ratio": "train/lambda_ratio",  # the weight, which may rise
     "total": "train/loss",
 }
 

@@ -39,12 +39,12 @@ class ParameterCounts:
     embeddings: int
     head: int
     routers: int
+    stand_ins: int
 
     @property
     def total(self) -> int:
-        return (
-            sum(self.linears.values()) + self.biases + self.norms + self.embeddings + self.head + self.routers
-        )
+        rest = self.biases + self.norms + self.embeddings + self.head + self.routers + self.stand_ins
+        return sum(self.linears.values()) + rest
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
@@ -93,6 +93,12 @@ def layer_flops(config: Any, context: float) -> float:
     return 2.0 * weights + 4.0 * context * config.num_attention_heads * head_width(config)
 
 
+def _left_flops(config: Any) -> float:
+    """FLOPs of one token's keys and values in one decoder layer."""
+    shapes = linear_shapes(config)
+    return 2.0 * sum(outputs * inputs for outputs, inputs in (shapes["k_proj"], shapes["v_proj"]))
+
+
 def router_flops(config: Any) -> float:
     """FLOPs of one token in one router (hidden → width → 2); 0 for a model without routers."""
     return 2.0 * config.router_width * (config.hidden_size + 2) if routed_layers(config) else 0.0
@@ -108,8 +114,11 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
 
         Σ_l [ r_l · layer_flops(r_l · context) + router_flops, where l has a router ] + head_flops
 
+    and what stands in for layers that tokens skip, if anything does.
+
     A token executes layer l with probability r_l and then meets only the keys of tokens that executed it too,
-    so attention costs r_l² of the full model's. This takes executions of different tokens to be independent.
+    so attention costs r_l² of the full model's. This takes executions of different tokens to be independent. Where
+    keys and values of skipping tokens are kept (`keep_kv`), all tokens compute them, and attention costs r_l.
 
     Args:
         execution: each of the base model's layers' execution ratio r_l, in 0..1; 1 for one that can't be skipped, 0 for
@@ -121,8 +130,14 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
-    return layers + len(routed_layers(config)) * router_flops(config) + (head_flops(config) if head else 0.0)
+    if getattr(config, "keep_kv", False):
+        left = _left_flops(config)
+        layers = sum(ratio * (layer_flops(config, context) - left) + left for ratio in execution)
+    else:
+        layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
+    routers = len(routed_layers(config)) * router_flops(config)
+    stand_ins = len(decided_layers(config)) * 4.0 * config.hidden_size * _stand_in_rank(config)
+    return layers + routers + stand_ins + (head_flops(config) if head else 0.0)
 
 
 def flops_ratio(config: Any, execution: Sequence[float], context: float, head: bool = True) -> float:
@@ -153,7 +168,18 @@ def parameter_counts(config: Any) -> ParameterCounts:
         embeddings=embeddings,
         head=0 if config.tie_word_embeddings else embeddings,
         routers=routers,
+        stand_ins=len(decided_layers(config)) * _stand_in_parameters(config),
     )
+
+
+def _stand_in_rank(config: Any) -> int:
+    return getattr(config, "stand_in_rank", 0)
+
+
+def _stand_in_parameters(config: Any) -> int:
+    """Of one layer's stand-in: two linears, the second with a bias."""
+    rank, hidden = _stand_in_rank(config), config.hidden_size
+    return 2 * rank * hidden + hidden if rank else 0
 
 
 def weight_bytes(config: Any, bits: float, group_size: int | None = None) -> int:
@@ -182,13 +208,14 @@ def weight_bytes(config: Any, bits: float, group_size: int | None = None) -> int
 
 
 def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
-    """Expected bytes that one token leaves in the key-value cache (bfloat16), only in layers it executes.
+    """Expected bytes that one token leaves in the key-value cache (bfloat16): in layers it executes, or in all.
 
     Raises:
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    return sum(execution) * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
+    layers = config.num_hidden_layers if getattr(config, "keep_kv", False) else sum(execution)
+    return layers * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
 
 
 def _check_execution(config: Any, execution: Sequence[float]) -> None:

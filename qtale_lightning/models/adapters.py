@@ -1,28 +1,56 @@
 """What is trained: LoRA and routers on a frozen base, declared, saved, checked and merged in one place."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, LoraModel
+from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 
-def add_lora(model: nn.Module, rank: int, alpha: float, dropout: float, targets: Sequence[str]) -> LoraModel:
+class DroppedOutput(Linear):
+    """LoRA as D-LLM's code has it, y = Wx + dropout(B(Ax)) in float32; peft's own drops out of x."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Shape ``(..., out)`` from ``(..., in)``."""
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        with torch.autocast(x.device.type, enabled=False):
+            for name in self.active_adapters:
+                change = self.lora_B[name](self.lora_A[name](x.float())) * self.scaling[name]
+                result = result + self.lora_dropout[name](change).to(result.dtype)
+        return result
+
+
+def add_lora(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    dropout_at: Literal["output", "input"],
+    init: Literal["normal", "uniform"],
+    targets: Sequence[str],
+) -> LoraModel:
     """Inject LoRA into the named projections in place (paper: rank 8 on q, k, v); the tuner can merge it again."""
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # annotated int, only ever divided by the rank
         lora_dropout=dropout,
+        init_lora_weights="gaussian" if init == "normal" else True,  # True: nn.Linear's own for A
         target_modules=list(targets),
         bias="none",
     )
+    if dropout_at == "output":
+        config._register_custom_module({nn.Linear: DroppedOutput})
     return LoraModel(model, {"default": config}, "default")
 
 
 def mark_trainable(model: nn.Module, everything: bool) -> None:
-    """Train LoRA and routers only, or every weight; trainable weights are float32 whatever the base's dtype."""
+    """Train what was added only, LoRA, routers and stand-ins, or every weight; in float32 whatever the base's dtype."""
     for name, parameter in model.named_parameters():
-        trainable = everything or "lora_" in name or ".router." in name
+        trainable = everything or any(part in name for part in ("lora_", ".router.", ".stand_in."))
         parameter.requires_grad_(trainable)
         if trainable:
             parameter.data = parameter.data.float()

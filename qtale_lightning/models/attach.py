@@ -11,6 +11,7 @@ from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.fused import FASTER, FusedLayer
 from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.routed_layer import RoutedLayer, attach_router
+from qtale_lightning.models.stand_in import StandIn
 from qtale_lightning.routing import method_of
 from qtale_lightning.routing.router import Router
 
@@ -32,14 +33,17 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
     routed = FusedLayer if family.fused else RoutedLayer
     config._attn_implementation = ATTENTION
     for index, layer in enumerate(model.model.layers):
-        router = None
+        router, stand_in, weight = None, None, next(layer.parameters())
         if index in config.routed_layers and method_of(config.method).routers:
-            router = Router(config.hidden_size, config.router_width).to(next(layer.parameters()).device)
+            router = Router(config.hidden_size, config.router_width).to(weight.device)
+        if index in config.routed_layers and config.stand_in_rank:
+            stand_in = StandIn(config.hidden_size, config.stand_in_rank).to(weight)
         attach_router(
             layer,
             _made(routed, layer.__class__),
             index,
             router,
+            stand_in,
             is_last=index == config.num_hidden_layers - 1,
             window=window(config, index),
         )

@@ -125,6 +125,14 @@ class Packed:
         )
         return queries.from_rows(output.view(batch, heads, length, width).transpose(1, 2))
 
+    def leave(self, key: Tensor, value: Tensor) -> None:
+        """Keys and values ``(1, N, H_kv, d)`` join the cache, and nobody asks for anything."""
+        assert self.cache is not None
+        if self.reach is not None:
+            self.cache.remember(self.reach.places, self.packing)
+        rows = self.packing.to_rows
+        self.cache.update(rows(key).transpose(1, 2), rows(value).transpose(1, 2), self.packing)
+
     @property
     def _is_bounded(self) -> bool:
         """Whether some query can't see the beginning of its sequence."""

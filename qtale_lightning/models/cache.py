@@ -1,4 +1,4 @@
-"""The cache of a routed model: a token that skips a layer leaves no key and no value there."""
+"""The cache of a routed model: a token that skips a layer leaves no key and no value there, unless they are kept."""
 
 from collections.abc import Sequence
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.routing import method_of
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ class RoutedConfig(_Base):
         method: That decides, by name; of folders that don't say it, one with routers and θ.
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         routing_seed: Of decisions by chance.
+        keep_kv: Whether a token leaves its keys and values in layers that it skips, too (FlexiDepth, arXiv 2503.23798);
+            otherwise none of them are there for other tokens.
+        stand_in_rank: Of the maps that stand in for layers that tokens skip; 0: there are none.
         dropped_layers: Layers of the base model, by its numbers, that this one was made without.
     """
 
@@ -33,6 +37,8 @@ class RoutedConfig(_Base):
     method: str = "qtale"
     rate: float = 1.0
     routing_seed: int = 0
+    keep_kv: bool = False
+    stand_in_rank: int = 0
     dropped_layers: list[int] | None = None
 
     def validate_routing(self) -> None:
@@ -50,8 +56,16 @@ class RoutedConfig(_Base):
             raise ValueError(
                 "reserved_tokens must be at least 1: a query needs a key to attend to in every layer"
             )
+        if not 0 <= self.stand_in_rank <= self.hidden_size:
+            raise ValueError(
+                f"stand_in_rank {self.stand_in_rank} must be from 0 to the width {self.hidden_size}"
+            )
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate {self.rate} is no share of tokens: it must be in [0, 1]")
+        if self.keep_kv and not architecture_of(self).fused:
+            raise ValueError(
+                f"keep_kv: layers of {self.model_type} compute all of a token or nothing: leave it out"
+            )
         method_of(self.method)
         self.thresholds(self.threshold)
 

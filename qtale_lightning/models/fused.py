@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning import cpu
-from qtale_lightning.models.attention import Attention
+from qtale_lightning.models.attention import Attention, Packed
 from qtale_lightning.models.routed_layer import RoutedLayer
 
 
@@ -64,30 +64,33 @@ class FusedAttention(nn.Module):
         ``rotary`` holds cosines and sines, ``(1|B, T, d)``.
         """
         asked = attend.asked(hidden_states)
-        query, key, value = (
-            project(x).view(*x.shape[:2], -1, self.head_dim)
-            for project, x in (
-                (self.q_proj, asked),
-                (self.k_proj, hidden_states),
-                (self.v_proj, hidden_states),
-            )
-        )
+        query = self._heads(self.q_proj, asked)
         if hasattr(self, "q_norm"):
-            query, key = self.q_norm(query), self.k_norm(key)
+            query = self.q_norm(query)
         of_asked = rotary
         if asked is not hidden_states:
             cos, sin = (attend.asked(x.expand(*hidden_states.shape[:2], -1)) for x in rotary)
             of_asked = cos, sin
-        query, key = rotate(query, *of_asked), rotate(key, *rotary)
+        query, (key, value) = rotate(query, *of_asked), self.keys_values(hidden_states, rotary)
         dropout = float(self.attention_dropout or 0.0) if self.training else 0.0
         return self.o_proj(attend(query, key, value, self.scaling, dropout).flatten(2))
+
+    def keys_values(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values, ``(B, T, H_kv, d)`` each, of ``(B, T, D)``."""
+        key, value = (self._heads(project, hidden_states) for project in (self.k_proj, self.v_proj))
+        if hasattr(self, "k_norm"):
+            key = self.k_norm(key)
+        return rotate(key, *rotary), value
+
+    def _heads(self, project: nn.Module, x: Tensor) -> Tensor:
+        return project(x).view(*x.shape[:2], -1, self.head_dim)
 
 
 class FusedLayer(RoutedLayer):
     """A routed layer that computes the asked tokens alone behind its keys and values."""
 
     input_layernorm: nn.Module
-    self_attn: nn.Module
+    self_attn: FusedAttention
     post_attention_layernorm: nn.Module
     mlp: nn.Module
     prunes = True
@@ -97,6 +100,11 @@ class FusedLayer(RoutedLayer):
         attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
         hidden_states = attend.asked(hidden_states) + attention
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+    def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:
+        """Leave keys and values, of tokens ``(B, T, D)`` that skip the layer."""
+        if attend.cache is not None:
+            attend.leave(*self.self_attn.keys_values(self.input_layernorm(hidden_states), rotary))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -101,6 +101,7 @@ class RoutedModel(PreTrainedModel):
             routing.threshold = self.config.threshold
         routing.thresholds = self.config.thresholds(routing.threshold)
         routing.method, routing.seed = method_of(self.config.method), self.config.routing_seed
+        routing.keep_kv = self.config.keep_kv
         if routing.rate is None:
             routing.rate = self.config.rate
         if routing.sample is None:

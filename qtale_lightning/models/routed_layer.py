@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from qtale_lightning.models.attention import Attention, Masked, Packed
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.stand_in import StandIn
 from qtale_lightning.routing.router import Router
 
 
@@ -21,6 +22,7 @@ class RoutedLayer(nn.Module):
     """
 
     router: Router | None
+    stand_in: StandIn | None
     layer_idx: int
     is_last: bool
     window: int | None
@@ -40,32 +42,53 @@ class RoutedLayer(nn.Module):
 
         ``position_embeddings`` are ``(1|B, T, d)``.
         """
+        if self.layer_idx < routing.resume:  # the pass began with the states behind it
+            return hidden_states
         gate = routing.decide(self.layer_idx, self.router, hidden_states)
         if routing.execution == "masked":
             bias = routing.attention_bias(hidden_states.dtype, self.window)
             if gate is routing.tokens:  # a layer that isn't decided about
                 return self.execute(hidden_states, position_embeddings, Masked(bias, None))
-            output = self.execute(hidden_states, position_embeddings, Masked(bias, gate))
+            kept = None if routing.keep_kv else gate
+            output = self.execute(hidden_states, position_embeddings, Masked(bias, kept))
             weight = gate.to(output.dtype).unsqueeze(-1)
-            return weight * output + (1 - weight) * hidden_states
+            return weight * output + (1 - weight) * self.skip(hidden_states)
 
-        packing = routing.packing(gate)
+        asked = routing.asked if self.is_last and self.prunes else None
+        present = gate  # tokens that leave keys and values
+        if routing.keep_kv and gate is not routing.tokens:
+            present, asked = routing.tokens, gate if asked is None else gate & asked
+        packing = routing.packing(present)
         if packing.length == 0:  # nobody executes: the layer isn't computed
-            return hidden_states
+            return self.skip(hidden_states)
         cache = past_key_values.layer(self.layer_idx) if past_key_values is not None else None
-        queries = routing.subset(gate, packing, self.is_last and self.prunes)
+        queries = routing.subset(present, packing, asked)
         if packing.index is not None:
             shape = hidden_states.shape[:2]
             cos, sin = (packing.gather(x.expand(*shape, -1)) for x in position_embeddings)
             position_embeddings = cos, sin
         visible, reach = routing.visible(packing, queries), routing.reach(self.window)
         attend = Packed(packing, cache, queries, visible, reach)
+        if present is not gate and asked is not None and not bool(asked.any()):
+            self.remember(packing.gather(hidden_states), position_embeddings, attend)
+            return self.skip(hidden_states)
         output = self.execute(packing.gather(hidden_states), position_embeddings, attend)
-        return (packing if queries is None else queries.packing).scatter(hidden_states, output)
+        executed = packing if queries is None else queries.packing
+        return output if executed.index is None else executed.scatter(self.skip(hidden_states), output)
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """``layer(x)``: the family's own layer, ``(B, T, D)`` from ``(B, T, D)``, with an attention of our own."""
         return super().forward(hidden_states, position_embeddings=rotary, attend=attend)
+
+    def skip(self, hidden_states: Tensor) -> Tensor:
+        """What tokens that skip the layer have behind it, ``(B, T, D)`` from ``(B, T, D)``."""
+        return hidden_states if self.stand_in is None else hidden_states + self.stand_in(hidden_states)
+
+    def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:
+        """Leave keys and values, of tokens ``(B, T, D)`` that skip the layer."""
+        raise NotImplementedError(
+            "keys and values of skipped tokens are kept by layers that compute them alone"
+        )
 
 
 def attach_router(
@@ -73,6 +96,7 @@ def attach_router(
     routed: type[RoutedLayer],
     index: int,
     router: Router | None,
+    stand_in: StandIn | None = None,
     is_last: bool = False,
     window: int | None = None,
 ) -> None:
@@ -83,11 +107,13 @@ def attach_router(
         routed: What it becomes: a class of `RoutedLayer` and of its own.
         index: Its place in the model.
         router: None for a layer that always executes.
+        stand_in: For tokens that skip it; None: they are left as they are.
         is_last: Of the model: nothing but the head reads what it gives.
         window: Tokens that it attends to at most; None: all.
     """
     layer.__class__ = routed
     layer.layer_idx = index  # type: ignore[assignment]
     layer.router = router  # type: ignore[assignment]
+    layer.stand_in = stand_in  # type: ignore[assignment]
     layer.is_last = is_last  # type: ignore[assignment]
     layer.window = window  # type: ignore[assignment]

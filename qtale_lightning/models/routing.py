@@ -50,6 +50,7 @@ class Routing:
         gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
         method: How decisions are made. Set by the model.
         seed: Of decisions by chance at inference. Set by the model.
+        keep_kv: Whether tokens leave keys and values in layers that they skip, too. Set by the model.
         thresholds: Routed layer, one that is decided about, → its θ. Set by the model.
         states: Layer in ``keep`` → its input ``(B, T, D)``. Filled by the forward pass.
     """
@@ -74,6 +75,7 @@ class Routing:
     gates: dict[int, Tensor] = field(default_factory=dict)
     method: Method = METHODS["qtale"]
     seed: int = 0
+    keep_kv: bool = False
     thresholds: Mapping[int, float] = field(default_factory=dict)
     states: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: dict[int | None, Tensor] = field(default_factory=dict)
@@ -91,8 +93,6 @@ class Routing:
 
     def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
         """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
-        if layer < self.resume:  # the pass began with the states behind it
-            return torch.zeros_like(self.tokens)
         if layer in self.keep:
             self.states[layer] = hidden_states
         if layer not in self.thresholds:
@@ -115,11 +115,9 @@ class Routing:
             self._packing = Packing.of(gate, self.align)
         return self._packing
 
-    def subset(self, gate: Tensor, packing: Packing, last: bool) -> Subset | None:
-        """Those of a layer's executing tokens whose output is asked for; None: all."""
-        if self.asked is None or not last:
-            return None
-        return Subset.of(gate, packing, self.asked, self.align)
+    def subset(self, present: Tensor, packing: Packing, asked: Tensor | None) -> Subset | None:
+        """Those of the tokens that are present in a layer whose output is asked for; None: all."""
+        return None if asked is None else Subset.of(present, packing, asked, self.align)
 
     def visible(self, packing: Packing, queries: Subset | None) -> Tensor | None:
         """Which executing tokens those that are asked for may see, bool ``(B, 1, L', L)``; None without branches.

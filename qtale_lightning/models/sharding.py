@@ -39,5 +39,5 @@ def parts(layer: nn.Module) -> list[nn.Module]:
     Not the layer itself: fully_shard copies a data class among a module's arguments wherever it holds tensors with
     gradients, and what layers record in their Routing would be lost.
     """
-    names = ("router", "self_attn", "mlp")
+    names = ("router", "stand_in", "self_attn", "mlp")
     return [part for name in names if (part := getattr(layer, name)) is not None]

@@ -206,7 +206,7 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
         scale, error = _search_scale(layer, seen, recipe, mapping)
         recipe.scales[layer.path(mapping.previous)] = scale.cpu()
         if len(mapping.linears) > 1:
-            tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, family.norm_of(mapping)))
+            tokens = sum(h.shape[:-1].numel() for h in _residuals(seen, family, mapping))
             recipe.damage[layer.path(mapping.previous)] = error / tokens
     with plain_float32(layer.linears[family.linears[0]].weight):
         # [STEP 2] Clips, on the weights with scaled columns.
@@ -222,22 +222,32 @@ def _search_layer(layer: DecoderLayer, seen: Observed, recipe: Recipe) -> None:
         recipe.errors.update(output_errors(layer, seen.moments, recipe))
         for mapping in family.mappings:
             if len(mapping.linears) == 1:  # it writes into the residual stream
-                linear, norm = mapping.linears[0], family.norm_of(mapping)
+                linear = mapping.linears[0]
                 outputs, error = layer.linears[linear].out_features, recipe.errors[layer.path(linear)]
-                stream = torch.cat([h.float().square().sum(-1).flatten() for h in _residuals(seen, norm)])
+                stream = torch.cat(
+                    [h.float().square().sum(-1).flatten() for h in _residuals(seen, family, mapping)]
+                )
                 recipe.damage[layer.path(mapping.previous)] = outputs * error / stream.mean().item()
 
     for mapping in family.mappings:
         if behind := family.norms_behind.get(mapping.block):
-            calls, residuals = seen.calls[mapping.block], _residuals(seen, family.norm_of(mapping))
+            calls, residuals = seen.calls[mapping.block], _residuals(seen, family, mapping)
             recipe.damage[layer.path(mapping.previous)] = damage_behind(
                 layer, calls, residuals, recipe, mapping, behind
             )
 
 
-def _residuals(seen: Observed, norm: str) -> list[Tensor]:
-    """The residual stream in front of a norm, in the recorded calls, each of shape `(…, D)`."""
-    return [args[0] for args, _ in seen.calls[norm]]
+def _residuals(seen: Observed, family: Architecture, mapping: ScaleMapping) -> list[Tensor]:
+    """The residual stream that a mapping's block adds to, in the recorded calls, each of shape `(…, D)`.
+
+    Where a routed layer is asked for some of the tokens that leave keys and values, it is those tokens'.
+    """
+    found = []
+    calls = zip(seen.calls[family.norm_of(mapping)], seen.calls[mapping.block], strict=True)
+    for ((stream, *_), _), (args, kwargs) in calls:
+        routed = [one for one in (*args, *kwargs.values()) if hasattr(one, "asked")]
+        found.append(routed[0].asked(stream) if routed else stream)
+    return found
 
 
 # Autocast is left as it is: a block must run as it ran in calibration.
@@ -269,8 +279,7 @@ def _search_scale(
         inside = {name.removeprefix(f"{block}."): weight for name, weight in weights.items()}
         rounded = {name.removeprefix(f"{block}."): scheme for name, scheme in schemes.items()}
         replay = Replay(layer.module.get_submodule(block), seen.calls[block], changed=inside)
-        norm = layer.architecture.norm_of(mapping)
-        objective = block_objective(replay, inside, rounded, _residuals(seen, norm))
+        objective = block_objective(replay, inside, rounded, _residuals(seen, layer.architecture, mapping))
         return best_by_halving(candidates, objective)
     except ValueError as error:
         widths = ", ".join(f"{name} at {scheme.bits} bits" for name, scheme in schemes.items())

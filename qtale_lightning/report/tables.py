@@ -104,7 +104,10 @@ def training_table(results: Results) -> FactTable:
             ["measured time", f"{train['seconds']:,.1f} s"],
             ["measured throughput", f"{train['tokens_per_second']:,.0f} tokens/s"],
             ["trainable parameters", f"{train['trainable_parameters']:,}"],
-            *([f"final loss: {name}", f"{loss:.4f}"] for name, loss in train["final_losses"].items()),
+            *(
+                ["λ1 at the end" if name == "lambda_ratio" else f"final loss: {name}", f"{value:.4f}"]
+                for name, value in train["final_losses"].items()
+            ),
         ]
     if routing := results.get("routing"):
         if "flip_ratio" in routing:

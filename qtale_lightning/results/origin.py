@@ -6,6 +6,7 @@ from typing import Any
 
 from qtale_lightning import digests, manifest
 from qtale_lightning.data.readers import local_file
+from qtale_lightning.settings import model_folder
 from qtale_lightning.tasks import TASKS, Split, resolve_tasks
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "calibration", "dev")
@@ -20,11 +21,13 @@ def origin(config: Mapping[str, Any]) -> dict[str, str | None]:
     Returns:
         ``base``: of the base model's folder; the path as it is, where that is no folder here but a hub's id, or gone.
         ``files``: of the tasks' files below ``data.root``, or else that path; None where no files are read.
+        ``teacher``: of the model that teaches, as the base's; missing where there is none.
     """
-    return {
-        "base": _base(config.get("model", {}).get("path")),
-        "files": _files(config.get("data", {})),
-    }
+    model = config.get("model", {})
+    found = {"base": _base(model.get("path")), "files": _files(config.get("data", {}))}
+    if (teacher := model.get("teacher")) is not None:
+        found["teacher"] = _base(str(model_folder(teacher)))
+    return found
 
 
 def _base(path: str | None) -> str | None:

@@ -28,9 +28,11 @@ class Git(TypedDict):
 
 class MadeFrom(TypedDict):
     """Digests of what a run began with: the `base` model's folder (a hub's id as it is, None where the model has its
-    own source), the `files` of rows, and the `rows` as they were encoded, by split and task."""
+    own source), the `files` of rows, and the `rows` as they were encoded, by split and task; and of the `teacher`'s
+    folder, where there is one."""
 
     base: str | None
+    teacher: NotRequired[str | None]
     files: str | None
     rows: dict[str, dict[str, str]]
 
@@ -53,7 +55,7 @@ class Run(TypedDict):
 
 
 class Train(TypedDict):
-    """Training facts: unpadded input `tokens`, and in `final_losses` the last logged value of each term."""
+    """Training facts: unpadded input `tokens`, and in `final_losses` the last logged value of each term, and of λ1."""
 
     steps: Count
     examples: Count

@@ -7,9 +7,9 @@ from importlib import import_module
 from pkgutil import iter_modules
 
 from qtale_lightning.routing import methods
-from qtale_lightning.routing.method import Method, Rows
+from qtale_lightning.routing.method import Budget, Method, Rows
 
-__all__ = ["METHODS", "Method", "Rows", "method_of", "register"]
+__all__ = ["METHODS", "Budget", "Method", "Rows", "method_of", "register"]
 
 METHODS: dict[str, Method] = {}
 """All methods, by name."""

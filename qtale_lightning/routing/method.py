@@ -7,7 +7,7 @@ that, in training and at inference, and in the losses that train it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the declarations are read without it
     from torch import Tensor
@@ -46,6 +46,18 @@ class Pass(Protocol):
     def stacked_gates(self) -> Tensor:
         """Decisions of all layers that are decided about, float32 ``(R, B, T)``."""
         ...
+
+
+class Budget(NamedTuple):
+    """What execution is held to.
+
+    Attributes:
+        target: R_target of this step.
+        held: What is held to it, as :func:`~qtale_lightning.losses.ratio_loss` takes it.
+    """
+
+    target: float
+    held: Literal["token", "sequence", "all"] = "token"
 
 
 class Rows(NamedTuple):
@@ -138,13 +150,13 @@ class Method:
 
     # ---------------------------------------------------------------------------------------- losses, statistics
 
-    def losses(self, routing: Pass, layers: int, target: float) -> dict[str, Tensor]:
+    def losses(self, routing: Pass, layers: int, budget: Budget) -> dict[str, Tensor]:
         """Loss terms of a pass beside L_CE, scalars by name; the weight of ``name`` is the option ``lambda_<name>``.
 
         Args:
             routing: Filled in.
             layers: Of the model.
-            target: R_target of this step.
+            budget: Of this step.
         """
         return {}
 

@@ -1,5 +1,6 @@
 """The router of one decoder layer: from a token's hidden state to its execute/skip logits."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -40,8 +41,12 @@ class Router(nn.Module):
         # The wide product's weights in bfloat16, for inference, and the state of those that they were made from.
         self._low: tuple[object, Tensor, Tensor] | None = None
         if self.out.bias.device.type != "meta":
-            with torch.no_grad():
-                self.out.bias.copy_(torch.tensor(INITIAL_BIAS))
+            self.begin_at(INITIAL_BIAS)
+
+    @torch.no_grad()
+    def begin_at(self, bias: Sequence[float]) -> None:
+        """Begin training at a bias of (skip, execute)."""
+        self.out.bias.copy_(torch.tensor(bias))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Moves to another device; a new floating dtype is for the model around it."""

@@ -41,6 +41,24 @@ def test_flops_by_hand() -> None:
     assert cost.flops_ratio(routed(), [1, 0.5, 0], context=5) == expected / (3 * 1312 + 160)
 
 
+def test_keys_and_values_that_are_kept_cost_what_they_do() -> None:
+    """All tokens compute k and v, 2 · 64 FLOPs, in every layer; those that execute meet all keys."""
+    kept = routed(keep_kv=True)
+    expected = 1312 + (128 + (1152 - 128 + 160) / 2) + 128 + 2 * 120 + 160
+    assert cost.token_flops(kept, [1, 0.5, 0], context=5) == expected
+    assert cost.kv_bytes_per_token(kept, [1, 0.5, 0]) == 3 * 16
+
+
+def test_stand_ins_cost_two_products_of_every_token() -> None:
+    with_them, without = routed(stand_in_rank=2), routed()
+    more = cost.token_flops(with_them, [1, 0.5, 0], context=5) - cost.token_flops(
+        without, [1, 0.5, 0], context=5
+    )
+    assert more == 2 * 2 * (8 * 2 + 2 * 8)
+    counts = cost.parameter_counts(with_them)
+    assert counts.stand_ins == counts.total - cost.parameter_counts(without).total == 2 * (2 * 16 + 8)
+
+
 def test_flops_ratio_of_the_full_model_is_one() -> None:
     for context in (1, 7.5, 1024):
         assert cost.flops_ratio(config(), [1, 1, 1], context) == 1

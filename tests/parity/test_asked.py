@@ -54,10 +54,11 @@ def test_logits_to_keep(routed: RoutedForCausalLM, side: str, kept: int, thresho
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("keep_kv", [False, True])
 @torch.no_grad()
-def test_the_cache_is_whole(routed: RoutedForCausalLM, side: str, threshold: float) -> None:
+def test_the_cache_is_whole(routed: RoutedForCausalLM, side: str, threshold: float, keep_kv: bool) -> None:
     """A prompt in two parts, of which only the last logits were asked for, and a token after it."""
-    routed.config.threshold = threshold
+    routed.config.threshold, routed.config.keep_kv = threshold, keep_kv
     ids, mask = rows(side)
     if side == "none":
         mask = torch.ones_like(mask)
@@ -79,9 +80,13 @@ def test_the_cache_is_whole(routed: RoutedForCausalLM, side: str, threshold: flo
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("threshold", [0.0, 0.5])
+@pytest.mark.parametrize("keep_kv", [False, True])
 @torch.no_grad()
-def test_any_positions_and_branches(routed: RoutedForCausalLM, seed: int, threshold: float) -> None:
+def test_any_positions_and_branches(
+    routed: RoutedForCausalLM, seed: int, threshold: float, keep_kv: bool
+) -> None:
     """What is asked for may lie anywhere, also in branches of a prompt."""
+    routed.config.keep_kv = keep_kv
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(97, (3, 12), generator=generator)
     branch = torch.tensor([0] * 6 + [1] * 3 + [2] * 3)[:, None].expand(3, 12, 1)
@@ -100,6 +105,20 @@ def test_any_positions_and_branches(routed: RoutedForCausalLM, seed: int, thresh
     assert not torch.allclose(
         hidden[1][~asked], hidden[0][~asked]
     )  # these were left as they entered the layer
+
+
+@torch.no_grad()
+def test_nobody_that_is_asked_for_executes_the_last_layer(routed: RoutedForCausalLM) -> None:
+    """With kept keys and values, which all tokens leave, those that skip the layer stay as they are."""
+    routed.config.keep_kv = True
+    ids, _ = rows("right")
+    asked = torch.arange(ids.shape[1]).expand(ids.shape) == 7
+    forced = {i: ~asked if i == 4 else torch.ones_like(asked) for i in routed.config.routed_layers}
+    routings = Routing(forced=forced, asked=asked, keep=[4]), Routing(forced=forced, execution="masked")
+    some, all_ = (
+        routed.model(ids, routing=routing, use_cache=False).last_hidden_state for routing in routings
+    )
+    close(some[asked], all_[asked], TERMS)
 
 
 @torch.no_grad()

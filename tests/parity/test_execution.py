@@ -144,6 +144,24 @@ def test_a_layer_that_nobody_executes_is_not_called(make_routed: MakeRouted) -> 
     assert cache.layer(2).lengths == before
 
 
+@torch.no_grad()
+def test_others_see_the_kept_keys_of_a_token_that_skips(routed: RoutedForCausalLM) -> None:
+    """One token skips layer 3: behind it all others are as in the dense model, and without kept keys they aren't."""
+    forced = {i: torch.ones(BATCH, LENGTH, dtype=torch.bool) for i in routed.config.routed_layers}
+    dense = Routing(forced=forced, keep=[4])
+    routed(tokens(), routing=dense, use_cache=False)
+    forced = {**forced, 3: torch.arange(LENGTH).expand(BATCH, LENGTH) != 5}
+    others, behind = forced[3], {}
+    for keep_kv in (False, True):
+        routed.config.keep_kv = keep_kv
+        routing = Routing(forced=forced, keep=[4])
+        routed(tokens(), routing=routing, use_cache=False)
+        behind[keep_kv] = routing.states[4]
+        assert (routing.states[4] - dense.states[4])[~others].abs().max() > 0.1
+    close(behind[True][others], dense.states[4][others], TERMS)
+    assert (behind[False] - dense.states[4])[others].abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batch_of_n_equals_batch_of_one(routed: RoutedForCausalLM, side: str) -> None:
     mask = padding(side)
@@ -181,11 +199,13 @@ def test_what_cannot_work_is_refused(routed: RoutedForCausalLM) -> None:
         routed(tokens()[:, :1], attention_mask=torch.ones(BATCH, 1), past_key_values=cache)
 
 
+@pytest.mark.parametrize("keep_kv", [False, True])
 @pytest.mark.parametrize("execution", ["masked", "packed"])
 def test_branches_of_a_prompt_equal_each_continuation_alone(
-    routed: RoutedForCausalLM, execution: str
+    routed: RoutedForCausalLM, execution: str, keep_kv: bool
 ) -> None:
     """Two continuations, of 3 and 2 tokens, behind one prompt of 4; a row of padding and another one beside."""
+    routed.config.keep_kv = keep_kv
     prompt, first, second = tokens()[0, :4], tokens()[1, :3], tokens()[2, :2]
     ids = torch.stack([torch.cat([prompt, first, second, prompt[:1]]), tokens()[3, :10]])
     branch = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [0] * 10]).unsqueeze(-1)

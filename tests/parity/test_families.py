@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qtale_lightning.architectures import ARCHITECTURES, architecture_of
-from qtale_lightning.models import RoutedForCausalLM, Routing, cache, route, routed_config
+from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, cache, route, routed_config
 from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.packing import Packing, rows_of
 from qtale_lightning.quantization import awq
@@ -195,6 +196,26 @@ def test_a_window_that_begins_to_bind_while_decoding(
     worked_out.clear()
     routed.generate(**short, max_new_tokens=WINDOW - 3)
     assert not worked_out
+
+
+@torch.no_grad()
+def test_keys_and_values_that_are_kept(family: Family, make: Make, batch: dict[str, Tensor]) -> None:
+    """Masked, packed and cached execution agree, beyond the window, too; or the family is refused."""
+    if not ARCHITECTURES[family].fused:
+        with pytest.raises(
+            StrictDataclassError, match=r"keep_kv: layers of .* compute all of a token or nothing"
+        ):
+            make(keep_kv=True)
+        return
+    model = make(keep_kv=True)
+    expected = model(**batch, routing=Routing(execution="masked")).logits
+    seen = RoutedCache()
+    for start, end in ((0, 11), (11, 12), (12, LENGTH)):
+        ids, mask = batch["input_ids"][:, start:end], batch["attention_mask"][:, :end]
+        found = model(ids, attention_mask=mask, past_key_values=seen).logits
+        kept = batch["attention_mask"][:, start:end].bool()
+        close(found[kept], expected[:, start:end][kept], TERMS)
+    assert {layer.lengths for layer in seen.layers} == {tuple(batch["attention_mask"].sum(1).tolist())}
 
 
 @torch.no_grad()

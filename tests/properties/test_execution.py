@@ -27,20 +27,25 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @functools.cache
-def model(start_layer: int, reserved_tokens: int) -> RoutedForCausalLM:
-    config = llama_config(**ARCHITECTURE, start_layer=start_layer, reserved_tokens=reserved_tokens)
+def model(start_layer: int, reserved_tokens: int, keep_kv: bool, stand_in_rank: int) -> RoutedForCausalLM:
+    options: dict[str, Any] = {"keep_kv": keep_kv, "stand_in_rank": stand_in_rank}
+    options |= {"start_layer": start_layer, "reserved_tokens": reserved_tokens}
+    config = llama_config(**ARCHITECTURE, **options)
     torch.manual_seed(0)
     routed = route(LlamaForCausalLM(config), config)
     for layer in routed.model.layers:
         if layer.router is not None:
             nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
+        if layer.stand_in is not None:
+            nn.init.normal_(layer.stand_in.up.weight, 0.0, 0.5)
     return routed.eval()
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
     """A model, token ids `(B, T)`, a mask of sequences padded on either side each, and a decision for every token."""
-    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)))
+    tools = draw(st.booleans()), draw(st.sampled_from([0, 4]))
+    routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)), *tools)
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     longest = max(lengths) + draw(st.integers(0, 2))  # no sequence may be whole
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
@@ -91,6 +96,7 @@ def test_calls_that_share_a_cache_are_one_call(
         start = end
     close(torch.cat(parts, 1)[mask.bool()], whole, depth(routed.config))
     kept = sum(sum(cache.layer(i).lengths) for i in range(routed.config.num_hidden_layers))
-    routing = Routing(forced=gates)
+    routing, layers = Routing(forced=gates), routed.config.num_hidden_layers
     logits(routed, ids, mask, routing)
-    assert kept == int(routing.executed(routed.config.num_hidden_layers).sum())
+    every = layers * int(mask.sum())
+    assert kept == (every if routed.config.keep_kv else int(routing.executed(layers).sum()))

@@ -59,14 +59,17 @@ def make_model() -> MakeModel:
 
 @pytest.fixture(scope="session")
 def make_routed() -> MakeRouted:
-    """The same with random routers, `make_routed(kv_heads, start_layer, reserved_tokens)`; of three layers."""
+    """The same with random routers, `make_routed(kv_heads, start_layer, reserved_tokens, …)`; of three layers."""
 
-    def make(kv_heads: int = 4, start_layer: int = 1, reserved_tokens: int = 2) -> RoutedForCausalLM:
+    def make(
+        kv_heads: int = 4, start_layer: int = 1, reserved_tokens: int = 2, **routing: Any
+    ) -> RoutedForCausalLM:
         config = llama_config(
             **architecture(kv_heads, 3, bias=False),
             router_width=16,
             start_layer=start_layer,
             reserved_tokens=reserved_tokens,
+            **routing,
         )
         model = route(build(kv_heads, 3), config)
         torch.manual_seed(1)

@@ -180,13 +180,21 @@ def distance(make_model: MakeModel, recipe: Recipe, apply: Apply, rows: Tensor) 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("block", "norm"), [("self_attn", "input_layernorm"), ("mlp", "post_attention_layernorm")]
+    ("block", "norm", "keep_kv"),
+    [
+        ("self_attn", "input_layernorm", False),
+        ("self_attn", "input_layernorm", True),
+        ("mlp", "post_attention_layernorm", False),
+    ],
 )
 def test_shared_scales_are_chosen_by_the_output_of_their_block(
-    block: str, norm: str, make_routed: MakeRouted, search: Search, rows: Tensor
+    block: str, norm: str, keep_kv: bool, make_routed: MakeRouted, search: Search, rows: Tensor
 ) -> None:
-    """By running the routed model's own layer, with q (gate) at fewer bits than the others."""
-    model = make_routed()
+    """By running the routed model's own layer, with q (gate) at fewer bits than the others.
+
+    Where tokens that skip leave keys and values, too, the block has those that execute as its outputs.
+    """
+    model = make_routed(keep_kv=keep_kv)
     low = {"self_attn": "q_proj", "mlp": "gate_proj"}[block]
     bits = uniform(linear_shapes(model), 4, {f"*.{low}": 2})
     [recipe] = awq.search(model, [{"input_ids": rows}], [bits], GROUP)
@@ -199,9 +207,13 @@ def test_shared_scales_are_chosen_by_the_output_of_their_block(
             with_kwargs=True,
         )
     model(rows, routing=Routing(align=False), use_cache=False)
-    (args, kwargs, expected), residual = calls[block], calls[norm][0][0]
+    (args, kwargs, expected), (seen, _, normed) = calls[block], calls[norm]
+    residual = seen[0]
+    if keep_kv:
+        residual, normed = (args[2].asked(states) for states in (residual, normed))
+    assert residual.shape == expected.shape
     exact = {name: layer.linears[name].weight.clone() for name in names}
-    candidates = awq.scale_candidates([*exact.values()], moments_of(calls[norm][2]), GROUP)
+    candidates = awq.scale_candidates([*exact.values()], moments_of(normed), GROUP)
 
     def error(scale: Tensor) -> float:
         for name, weight in exact.items():

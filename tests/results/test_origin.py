@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from qtale_lightning.results.origin import origin
+from qtale_lightning.run import identity
 
 
 @pytest.fixture
@@ -57,3 +58,16 @@ def test_a_moved_base_is_the_same_and_a_hubs_id_is_itself(tmp_path: Path) -> Non
     assert made_from(None, path=str(tmp_path / "moved")) != before
     assert made_from(None, path="meta-llama/Llama-2-7b-hf")["base"] == "meta-llama/Llama-2-7b-hf"
     assert made_from(None)["base"] is None
+
+
+def test_a_run_that_teaches_is_known_by_its_model(tmp_path: Path) -> None:
+    model = tmp_path / "run" / "model"
+    model.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").touch()
+    (model / "config.json").write_text("{}")
+    config = {"model": {"teacher": str(tmp_path / "run")}}
+    before = origin(config)
+    assert identity(config, before) != identity(config, {**before, "teacher": "another"})
+    (model / "config.json").write_text('{"hidden_size": 3}')
+    assert origin(config) != before
+    assert "teacher" not in made_from(None)

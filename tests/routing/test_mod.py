@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qtale_lightning.models import Routing
-from qtale_lightning.routing import METHODS
+from qtale_lightning.routing import METHODS, Budget
 from qtale_lightning.routing.methods.mod import top_tokens
 from tests.routing.conftest import Make
 
@@ -40,7 +40,9 @@ def test_the_loss_is_the_cross_entropy_of_membership() -> None:
     routing.logits = {1: torch.stack([torch.zeros_like(gap), gap], -1)}
     p = gap.sigmoid()
     expected = -(p[0, 1].log() + (1 - p[0, 2]).log() + (1 - p[0, 3]).log()) / 3
-    assert MOD.losses(routing, 2, 0.5)["prediction"].item() == pytest.approx(expected.item(), rel=1e-6)
+    assert MOD.losses(routing, 2, Budget(0.5))["prediction"].item() == pytest.approx(
+        expected.item(), rel=1e-6
+    )
 
 
 def test_training_by_it_teaches_routers_to_foresee_their_capacity(make: Make) -> None:
@@ -52,7 +54,7 @@ def test_training_by_it_teaches_routers_to_foresee_their_capacity(make: Make) ->
     for _ in range(40):
         routing = Routing()
         model.model(tokens, routing=routing)
-        MOD.losses(routing, 5, 0.68)["prediction"].backward()
+        MOD.losses(routing, 5, Budget(0.68))["prediction"].backward()
         optimizer.step()
         optimizer.zero_grad()
     error = MOD.statistics(routing)["prediction_error"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from qtale_lightning.routing.method import Method, Pass
+from qtale_lightning.routing.method import Budget, Method, Pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,12 +28,13 @@ class DLLM(Method):
 
         return gumbel_gate(routing.logits[layer], routing.temperature)
 
-    def losses(self, routing: Pass, layers: int, target: float) -> dict[str, Tensor]:
+    def losses(self, routing: Pass, layers: int, budget: Budget) -> dict[str, Tensor]:
         """``ratio`` and ``entropy``."""
-        from qtale_lightning.losses import entropy_loss, ratio_loss
+        from qtale_lightning.losses import entropy_loss, predicting, ratio_loss
 
+        counted = routing.free & predicting(routing.tokens)
         return {
-            "ratio": ratio_loss(routing.stacked_gates(), layers, target, routing.free),
+            "ratio": ratio_loss(routing.stacked_gates(), layers, budget.target, counted, budget.held),
             "entropy": entropy_loss(routing.stacked_logits(), routing.free),
         }
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qtale_lightning.routing.method import Method, Pass, fixed_rate
+from qtale_lightning.routing.method import Budget, Method, Pass, fixed_rate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ class MixtureOfDepths(Method):
         chosen = top_tokens(routing.logits[layer], routing.free, routing.rate)
         return chosen.to(probability.dtype) + (probability - probability.detach())
 
-    def losses(self, routing: Pass, layers: int, target: float) -> dict[str, Tensor]:
+    def losses(self, routing: Pass, layers: int, budget: Budget) -> dict[str, Tensor]:
         """``prediction``: in nats, of free tokens."""
         from torch.nn.functional import binary_cross_entropy_with_logits
 
