@@ -15,7 +15,8 @@ namespace qtale {
 
 constexpr int64_t STRIP = LANES, STEP = 8, BYTES = 64;  // outputs, inputs and bytes of a piece of the layout
 constexpr int64_t AHEAD = 2048;                         // bytes between what is read and what is fetched for later
-constexpr int TOKENS = LANES_HELD / 4;                  // multiplied at a time: more would not fit the registers
+constexpr int SUMS = LANES_HELD / 2;                    // sixteens of sums that leave the other factors room
+constexpr int TOKENS = std::min(8, SUMS);               // multiplied at a time
 
 struct Int4Weight {
   const uint8_t* codes;   // (strips, inputs / 8, 64)
@@ -50,9 +51,11 @@ inline void int4_inputs(const T* x, int64_t tokens, const Int4Weight& weight, fl
   }
 }
 
-// Outputs of `strips` neighbouring strips for `count` tokens; by registers, of which a strip has several.
+// Outputs of `strips` neighbouring strips for `count` tokens; by registers, of which a strip has several. Inlined, GCC
+// would keep half of the sums in memory, and take twice the time.
 template <typename T, int strips, int count>
-inline void multiply(const Int4Weight& weight, int64_t first, const float* x, const float* sums, T* y) {
+__attribute__((noinline)) void multiply(const Int4Weight& weight, int64_t first, const float* x, const float* sums,
+                                        T* y) {
   constexpr int chains = count == 1 ? 2 : 1;  // of additions: one alone would wait for itself
   constexpr int parts = STRIP / WIDE, all_parts = strips * parts;
   const int64_t pieces = weight.group() / STEP;
@@ -104,8 +107,7 @@ template <typename T>
 inline void int4_linear(const Int4Weight& weight, const float* x, const float* sums, int64_t tokens, int64_t begin,
                         int64_t end, T* y) {
   const auto block = [&]<int count>(std::integral_constant<int, count>, int64_t strip, int64_t t) {
-    // One token's two strips, or as many as leave the accumulators room.
-    constexpr int strips = count == 1 || LANES_HELD >= 32 ? 2 : 1;
+    constexpr int strips = 2 * count <= SUMS ? 2 : 1;
     const float *from = x + t * weight.inputs, *of_groups = sums + t * weight.groups;
     T* to = y + t * weight.strips * STRIP;
     const int64_t last = std::min<int64_t>(strip + 2, end);
