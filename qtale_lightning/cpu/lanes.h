@@ -135,7 +135,45 @@ QTALE_INLINE Float rounded(Float value) {
   else return value;
 }
 
+#if defined(__AVX512BF16__)
+// sum + a · b of the two bfloat16 numbers in each lane.
+QTALE_INLINE Float add_pair(Float sum, Bits a, Bits b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
 QTALE_INLINE Float number(Bits x) { return __builtin_convertvector((Int)x, Float); }  // below 2³¹
+
+// Sums of four neighbouring products, of bytes from 0 to 15 with bytes from -127 to 127, in every lane; of 8 such calls at
+// most, since where there is no instruction for it they are summed in 16 bits.
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
+using ByteSums = Int;
+#else
+using ByteSums = int16_t __attribute__((vector_size(REGISTER)));
+#endif
+QTALE_INLINE ByteSums add_products(ByteSums sums, Bits unsigned_bytes, Bits signed_bytes) {
+#if defined(__AVX512VNNI__)
+  return (Int)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif defined(__AVX512F__)
+  return sums + (ByteSums)_mm512_maddubs_epi16((__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif defined(__AVX2__)
+  return sums + (ByteSums)_mm256_maddubs_epi16((__m256i)unsigned_bytes, (__m256i)signed_bytes);
+#else
+  const int8x16_t a = (int8x16_t)unsigned_bytes, b = (int8x16_t)signed_bytes;
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sums, a, b);
+#else
+  return vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+#endif
+#endif
+}
+QTALE_INLINE Float number(ByteSums sums) {
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
+  return __builtin_convertvector(sums, Float);
+#elif defined(__AVX512F__)
+  return __builtin_convertvector((Int)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)), Float);
+#else
+  return __builtin_convertvector((Int)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)), Float);
+#endif
+}
 
 template <typename V>
 QTALE_INLINE V broadcast(float x) {

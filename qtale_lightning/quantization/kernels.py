@@ -19,7 +19,8 @@ from qtale_lightning.quantization.rtn import Quantized
 # Inputs of a group that PyTorch's int4 kernels take.
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 # With this many tokens or more, dequantizing and a dense product are faster than a kernel for the CPU, whose time
-# grows with every token: benchmarks/linear.py measures both ways of ours, and of PyTorch's kernel.
+# grows with every token: benchmarks/linear.py measures both ways of ours (where dense products are by AMX; else our
+# kernel is as fast for any number), and of PyTorch's kernel.
 OUR_CROSSOVER_TOKENS, CROSSOVER_TOKENS = 32, 64
 # Outputs dequantized at a time by our operations. With fewer than 1024, products of some numbers of tokens take oneDNN
 # twice the time; with more, blocks leave the caches.
@@ -55,8 +56,8 @@ class Dequantize:
 class Int4Strips:
     """4 bits or fewer in the layout of our own operations for the CPU, `cpu/int4.h`.
 
-    Few tokens (decode) are multiplied with the codes themselves; for many (prefill), blocks of outputs are dequantized
-    and multiplied densely. Codes, scales (float16, as stored) and zero points are exact, for tokens of any dtype.
+    Tokens are multiplied with the codes themselves; many (prefill), where dense products are by AMX, with blocks of
+    outputs that are dequantized. Codes, scales (float16, as stored) and zero points are exact, for tokens of any dtype.
 
     Raises:
         ValueError: `supports` is False for this weight.
@@ -89,7 +90,8 @@ class Int4Strips:
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self(x.float()).to(x.dtype)
-        if x.numel() < OUR_CROSSOVER_TOKENS * self.inputs:
+        tiles = x.dtype == torch.bfloat16 and cpu.multiplies_in_tiles()
+        if not tiles or x.numel() < OUR_CROSSOVER_TOKENS * self.inputs:
             return self.by_kernel(x)
         return self.by_blocks(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 

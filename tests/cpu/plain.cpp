@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "int4.h"
+#include "int4_8.h"
 #include "layer.h"
 #include "router.h"
 
@@ -140,7 +140,7 @@ void router() {
 
 template <typename T>
 void int4() {
-  constexpr int64_t strips = 5, inputs = 96, groups = 2, outputs = strips * STRIP, many = 2 * TOKENS + 3;
+  constexpr int64_t strips = 5, inputs = 128, groups = 2, outputs = strips * STRIP, many = 2 * TOKENS + 3;
   std::vector<uint8_t> codes(strips * inputs / STEP * BYTES), zeros(strips * groups * STRIP);
   std::vector<Half> scales(zeros.size());
   for (uint8_t& byte : codes) byte = static_cast<uint8_t>(std::rand() >> 8);
@@ -156,16 +156,35 @@ void int4() {
   };
   for (int64_t tokens = 1; tokens <= many; tokens++) {
     const auto x = numbers<T>(tokens * inputs);
-    std::vector<float> scaled(tokens * inputs), sums(tokens * groups);
+    std::vector<typename Form<T>::Input> values(tokens * inputs);
+    std::vector<float> sums(tokens * groups);
     std::vector<T> y(tokens * outputs);
-    int4_inputs(x.data(), tokens, weight, scaled.data(), sums.data());
-    int4_linear(weight, scaled.data(), sums.data(), tokens, 0, 3, y.data());  // in two parts, as threads do
-    int4_linear(weight, scaled.data(), sums.data(), tokens, 3, strips, y.data());
+    const Int4Inputs<T> prepared{values.data(), sums.data()};
+    int4_inputs(x.data(), tokens, weight, prepared);
+    int4_linear(weight, prepared, tokens, 0, 3, y.data());  // in two parts, as threads do
+    int4_linear(weight, prepared, tokens, 3, strips, y.data());
     for (int64_t t = 0; t < tokens; t++)
       for (int64_t o = 0; o < outputs; o++) {
         double expected = 0;
         for (int64_t i = 0; i < inputs; i++) expected += wide(x[t * inputs + i]) * level(o, i);
         check("int4_linear", wide(y[t * outputs + o]), expected, LOOSE<T> * (1 + std::fabs(expected)));
+      }
+    std::vector<int8_t> rounded(tokens * inputs);
+    std::vector<float> x_scales(tokens * inputs / ROUNDED_BLOCK), x_sums(x_scales.size());
+    const RoundedInputs in_8{rounded.data(), x_scales.data(), x_sums.data()};
+    round_inputs(x.data(), tokens, inputs, in_8);
+    int4_linear_rounded(weight, in_8, tokens, 0, strips, y.data());
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t o = 0; o < outputs; o++) {
+        double expected = 0;
+        for (int64_t i = 0; i < inputs; i++) {
+          const int64_t block = t * inputs / ROUNDED_BLOCK + i / ROUNDED_BLOCK;
+          const int64_t place = i / STEP * STEP + (i % 2) * (STEP / 2) + i % STEP / 2;
+          const double value = double{x_scales[block]} * rounded[t * inputs + place];
+          if (o == 0) check("round_inputs", value, wide(x[t * inputs + i]), 0.5001 * x_scales[block]);
+          expected += value * level(o, i);
+        }
+        check("int4_linear_rounded", wide(y[t * outputs + o]), expected, LOOSE<T> * (1 + std::fabs(expected)));
       }
   }
   std::vector<T> matrix(inputs * outputs);

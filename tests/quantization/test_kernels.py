@@ -164,6 +164,7 @@ def test_codes_scales_and_zeros_are_exact_in_ours(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("outputs", [16, 176])
 def test_outputs_in_several_blocks(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_OUTPUTS", 48)
+    monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda: True)
     weight = make_weight(outputs, 64, Scheme(4, 32))
     check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
 
