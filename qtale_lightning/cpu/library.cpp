@@ -266,18 +266,19 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   const qtale::Int4Weight weight = int4_weight(packed, scales, zeros);
   TORCH_CHECK(first % strip == 0 && count % strip == 0 && first + count <= weight.strips * strip,
               "int4_dequantize takes whole strips of ", strip, " outputs");
-  Tensor output = at::empty({weight.inputs, count}, like.options());
+  const int64_t stride = count + 32;  // rows a power of two apart would meet in the same places of a cache
+  Tensor output = at::empty({weight.inputs, stride}, like.options());
   dispatch(like, [&](auto type) {
     using T = decltype(type);
     T* out = write<T>(output);
     const int64_t strips = count / strip;
     at::parallel_for(0, (strips + some - 1) / some, grain(some * strip * weight.inputs), [&](int64_t begin, int64_t end) {
       for (int64_t s = some * begin; s < std::min(some * end, strips); s += some)
-        qtale::int4_dequantize(weight, first / strip + s, first / strip + std::min(s + some, strips), count,
+        qtale::int4_dequantize(weight, first / strip + s, first / strip + std::min(s + some, strips), stride,
                                out + s * strip);
     });
   });
-  return output.t();
+  return output.narrow(1, 0, count).t();
 }
 
 }  // namespace
