@@ -3,7 +3,7 @@
     python benchmarks/lighter.py --data FOLDER [--model smollm2-135m] [--bits 4] [--group-size 64] [--json FILE]
 
 The model's linears are rounded to nearest. "KL" is that of the logits against the same model with tokens and head as
-they are, "KL to 16 bits" against the model before any rounding; both a token, on validation questions with their gold
+they are, "to 16 bits" against the model before any rounding; both a token, on validation questions with their gold
 answers. Seconds are medians of interleaved rounds with every layer executed: a token of decode at batch 1, and
 a prompt of 512 tokens. QTALE_CPU_ISA chooses our instructions, ATEN_CPU_CAPABILITY PyTorch's too.
 """
@@ -88,8 +88,8 @@ def main() -> None:
         found = logits(model)
         plain = found if plain is None else plain
         rows.append(
-            {"tokens' bits": tokens, "head's bits": head, "KL": divergence(found, plain)}
-            | {"KL to 16 bits": divergence(found, exact)}
+            {"tokens' bits": tokens, "head's bits": head, "KL ×1000": 1e3 * divergence(found, plain)}
+            | {"to 16 bits ×1000": 1e3 * divergence(found, exact)}
         )
         everything = [
             {layer: torch.ones(1, 1, dtype=torch.bool) for layer in range(model.config.num_hidden_layers)}

@@ -45,6 +45,14 @@ def lighten(model: nn.Module, activation_bits: ActivationBits = 16, head_bits: H
         linear.activation_bits = activation_bits
 
 
+def lightened(model: nn.Module) -> dict[str, int]:
+    """What `lighten` has changed, as a row of results says it in its protocol; nothing where all is at 16 bits."""
+    head = model.get_submodule("lm_head")
+    found = {"head_bits": head.bits} if isinstance(head, QuantizedLinear) else {}
+    tokens = {part.activation_bits for part in model.modules() if isinstance(part, QuantizedLinear)} - {16}
+    return found | ({"activation_bits": tokens.pop()} if tokens else {})
+
+
 def _check_width(name: str, width: int) -> None:
     if width % BLOCK_INPUTS:
         raise ValueError(
