@@ -82,21 +82,23 @@ QTALE_INLINE Float widen(Shorts x) {
   return (Float)(wide << 16);
 }
 
-// To the nearest bfloat16, of two the even one, as the instructions do; these take denormal numbers for 0.
+// To the nearest bfloat16, of two the even one, as the instructions do; these take denormal numbers for 0. Behind it are
+// 16 bits that mean nothing.
+QTALE_INLINE Bits nearest(Float x) {
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;  // a NaN stays one
+}
+
 QTALE_INLINE Shorts narrow(Float x) {
 #if defined(__AVX512BF16__)
   return (Shorts)_mm512_cvtneps_pbh(x);
-#else
-  const Bits bits = (Bits)x, even = bits + 0x7fff + (bits >> 16 & 1);
-  const Bits wide = (x == x ? even : bits | 0x400000) >> 16;  // a NaN stays one
-#if defined(__AVX512F__)
-  return (Shorts)_mm512_cvtepi32_epi16((__m512i)wide);
+#elif defined(__AVX512F__)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)(nearest(x) >> 16));
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)wide, (__m256i)wide);  // of each half of the register
+  const __m256i wide = (__m256i)(nearest(x) >> 16), packed = _mm256_packus_epi32(wide, wide);  // of each half
   return (Shorts)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
 #else
-  return vmovn_u32(wide);
-#endif
+  return vmovn_u32(nearest(x) >> 16);
 #endif
 }
 
@@ -131,8 +133,12 @@ QTALE_INLINE void store(BFloat16* x, Float value) {
 // Rounds as storing to memory of this type between two operations would.
 template <typename T>
 QTALE_INLINE Float rounded(Float value) {
-  if constexpr (std::is_same_v<T, BFloat16>) return widen(narrow(value));
-  else return value;
+  if constexpr (!std::is_same_v<T, BFloat16>) return value;
+#if defined(__AVX512BF16__)
+  return widen(narrow(value));
+#else
+  return (Float)(nearest(value) & 0xffff0000);
+#endif
 }
 
 #if defined(__AVX512BF16__)
@@ -181,12 +187,10 @@ QTALE_INLINE V broadcast(float x) {
   else return {broadcast<decltype(V::low)>(x), broadcast<decltype(V::high)>(x)};
 }
 
-// exp(x) = 2ⁿ · exp(r), |r| ≤ ln(2) / 2, by a polynomial (that of Cephes' expf): off by 1 unit in the last place at most,
-// from -infinity to infinity.
+// exp(x) = 2ⁿ · exp(r), |r| ≤ ln(2) / 2, by a polynomial (that of Cephes' expf): off by 1 unit in the last place at most;
+// 0 where it would be denormal, and infinity from 88.37 on, where n is larger than float32's largest power of 2.
 QTALE_INLINE Float exp(Float x) {
   const auto all = broadcast<Float>;
-  x = x < all(-104) ? all(-104) : x;  // 0
-  x = x > all(89) ? all(89) : x;      // infinity
   const Float magic = all(0x1.8p23f);  // so large that nothing is left behind the point
   const Float shifted = fma(x, all(0x1.715476p0f), magic), n = shifted - magic;
   const Float r = fma(n, all(0x1.05c61p-29f), fma(n, all(-0x1.62e43p-1f), x));
@@ -197,8 +201,9 @@ QTALE_INLINE Float exp(Float x) {
   p = fma(p, r, all(1.6666665459e-1f));
   p = fma(p, r, all(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  const Int power = (Int)shifted - (Int)magic, half = power >> 1;  // 2ⁿ in two factors that float32 has
-  return p * (Float)((half + 127) << 23) * (Float)((power - half + 127) << 23);
+  const Float y = p * (Float)(((Int)shifted - ((Int)magic - 127)) << 23);
+  const Float infinite = x > all(88.37f) ? all(std::numeric_limits<float>::infinity()) : y;  // NaN stays
+  return x < all(-87.33f) ? all(0) : infinite;
 }
 
 // Of all lanes, in halves: lane i with lane i + n / 2.
