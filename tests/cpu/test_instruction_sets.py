@@ -1,4 +1,4 @@
-"""Every instruction set computes the same, to the last bit: the order of sums is that of the source, not a register's."""
+"""Every instruction set computes the same, to the last bit: sums have the order of the source, not of registers."""
 
 from typing import Any
 
