@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from transformers.utils.logging import disable_progress_bar
 
-from qtale_lightning import checks
+from qtale_lightning import checks, cpu
 from qtale_lightning.checkpoints import RunCheckpointIO
 from qtale_lightning.commands.mistakes import plain
 from qtale_lightning.configuration import RunConfiguration
@@ -148,6 +148,7 @@ class QTALECLI(RunConfiguration, LightningCLI):
     def check_training(self) -> None:
         """Refuse what can't be trained, or not as the options of the trainer ask (ValueError)."""
         super().check_training()
+        cpu.instruction_set()  # a wrong choice of it, too
         for option, kind, instead in (
             ("logger", WandbLogger, "leave it out, and give --wandb online, --wandb_project NAME"),
             ("plugins", CheckpointIO, "leave it out: checkpoints hold trainable weights only, and are small"),

@@ -189,7 +189,7 @@ def operations() -> Finding:
 
     reason = build.unavailable()
     if reason is None and build.available():
-        return Finding("ok", "CPU operations", "built")
+        return Finding("ok", "CPU operations", f"built for {build.instruction_set()}")
     return Finding(
         "ok" if reason else "warn", "CPU operations", f"PyTorch's own: {reason or 'the build failed'}"
     )

@@ -19,9 +19,41 @@ Origin = Literal["given", "kept", "chosen"]
 
 PRECISIONS: tuple[Precision, Precision] = ("bf16-mixed", "32-true")
 
-# What oneDNN can be limited to by an environment variable, below its bfloat16 products (it takes any case).
+INSTRUCTION_SETS = {
+    "avx2": ("avx2", "fma3", "f16c"),
+    "avx512": ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+    "avx512_bf16": (
+        *("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
+        *("avx512_vnni", "avx512_bf16"),
+    ),
+    "neon": ("neon",),
+}
+"""What processors differ in, each by what `torch.cpu.get_capabilities` calls it; better ones behind lesser ones."""
+
+# What oneDNN can be limited to by an environment variable (it takes any case), and what that leaves.
 _ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-_ONEDNN_BELOW = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+_ONEDNN_LEAVES = (
+    dict.fromkeys(("SSE41", "AVX"), ())
+    | dict.fromkeys(("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), ("avx2",))
+    | dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), ("avx2", "avx512"))
+)
+
+
+def instruction_sets() -> list[str]:
+    """Those of :data:`INSTRUCTION_SETS` that this processor has, the best first.
+
+    Not those that PyTorch is told to leave alone, by ``ATEN_CPU_CAPABILITY`` or ``ONEDNN_MAX_CPU_ISA``: a machine that
+    is made to behave as a lesser one is that one wholly.
+    """
+    has = torch.cpu.get_capabilities()
+    found = {name for name, needs in INSTRUCTION_SETS.items() if all(has.get(need) for need in needs)}
+    if has["architecture"] == "x86_64":
+        capability = torch.backends.cpu.get_cpu_capability()
+        if capability != "AVX512":
+            found &= {"avx2"} if capability == "AVX2" else set()
+        for name in _ONEDNN_LIMITS:
+            found &= set(_ONEDNN_LEAVES.get(os.environ.get(name, "").upper(), found))
+    return [name for name in reversed(INSTRUCTION_SETS) if name in found]
 
 
 def native_bfloat16(device: str | torch.device = "cpu") -> bool:
@@ -38,9 +70,7 @@ def native_bfloat16(device: str | torch.device = "cpu") -> bool:
         return False
     has = torch.cpu.get_capabilities()
     if has["architecture"] == "x86_64":
-        limited = torch.backends.cpu.get_cpu_capability() != "AVX512"
-        limited |= any(os.environ.get(name, "").upper() in _ONEDNN_BELOW for name in _ONEDNN_LIMITS)
-        return not limited and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+        return "avx512_bf16" in instruction_sets()  # whatever has AMX has these, too
     return bool(has.get("bf16"))
 
 

@@ -592,6 +592,15 @@ def test_a_corrected_mistake_may_start(fit: Refusal, mistake: tuple[str, ...]) -
 # -------------------------------------------------------------------------------------------------- commands
 
 
+def test_an_unknown_instruction_set(
+    refused: Refusal, options: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QTALE_CPU_ISA", "sse4")
+    message = refused("fit", *options("tiny", "qtale", "--out", str(tmp_path)))
+    assert "QTALE_CPU_ISA is sse4, but it is one of avx2, avx512, avx512_bf16, neon" in message
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["quantize", "thresholds", "evaluate", "report"])
 def test_a_stage_on_a_folder_that_is_no_run(refused: Refusal, tmp_path: Path, command: str) -> None:
     message = refused(command, str(tmp_path))

@@ -17,9 +17,12 @@ from qtale_lightning.tables.runs import Request, known_runs, resolve
 
 Options = Callable[..., list[str]]
 
-SAPPHIRE_RAPIDS = {"architecture": "x86_64", "avx2": True, "avx512_bf16": True, "amx_bf16": True}
-ZEN_4 = {"architecture": "x86_64", "avx2": True, "avx512_bf16": True, "amx_bf16": False}
-ICE_LAKE = {"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}
+HASWELL = {"architecture": "x86_64", "avx2": True, "fma3": True, "f16c": True}
+SKYLAKE_X = HASWELL | dict.fromkeys(("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"), True)
+ICE_LAKE = SKYLAKE_X | {"avx512_vnni": True, "avx512_bf16": False}
+ZEN_4 = ICE_LAKE | {"avx512_bf16": True, "amx_bf16": False}
+SAPPHIRE_RAPIDS = ZEN_4 | {"amx_bf16": True}
+SANDY_BRIDGE = {"architecture": "x86_64", "avx2": False}
 GRAVITON_3, M1 = ({"architecture": "arm64", "neon": True, "bf16": has} for has in (True, False))
 
 
@@ -32,27 +35,32 @@ def has_bfloat16(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("processor", "capability", "limits", "native"),
+    ("processor", "capability", "limits", "best"),
     [
-        (SAPPHIRE_RAPIDS, "AVX512", {}, True),
-        (ZEN_4, "AVX512", {}, True),
-        (ICE_LAKE, "AVX512", {}, False),
-        (ICE_LAKE | {"avx2": True}, "AVX2", {}, False),
-        (SAPPHIRE_RAPIDS, "AVX2", {}, False),  # ATEN_CPU_CAPABILITY=avx2
-        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, False),
-        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"}, False),
-        (SAPPHIRE_RAPIDS, "AVX512", {"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, False),
-        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, True),
-        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, True),
-        (GRAVITON_3, "DEFAULT", {}, True),
-        (M1, "DEFAULT", {}, False),
+        (SAPPHIRE_RAPIDS, "AVX512", {}, "avx512_bf16"),
+        (ZEN_4, "AVX512", {}, "avx512_bf16"),
+        (ICE_LAKE, "AVX512", {}, "avx512"),
+        (SKYLAKE_X, "AVX512", {}, "avx512"),
+        (HASWELL, "AVX2", {}, "avx2"),
+        (SANDY_BRIDGE, "DEFAULT", {}, None),
+        (SAPPHIRE_RAPIDS, "AVX2", {}, "avx2"),  # ATEN_CPU_CAPABILITY=avx2
+        (SAPPHIRE_RAPIDS, "DEFAULT", {}, None),
+        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX2"}, "avx2"),
+        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "avx512_core_vnni"}, "avx512"),
+        (SAPPHIRE_RAPIDS, "AVX512", {"DNNL_MAX_CPU_ISA": "AVX512_CORE"}, "avx512"),
+        (SAPPHIRE_RAPIDS, "AVX512", {"DNNL_MAX_CPU_ISA": "SSE41"}, None),
+        (SAPPHIRE_RAPIDS, "AVX2", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}, "avx2"),
+        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "avx512_bf16"),
+        (SAPPHIRE_RAPIDS, "AVX512", {"ONEDNN_MAX_CPU_ISA": "DEFAULT"}, "avx512_bf16"),
+        (GRAVITON_3, "DEFAULT", {}, "neon"),
+        (M1, "DEFAULT", {}, "neon"),
     ],
 )
 def test_processors(
     processor: dict[str, object],
     capability: str,
     limits: dict[str, str],
-    native: bool,
+    best: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -61,10 +69,15 @@ def test_processors(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    native = best == "avx512_bf16" or processor is GRAVITON_3
     assert precision.native_bfloat16() == native
     assert precision.inference_dtype("cpu") == ("auto" if native else torch.float32)
-    if not native:  # what our operations are compiled for
+    monkeypatch.delenv(build.CHOICE, raising=False)
+    assert build.instruction_set() == best
+    if best is None:
         assert build.unavailable() is not None
+    if best == "avx512":
+        assert precision.instruction_sets() == ["avx512", "avx2"]
 
 
 @pytest.mark.parametrize(

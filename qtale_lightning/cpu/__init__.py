@@ -4,16 +4,23 @@ They are an addition: where `ready` says no, callers take PyTorch's own operatio
 there; here it is only computed in fewer passes over memory, with roundings at the same places.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from qtale_lightning.cpu.build import available
+from qtale_lightning import precision
+from qtale_lightning.cpu.build import available, instruction_set, operations
 
 __all__ = [
     "attend_next",
     "available",
+    "instruction_set",
     "int4_dequantize",
     "int4_linear",
+    "int4_linear_rounded",
+    "multiplies_in_tiles",
+    "operations",
     "ready",
     "rms_norm",
     "rotate",
@@ -47,19 +54,25 @@ def ready(x: Tensor, *others: Tensor) -> bool:
     )
 
 
+@cache
+def multiplies_in_tiles() -> bool:
+    """Whether PyTorch multiplies bfloat16 by AMX here: many tokens at several times any other speed."""
+    return precision.native_bfloat16() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Hugging Face's `LlamaRMSNorm`, ``(..., D)`` from ``(..., D)``; equal but for the order of the sum of squares."""
-    return torch.ops.qtale.rms_norm.default(x, weight, eps)
+    return operations().rms_norm.default(x, weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Hugging Face's rotary embedding of heads ``(B, T, H, d)`` by cosines and sines ``(1|B, T, d)``; equal."""
-    return torch.ops.qtale.rotate.default(x, cos, sin)
+    return operations().rotate.default(x, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """``silu(gate) · up`` of any shape; equal, but that exp may differ in its last bit."""
-    return torch.ops.qtale.swiglu.default(gate, up)
+    return operations().swiglu.default(gate, up)
 
 
 def attend_next(
@@ -82,7 +95,7 @@ def attend_next(
         lengths: Tokens kept of each of these.
         scaling: Of the scores.
     """
-    return torch.ops.qtale.attend_next.default(query, key, value, keys, values, rows, lengths, scaling)
+    return operations().attend_next.default(query, key, value, keys, values, rows, lengths, scaling)
 
 
 def route(
@@ -96,12 +109,12 @@ def route(
         norm: ``(W,)`` float32.
         out: ``(2, W)`` float32, and its bias ``out_bias (2,)``.
     """
-    return torch.ops.qtale.route.default(x, down, bias, norm, eps, out, out_bias)
+    return operations().route.default(x, down, bias, norm, eps, out, out_bias)
 
 
 def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Tensor) -> Tensor:
     """`route` without its first product: float32 logits ``(N, 2)`` of ``wide (N, W)``, bias included, contiguous."""
-    return torch.ops.qtale.route_wide.default(wide, norm, eps, out, out_bias)
+    return operations().route_wide.default(wide, norm, eps, out, out_bias)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
@@ -113,7 +126,15 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Ten
         scales: ``(out / 16, groups, 16)`` float16.
         zeros: ``(out / 16, groups, 16)`` uint8.
     """
-    return torch.ops.qtale.int4_linear.default(x, packed, scales, zeros)
+    return operations().int4_linear.default(x, packed, scales, zeros)
+
+
+def int4_linear_rounded(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`int4_linear` of tokens that are rounded to 8 bits, in blocks of 32 inputs, by integer products.
+
+    A block's scale is its largest magnitude by 127. Sums within a block are exact. Groups are of a multiple of 32.
+    """
+    return operations().int4_linear_rounded.default(x, packed, scales, zeros)
 
 
 def int4_dequantize(
@@ -123,4 +144,4 @@ def int4_dequantize(
 
     Levels are ``(code - zero) · scale`` in float32, rounded once.
     """
-    return torch.ops.qtale.int4_dequantize.default(packed, scales, zeros, first, count, like)
+    return operations().int4_dequantize.default(packed, scales, zeros, first, count, like)

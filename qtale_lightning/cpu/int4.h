@@ -1,15 +1,11 @@
-// Products of tokens with 4-bit weights, and the weights as bfloat16 for products of many tokens.
+// Products of tokens with 4-bit weights, and the weights as numbers.
 //
 //     y = x · Wᵀ,  W = (code - zero) · scale,  scale and zero of a group of a row's inputs
 //
-// Layout, for 16 outputs (a strip) and 8 inputs: 64 bytes, 4 of each output, the first input's code lowest. So a shift
-// brings the codes of one input to the bottom of 16 lanes, a table lookup makes them floats, and one instruction
-// multiplies them with a token's input and adds them up. Nothing is rounded but float32 sums and the output.
+// Layout, for 16 outputs (a strip) and 8 inputs: 64 bytes, 4 of each output, the first input's code lowest. Codes become
+// factors where they lie, in few instructions (see the forms below). Nothing is rounded but float32 sums and the output.
 
 #pragma once
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include "lanes.h"
 
@@ -17,204 +13,188 @@ namespace qtale {
 
 constexpr int64_t STRIP = LANES, STEP = 8, BYTES = 64;  // outputs, inputs and bytes of a piece of the layout
 constexpr int64_t AHEAD = 2048;                         // bytes between what is read and what is fetched for later
-constexpr int TOKENS = 8;                               // multiplied at a time: more would not fit the registers
+constexpr int64_t NEAR = 1 << 18;                       // bytes of inputs that stay in a near cache
+constexpr int SUMS = LANES_HELD / 2;                    // sixteens of sums that leave the other factors room
+constexpr int TOKENS = std::min(8, SUMS);               // multiplied at a time
 
-struct Weight {
-  const uint8_t* codes;        // (strips, inputs / 8, 64)
-  const c10::Half* scales;     // (strips, groups, 16)
-  const uint8_t* zeros;        // (strips, groups, 16)
-  int64_t outputs, inputs, group;
+struct Int4Weight {
+  const uint8_t* codes;   // (strips, inputs / 8, 64)
+  const Half* scales;     // (strips, groups, 16)
+  const uint8_t* zeros;   // (strips, groups, 16)
+  int64_t strips, inputs, groups;
 
-  Weight(const at::Tensor& packed, const at::Tensor& scale, const at::Tensor& zero)
-      : codes(packed.const_data_ptr<uint8_t>()),
-        scales(scale.const_data_ptr<c10::Half>()),
-        zeros(zero.const_data_ptr<uint8_t>()),
-        outputs(packed.size(0) * STRIP),
-        inputs(packed.size(1) * STEP),
-        group(inputs / scale.size(1)) {}
-
+  int64_t group() const { return inputs / groups; }
   const uint8_t* strip(int64_t index) const { return codes + index * (inputs / STEP) * BYTES; }
-  int64_t term(int64_t index, int64_t of_group) const { return (index * (inputs / group) + of_group) * STRIP; }
-  __m512 scale(int64_t at) const {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(scales + at)));
+  int64_t term(int64_t strip, int64_t group) const { return (strip * groups + group) * STRIP; }
+};
+
+// ------------------------------------------------------------------------------------------- how codes are multiplied
+
+// In float32: a mask keeps the codes of one input i of 8 where they are, which makes them 2⁴ⁱ times what they should be;
+// the token's input is 2⁻⁴ⁱ times what it should be. So mask, conversion and multiplication are all there is.
+struct Singles {
+  using Input = float;
+  static constexpr int INPUTS = STEP;  // of a piece
+  static constexpr float OFFSET = 0;   // that factors have
+
+  static QTALE_INLINE Float factor(Bits piece, int i) {  // the last one would be negative where it is
+    return number(i == STEP - 1 ? piece >> (4 * i) : piece & (15u << (4 * i)));
   }
-  __m512 zero(int64_t at) const {
-    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros + at))));
+  static QTALE_INLINE Float add(Float sum, Float factor, Input input) {
+    return fma(factor, broadcast<Float>(input), sum);
+  }
+  template <typename T>
+  static QTALE_INLINE void prepare(const T* x, Input* inputs) {  // of 16
+    constexpr float powers[LANES] = {0x1p0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1,
+                                     0x1p0f, 0x1p-4f, 0x1p-8f, 0x1p-12f, 0x1p-16f, 0x1p-20f, 0x1p-24f, 1};
+    store(inputs, load(x) * load(powers));
   }
 };
 
-// Outputs of `strips` neighbouring strips for `count` tokens x, whose sums are (token, group).
+#if defined(__AVX512BF16__)
+// In pairs of bfloat16, inputs i and i + 4, whose codes are in the lower and the upper half of a lane: as the last bits of
+// bfloat16's 128 they are 128 + code, exactly.
+struct Pairs {
+  using Input = uint32_t;
+  static constexpr int INPUTS = STEP / 2;
+  static constexpr float OFFSET = 128;
+
+  static QTALE_INLINE Bits factor(Bits piece, int i) { return (piece >> (4 * i) & 0x000f000f) | 0x43004300; }
+  static QTALE_INLINE Float add(Float sum, Bits factor, Input input) { return add_pair(sum, factor, Bits{} + input); }
+  static QTALE_INLINE void prepare(const BFloat16* x, Input* inputs) {
+    for (int64_t piece = 0; piece < LANES / STEP; piece++)
+      for (int i = 0; i < INPUTS; i++)
+        inputs[piece * INPUTS + i] = x[piece * STEP + i].bits | uint32_t{x[piece * STEP + INPUTS + i].bits} << 16;
+  }
+};
+template <typename T>
+using Form = std::conditional_t<std::is_same_v<T, BFloat16>, Pairs, Singles>;
+#else
+template <typename T>
+using Form = Singles;
+#endif
+
+// Tokens as `int4_linear` takes them.
+template <typename T>
+struct Int4Inputs {
+  using Of = Form<T>;
+  typename Of::Input* values;  // (tokens, inputs / 8 · Of::INPUTS)
+  float* sums;                 // over groups, (tokens, groups)
+
+  static int64_t width(const Int4Weight& weight) { return weight.inputs / STEP * Of::INPUTS; }
+};
+
+template <typename T>
+inline void int4_inputs(const T* x, int64_t tokens, const Int4Weight& weight, const Int4Inputs<T>& to) {
+  for (int64_t g = 0; g < tokens * weight.groups; g++) {  // groups follow each other, within a token and to the next one
+    Lanes total = all(0);
+    for (int64_t i = g * weight.group(); i < (g + 1) * weight.group(); i += LANES) {
+      Form<T>::prepare(x + i, to.values + i / STEP * Form<T>::INPUTS);
+      total = total + load(x + i);
+    }
+    to.sums[g] = sum(total);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------- the products
+
+// Outputs of `strips` neighbouring strips for `count` tokens; by registers, of which a strip has several. Inlined, GCC
+// would keep half of the sums in memory, and take twice the time.
 template <typename T, int strips, int count>
-inline void multiply(const Weight& weight, int64_t first, const float* x, const float* sums, T* y) {
-  // The codes minus 8, which keeps sums small. A lookup reads the lowest 4 bits of a lane.
-  const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+__attribute__((noinline)) void multiply(const Int4Weight& weight, int64_t first, const Int4Inputs<T>& x, T* y) {
+  using Of = Form<T>;
   constexpr int chains = count == 1 ? 2 : 1;  // of additions: one alone would wait for itself
-  const int64_t groups = weight.inputs / weight.group, pieces = weight.group / STEP;
+  constexpr int parts = STRIP / WIDE, all_parts = strips * parts;
+  const int64_t pieces = weight.group() / STEP, width = x.width(weight);
   const uint8_t* from[strips];
   for (int s = 0; s < strips; s++) from[s] = weight.strip(first + s);
-  __m512 total[strips][count];
-  for (int s = 0; s < strips; s++)
-    for (int t = 0; t < count; t++) total[s][t] = _mm512_setzero_ps();
-  for (int64_t g = 0; g < groups; g++) {
-    __m512 sum[strips][count][chains];
-    for (int s = 0; s < strips; s++)
+  Float total[all_parts][count];
+  for (int p = 0; p < all_parts; p++)
+    for (int t = 0; t < count; t++) total[p][t] = Float{};
+  for (int64_t g = 0; g < weight.groups; g++) {
+    Float dot[all_parts][count][chains];
+    for (int p = 0; p < all_parts; p++)
       for (int t = 0; t < count; t++)
-        for (int c = 0; c < chains; c++) sum[s][t][c] = _mm512_setzero_ps();
+        for (int c = 0; c < chains; c++) dot[p][t][c] = Float{};
     for (int64_t piece = 0; piece < pieces; piece++) {
-      __m512i codes[strips];
+      Bits codes[all_parts];
       for (int s = 0; s < strips; s++) {
-        codes[s] = _mm512_loadu_si512(from[s]);
-        _mm_prefetch(reinterpret_cast<const char*>(from[s] + AHEAD), _MM_HINT_T0);
+        for (int p = 0; p < parts; p++) codes[s * parts + p] = bytes_at<Bits>(from[s] + p * REGISTER);
+        __builtin_prefetch(from[s] + AHEAD);
         from[s] += BYTES;
       }
-      const float* inputs = x + g * weight.group + piece * STEP;
+      const auto* inputs = x.values + (g * pieces + piece) * Of::INPUTS;
 #pragma GCC unroll 8
-      for (int i = 0; i < STEP; i++) {
-        __m512 level[strips];
-        for (int s = 0; s < strips; s++)
-          level[s] = _mm512_permutexvar_ps(_mm512_srli_epi32(codes[s], 4 * i), levels);
+      for (int i = 0; i < Of::INPUTS; i++) {
+        decltype(Of::factor(codes[0], 0)) factor[all_parts];
+        for (int p = 0; p < all_parts; p++) factor[p] = Of::factor(codes[p], i);
         for (int t = 0; t < count; t++) {
-          const __m512 input = _mm512_set1_ps(inputs[t * weight.inputs + i]);
-          for (int s = 0; s < strips; s++)
-            sum[s][t][i % chains] = _mm512_fmadd_ps(level[s], input, sum[s][t][i % chains]);
+          const auto input = inputs[t * width + i];
+          for (int p = 0; p < all_parts; p++) dot[p][t][i % chains] = Of::add(dot[p][t][i % chains], factor[p], input);
         }
       }
     }
-    for (int s = 0; s < strips; s++) {
-      const int64_t term = weight.term(first + s, g);
-      const __m512 scale = weight.scale(term), offset = _mm512_sub_ps(_mm512_set1_ps(8.0f), weight.zero(term));
+    for (int p = 0; p < all_parts; p++) {
+      const int64_t term = weight.term(first + p / parts, g) + p % parts * WIDE;
+      const Float scale = register_at(weight.scales + term), zero = register_at(weight.zeros + term) + Of::OFFSET;
       for (int t = 0; t < count; t++) {
-        __m512 dot = sum[s][t][0];
-        if (chains == 2) dot = _mm512_add_ps(dot, sum[s][t][chains - 1]);
-        dot = _mm512_fmadd_ps(offset, _mm512_set1_ps(sums[t * groups + g]), dot);
-        total[s][t] = _mm512_fmadd_ps(dot, scale, total[s][t]);
+        Float of_group = dot[p][t][0];
+        if (chains == 2) of_group = of_group + dot[p][t][chains - 1];
+        of_group = fma(-zero, broadcast<Float>(x.sums[t * weight.groups + g]), of_group);
+        total[p][t] = fma(of_group, scale, total[p][t]);
       }
     }
   }
-  for (int s = 0; s < strips; s++)
-    for (int t = 0; t < count; t++) store(y + t * weight.outputs + (first + s) * STRIP, total[s][t]);
+  for (int p = 0; p < all_parts; p++)
+    for (int t = 0; t < count; t++) store(y + (t * weight.strips + first) * STRIP + p * WIDE, total[p][t]);
 }
 
-template <typename T, int strips>
-inline void multiply_all(const Weight& weight, int64_t first, int64_t tokens, const float* x, const float* sums, T* y) {
-  const int64_t groups = weight.inputs / weight.group;
-  for (int64_t t = 0; t < tokens; t += TOKENS) {  // the strips stay in the nearest caches meanwhile
-    const float *from = x + t * weight.inputs, *of = sums + t * groups;
-    T* to = y + t * weight.outputs;
-    switch (std::min<int64_t>(TOKENS, tokens - t)) {
-      case 1: multiply<T, strips, 1>(weight, first, from, of, to); break;
-      case 2: multiply<T, strips, 2>(weight, first, from, of, to); break;
-      case 3: multiply<T, strips, 3>(weight, first, from, of, to); break;
-      case 4: multiply<T, strips, 4>(weight, first, from, of, to); break;
-      case 5: multiply<T, strips, 5>(weight, first, from, of, to); break;
-      case 6: multiply<T, strips, 6>(weight, first, from, of, to); break;
-      case 7: multiply<T, strips, 7>(weight, first, from, of, to); break;
-      default: multiply<T, strips, 8>(weight, first, from, of, to);
-    }
-  }
+template <int of_strips, int of_tokens>
+struct Tile {};
+
+// Calls run(Tile<strips, count>(), strip, token) for all tokens, of `bytes` each, and strips from `begin` to `end`: in
+// tiles whose sums fit the registers, and for tokens that stay in a near cache while the weights pass.
+template <typename F>
+inline void in_tiles(int64_t tokens, int64_t bytes, int64_t begin, int64_t end, F&& run) {
+  const auto row = [&]<int count>(Tile<0, count>, int64_t strip, int64_t t) {
+    constexpr int strips = 2 * count <= SUMS ? 2 : 1;
+    const int64_t last = std::min<int64_t>(strip + 2, end);
+    for (; strip + strips <= last; strip += strips) run(Tile<strips, count>(), strip, t);
+    if (strip < last) run(Tile<1, count>(), strip, t);
+  };
+  const int64_t together = std::max<int64_t>(1, NEAR / bytes / TOKENS) * TOKENS;
+  for (int64_t from = 0; from < tokens; from += together)
+    for (int64_t strip = begin; strip < end; strip += 2)
+      for (int64_t t = from; t < std::min(from + together, tokens); t += TOKENS)
+        [&]<int... n>(std::integer_sequence<int, n...>) {
+          const int64_t count = std::min<int64_t>(TOKENS, tokens - t);
+          ((count == n + 1 ? row(Tile<0, n + 1>(), strip, t) : void()), ...);
+        }(std::make_integer_sequence<int, TOKENS>());
 }
 
-inline at::Tensor int4_linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales,
-                              const at::Tensor& zeros) {
-  const Weight weight(packed, scales, zeros);
-  const int64_t tokens = x.numel() / weight.inputs, groups = weight.inputs / weight.group;
-  const int64_t strips = weight.outputs / STRIP;
-  TORCH_CHECK(x.is_contiguous() && x.size(-1) == weight.inputs && weight.group % LANES == 0,
-              "int4_linear takes contiguous tokens of ", weight.inputs, " inputs, in groups of a multiple of ", LANES);
-  at::DimVector shape(x.sizes());
-  shape.back() = weight.outputs;
-  at::Tensor output = at::empty(shape, x.options());
-  std::vector<float> wide(tokens * weight.inputs), sums(tokens * groups);
-  dispatch(x, [&](auto type) {
-    using T = decltype(type);
-    const T* in = x.const_data_ptr<T>();
-    T* out = output.mutable_data_ptr<T>();
-    for (int64_t g = 0; g < tokens * groups; g++) {  // groups follow each other, within a token and to the next one
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t i = g * weight.group; i < (g + 1) * weight.group; i += LANES) {
-        const __m512 value = load(in + i);
-        store(wide.data() + i, value);
-        sum = _mm512_add_ps(sum, value);
-      }
-      sums[g] = _mm512_reduce_add_ps(sum);
-    }
-    const int64_t work = STRIP * weight.inputs * tokens / 2;  // of two strips, whose numbers have four bits
-    at::parallel_for(0, (strips + 1) / 2, grain(work), [&](int64_t begin, int64_t end) {
-      for (int64_t first = 2 * begin; first < 2 * end; first += 2) {
-        if (first + 1 < strips)
-          multiply_all<T, 2>(weight, first, tokens, wide.data(), sums.data(), out);
-        else
-          multiply_all<T, 1>(weight, first, tokens, wide.data(), sums.data(), out);
-      }
-    });
+// Strips `begin` to `end` of y (tokens, outputs), from what `int4_inputs` gave.
+template <typename T>
+inline void int4_linear(const Int4Weight& weight, const Int4Inputs<T>& x, int64_t tokens, int64_t begin, int64_t end,
+                        T* y) {
+  const int64_t width = x.width(weight);
+  in_tiles(tokens, width * 4, begin, end, [&]<int strips, int count>(Tile<strips, count>, int64_t strip, int64_t t) {
+    const Int4Inputs<T> from{x.values + t * width, x.sums + t * weight.groups};
+    multiply<T, strips, count>(weight, strip, from, y + t * weight.strips * STRIP);
   });
-  return output;
 }
 
-// Rows of 16 numbers of 32 bits become columns.
-inline void transpose(__m512i (&rows)[16]) {
-  __m512i other[16];
-  for (int i = 0; i < 16; i += 2) {
-    other[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    other[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; j++) {
-      rows[i + 2 * j] = _mm512_unpacklo_epi64(other[i + j], other[i + j + 2]);
-      rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(other[i + j], other[i + j + 2]);
-    }
-  for (int i = 0; i < 4; i++)
-    for (int j = 0; j < 2; j++) {
-      other[8 * j + i] = _mm512_shuffle_i32x4(rows[8 * j + i], rows[8 * j + i + 4], 0x88);
-      other[8 * j + i + 4] = _mm512_shuffle_i32x4(rows[8 * j + i], rows[8 * j + i + 4], 0xdd);
-    }
-  for (int i = 0; i < 8; i++) {
-    rows[i] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0x88);
-    rows[i + 8] = _mm512_shuffle_i32x4(other[i], other[i + 8], 0xdd);
-  }
-}
-
-// The outputs `first` to `first + count` of W, (count, inputs), in the type of `like`.
-inline at::Tensor int4_dequantize(const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& zeros,
-                                  int64_t first, int64_t count, const at::Tensor& like) {
-  const Weight weight(packed, scales, zeros);
-  at::Tensor output = at::empty({count, weight.inputs}, like.options());
-  dispatch(like, [&](auto type) {
-    using T = decltype(type);
-    constexpr int64_t wide = 64 / sizeof(T), each = wide / LANES;  // inputs in a row of a cache line, and in a lane
-    TORCH_CHECK(first % STRIP == 0 && count % STRIP == 0 && first + count <= weight.outputs &&
-                    weight.inputs % wide == 0,
-                "int4_dequantize takes whole strips of ", STRIP, " outputs, and a multiple of ", wide, " inputs");
-    T* out = output.mutable_data_ptr<T>();
-    at::parallel_for(0, count / STRIP, grain(STRIP * weight.inputs), [&](int64_t begin, int64_t end) {
-      const __m512i mask = _mm512_set1_epi32(15);
+// Outputs of strips `begin` to `end` of W, transposed: of a matrix (inputs, stride) the columns from `y` on.
+template <typename T>
+inline void int4_dequantize(const Int4Weight& weight, int64_t begin, int64_t end, int64_t stride, T* y) {
+  for (int64_t g = 0; g < weight.groups; g++)
+    for (int64_t at = g * weight.group(); at < (g + 1) * weight.group(); at += STEP)
       for (int64_t s = begin; s < end; s++) {
-        const int64_t strip = first / STRIP + s;
-        for (int64_t input = 0; input < weight.inputs; input += wide) {
-          __m512i levels[16];
-          for (int64_t piece = 0; piece < wide / STEP; piece++) {
-            const int64_t at = input + piece * STEP, term = weight.term(strip, at / weight.group);
-            const __m512 scale = weight.scale(term), zero = weight.zero(term);
-            const __m512i codes = _mm512_loadu_si512(weight.strip(strip) + at / STEP * BYTES);
-            const auto level = [&](int i) {
-              const __m512i code = _mm512_and_si512(_mm512_srli_epi32(codes, 4 * i), mask);
-              return _mm512_mul_ps(_mm512_sub_ps(_mm512_cvtepi32_ps(code), zero), scale);
-            };
-            for (int i = 0; i < STEP; i += each)
-              levels[(piece * STEP + i) / each] = [&] {
-                if constexpr (each == 1) return _mm512_castps_si512(level(i));
-                else return _mm512_or_si512(_mm512_cvtepu16_epi32(narrow(level(i))),
-                                       _mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(level(i + 1))), 16));
-              }();
-          }
-          transpose(levels);
-          for (int64_t i = 0; i < STRIP; i++)
-            _mm512_storeu_si512(out + (s * STRIP + i) * weight.inputs + input, levels[i]);
-        }
+        const int64_t term = weight.term(s, g);
+        const Lanes scale = load(weight.scales + term), zero = load(weight.zeros + term);
+        const Words codes = load_words(weight.strip(s) + at / STEP * BYTES);
+        T* to = y + at * stride + (s - begin) * STRIP;
+        for (int i = 0; i < STEP; i++) store(to + i * stride, (number(codes >> (4 * i) & 15) - zero) * scale);
       }
-    });
-  });
-  return output;
 }
 
 }  // namespace qtale

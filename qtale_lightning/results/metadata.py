@@ -60,7 +60,8 @@ def package_versions() -> dict[str, str]:
             installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return installed | {"CPU operations": "ours" if cpu.available() else "PyTorch's"}
+    ours = f"ours, {cpu.instruction_set()}" if cpu.available() else "PyTorch's"
+    return installed | {"CPU operations": ours}
 
 
 def hardware() -> str:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from qtale_lightning import cpu
 from qtale_lightning.cpu import build
@@ -65,12 +64,26 @@ def test_other_processors_and_systems(
 ) -> None:
     monkeypatch.delenv(build.SWITCH, raising=False)
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(build, "instruction_sets", list)
     assert build.available.__wrapped__() is False
     assert "AVX-512" in caplog.text
     monkeypatch.setattr(sys, "platform", "darwin")
     assert build.available.__wrapped__() is False
     assert "Linux" in caplog.text
+
+
+def test_another_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "instruction_sets", lambda: ["avx512", "avx2"])
+    monkeypatch.delenv(build.CHOICE, raising=False)
+    assert build.instruction_set() == "avx512"
+    monkeypatch.setenv(build.CHOICE, "AVX2")
+    assert build.instruction_set() == "avx2"
+    monkeypatch.setenv(build.CHOICE, "avx512_bf16")
+    with pytest.raises(ValueError, match=r"avx512_bf16, which this processor hasn't.*; it has avx512, avx2"):
+        build.instruction_set()
+    monkeypatch.setenv(build.CHOICE, "sse4")
+    with pytest.raises(ValueError, match="QTALE_CPU_ISA is sse4, but it is one of avx2, avx512"):
+        build.instruction_set()
 
 
 @pytest.mark.slow
@@ -91,6 +104,8 @@ def test_a_broken_library_is_not_fatal(
     broken.write_text("no library")
     monkeypatch.delenv(build.SWITCH, raising=False)
     monkeypatch.setattr(build, "unavailable", lambda: None)
-    monkeypatch.setattr(build, "_library", lambda: broken)
+    monkeypatch.setattr(build, "instruction_set", lambda: "avx2")
+    monkeypatch.setattr(build, "operations", build.operations.__wrapped__)  # none that is loaded already
+    monkeypatch.setattr(build, "_library", lambda instructions: broken)
     assert build.available.__wrapped__() is False
     assert "weren't built" in caplog.text

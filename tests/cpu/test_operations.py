@@ -1,4 +1,4 @@
-"""Our CPU operations against PyTorch's and Hugging Face's, in float32 and bfloat16.
+"""Our CPU operations against PyTorch's and Hugging Face's, by every instruction set here, in float32 and bfloat16.
 
 Equal to the last bit where no sum is taken; float32 sums in another order: 1e-6 of their terms' size. In bfloat16 such
 a sum may round to the neighbouring value, and a product with that once more: 2⁻⁶ of it at most, in fewer than one of
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from qtale_lightning import cpu
+from qtale_lightning import cpu, precision
+from qtale_lightning.quantization.kernels import Dequantize, Int4Strips
+from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 from qtale_lightning.routing.router import Router
 from tests.tolerance import close
 
@@ -26,6 +28,14 @@ DTYPES = [torch.float32, torch.bfloat16]
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(autouse=True, params=precision.instruction_sets())
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An instruction set, whose operations a test calls."""
+    of_one = cpu.operations(request.param)
+    monkeypatch.setattr(cpu, "operations", lambda: of_one)
+    return request.param
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -142,6 +152,78 @@ def test_route(hidden: int, width: int, count: int, dtype: torch.dtype, low: boo
     wide = router.down(x.float()).to(dtype)
     rest = cpu.route_wide(wide, router.norm.weight, 1e-6, router.out.weight, router.out.bias)
     close(rest, router._logits(wide.float()), width)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(16, 32, 16), (80, 96, 48), (208, 256, 128)])
+def test_int4_products(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> None:
+    """Of every number of tokens that is multiplied at once, with odd numbers of strips, too."""
+    codes, scales, zeros = quantize(numbers(outputs, inputs) + 0.3, Scheme(4, group))
+    kernel = Int4Strips(Quantized(codes, scales.half().float(), zeros))
+    weight = Dequantize(Quantized(codes, scales.half().float(), zeros))
+    x = numbers(20, inputs, dtype=dtype, seed=1)
+    for tokens in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 20):
+        expected = weight(x[:tokens].float()).to(dtype)
+        actual = kernel.by_kernel(x[:tokens])
+        size = 8 * float(expected.abs().max()) if tokens else 1.0
+        low = dtype == torch.bfloat16
+        torch.testing.assert_close(
+            actual, expected, rtol=2**-7 if low else 0, atol=(2e-5 if low else 1e-6) * size
+        )
+    one_hot, exact = torch.eye(inputs, dtype=dtype), weight.weight.dequantize().to(dtype)
+    assert torch.equal(kernel.by_kernel(one_hot).T, exact)
+    assert torch.equal(kernel.by_blocks(one_hot).T, exact)
+
+
+def rounded_products(x: Tensor, weight: Quantized) -> Tensor:
+    """The definition of products with tokens in 8 bits: sums of whole numbers, which are exact, ``(N, out)``."""
+    outputs, groups, size = weight.codes.shape
+    blocks = x.float().unflatten(-1, (-1, 32))  # (N, blocks, 32)
+    most = blocks.abs().amax(-1)
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0)  # `127 / most` would round twice
+    codes = (blocks * inverse.unsqueeze(-1)).round().long()
+    assert codes.abs().max() <= 127
+    of_weight = (weight.codes.long() - weight.zeros.long()).flatten(1).unflatten(1, (-1, 32))
+    dots = torch.einsum("nbi,obi->nob", codes, of_weight)
+    scales = weight.scales.expand(outputs, groups, size // 32).flatten(1)
+    return (dots.double() * scales.double() * (most / 127).double().unsqueeze(1)).sum(-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("outputs", "inputs", "group"), [(16, 32, 32), (208, 384, 64), (80, 256, 128)])
+def test_products_of_tokens_in_8_bits(outputs: int, inputs: int, group: int, dtype: torch.dtype) -> None:
+    codes, scales, zeros = quantize(numbers(outputs, inputs) + 0.3, Scheme(4, group))
+    weight = Quantized(codes, scales.half().float(), zeros)
+    kernel = Int4Strips(weight)
+    x = numbers(20, inputs, dtype=dtype, seed=1) * 10.0 ** numbers(20, 1, seed=2).to(dtype)
+    x[3] = 0
+    x[4, 32:] = 0
+    for tokens in (1, 2, 3, 4, 7, 8, 20):
+        expected = rounded_products(x[:tokens], weight)
+        actual = cpu.int4_linear_rounded(x[:tokens], kernel.packed, kernel.scales, kernel.zeros)
+        assert actual.dtype == dtype
+        size = expected.norm(dim=-1, keepdim=True)
+        error = (actual.double() - expected).norm(dim=-1, keepdim=True)
+        assert (error <= (2**-8 if dtype == torch.bfloat16 else 1e-6) * size).all()
+
+
+def test_bfloat16_is_rounded_as_pytorch_does() -> None:
+    """Every bfloat16, times one whose product needs rounding; what is denormal may become 0, as by the instruction."""
+    up = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    gate = torch.full_like(up, 24.125)  # so large that silu leaves it alone
+    expected, actual = (gate.float() * up.float()).bfloat16(), cpu.swiglu(gate, up)
+    normal = ~(expected.abs() < torch.finfo(torch.bfloat16).tiny)  # NaN, too
+    torch.testing.assert_close(actual[normal], expected[normal], rtol=0, atol=0, equal_nan=True)
+    assert (actual[~normal].float() - expected[~normal].float()).abs().max() < torch.finfo(
+        torch.bfloat16
+    ).tiny
+
+
+def test_exp() -> None:
+    """Where silu shows it: y / silu(y) - 1 = exp(-y), to float32's last places."""
+    x = torch.linspace(-87, 87, 2**16)
+    expected = (x.double() * torch.sigmoid(x.double())).float()
+    torch.testing.assert_close(cpu.swiglu(x, torch.ones_like(x)), expected, rtol=3e-7, atol=0)
 
 
 def test_what_they_refuse() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning import cpu
 from qtale_lightning.quantization import linear as linear_module
 from qtale_lightning.quantization.linear import Layout, QuantizedLinear
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
@@ -235,6 +236,7 @@ def test_a_copy_is_independent(running: bool) -> None:
 @torch.no_grad()
 def test_the_path_is_logged_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module, "_logged", set())
+    monkeypatch.setattr(cpu, "available", lambda: False)
     with caplog.at_level(logging.INFO, linear_module.__name__):
         for bits, layout, symmetric in (STORED[4], STORED[4], STORED[5]):
             module = make_linear(bits, layout, symmetric)
