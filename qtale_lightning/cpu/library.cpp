@@ -5,6 +5,7 @@
 #include "attention.h"
 #include "int4.h"
 #include "layer.h"
+#include "rounding.h"
 #include "router.h"
 
 TORCH_LIBRARY(qtale, library) {
@@ -20,6 +21,11 @@ TORCH_LIBRARY(qtale, library) {
   library.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor zeros, int first, int count, Tensor like) -> Tensor");
+  library.def(
+      "round_groups(Tensor groups, Tensor values, Tensor scales, Tensor zeros, int top, Tensor(a!) weight) -> ()");
+  library.def(
+      "round_step(Tensor groups, Tensor(a!) values, Tensor scales, Tensor zeros, int top, Tensor gradient, float rate) "
+      "-> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(qtale, CPU, library) {
@@ -31,4 +37,6 @@ TORCH_LIBRARY_IMPL(qtale, CPU, library) {
   library.impl("route_wide", qtale::route_wide);
   library.impl("int4_linear", qtale::int4_linear);
   library.impl("int4_dequantize", qtale::int4_dequantize);
+  library.impl("round_groups", qtale::round_groups);
+  library.impl("round_step", qtale::round_step);
 }

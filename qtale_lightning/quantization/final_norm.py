@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning.architectures import architecture_of
-from qtale_lightning.quantization.calibration import Batch, every_nth, layer_by_layer, plain_float32
+from qtale_lightning.quantization.calibration import (
+    Batch,
+    every_nth,
+    layer_by_layer,
+    plain_float32,
+    real_tokens,
+)
 from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_layer
 
@@ -76,10 +82,7 @@ def _normalised(
     states: list[Tensor] = []
     for layer, run in layer_by_layer(model, batches):
         states = run(module_of(layer))
-    real = [
-        hidden[batch["attention_mask"].bool()] if "attention_mask" in batch else hidden.flatten(0, 1)
-        for hidden, batch in zip(states, batches, strict=True)
-    ]
+    real = [hidden[real_tokens(batch)] for hidden, batch in zip(states, batches, strict=True)]
     norm: Any = model.get_submodule("model.norm")
     tokens = torch.cat(real).float()
     epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # families name it so or so

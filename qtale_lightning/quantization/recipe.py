@@ -217,8 +217,7 @@ def apply_scales(model: nn.Module, recipe: Recipe) -> None:
     check_recipe(model, recipe)
     for layer in decoder_layers(model):
         for name, linear in layer.linears.items():
-            weight, rows = layer.scaled_columns(name, recipe.scales), recipe.scales.get(layer.path(name))
-            linear.weight.copy_(weight if rows is None else weight / rows.to(weight)[:, None])
+            linear.weight.copy_(layer.scaled_weight(name, recipe.scales))
         scale_vectors(layer, recipe)
 
 

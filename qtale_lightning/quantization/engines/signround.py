@@ -1,0 +1,27 @@
+"""SignRound (Cheng et al. 2024; AutoRound): rounding and clipping learned by sign gradient descent, from AWQ's scales.
+
+Its options: `steps` of each window of decoder layers, on `batch` calibration sequences each; `lr`, the first step's
+rate, as a multiple of 1/steps, from which it falls linearly; `window`, one or two layers that are learned together; and
+the `seed` of which sequences come together, and when.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from qtale_lightning.quantization.engines.base import Engine
+
+
+def _load() -> Callable[..., Any]:
+    from qtale_lightning.quantization.signround import search
+
+    return search
+
+
+ENGINE = Engine(
+    "signround",
+    "SignRound's learned rounding, from AWQ's scales",
+    _load,
+    keeps_codes=True,
+    refits=True,
+    options={"steps": 200, "batch": 8, "lr": 1.0, "window": 1, "seed": 0},
+)
