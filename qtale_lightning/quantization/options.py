@@ -123,7 +123,7 @@ class QuantizationOptions:
         except ValueError as error:
             raise ValueError(f"--quantize.engine {error}") from None
         try:
-            engine.check_options(self.options or {})
+            engine.check_options(self.options or {}, len({name.rsplit(".", 2)[0] for name in shapes}))
         except ValueError as error:
             raise ValueError(f"--quantize.options: {error}") from None
         if self.sequential and not engine.calibrates:

@@ -171,7 +171,7 @@ def _recipes(
     if options.calibrates:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         log.info("calibrating on %d tokens of training sequences, routing on", tokens)
-    layers = len(model.model.layers) * (len(missing) if options.sequential else 1)
+    layers = len(model.model.layers) * options.declared.passes(len(missing), options.sequential)
     with progress(f"{options.engine} search, layers", layers) as advance:
         recipes = options.declared(
             model,

@@ -34,6 +34,9 @@ class Engine:
         mixes: Linears that share an input may have different bits.
         options: Its own options (`--quantize.options`), with their defaults.
         packages: Python packages that it computes with besides the suite's own.
+        alone: It goes through the layers once for each precision; others search all precisions in one pass, unless
+            layers see what quantized ones give.
+        check: Refuses values of its own options, all given, by the number of the model's layers: a ValueError.
     """
 
     name: str
@@ -49,6 +52,8 @@ class Engine:
     mixes: bool = True
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
+    alone: bool = False
+    check: Callable[[Mapping[str, Any], int], None] = lambda options, layers: None
 
     def __call__(
         self,
@@ -80,8 +85,16 @@ class Engine:
         found = self.load()(model, batches, precisions, group_size, symmetric, **{**self.options, **more})
         return [replace(recipe, engine=self.name) for recipe in found]
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses options that it doesn't have, or of another kind than the declared ones (ValueError)."""
+    def passes(self, precisions: int, sequential: bool) -> int:
+        """How often it goes through the layers for so many precisions."""
+        return precisions if self.alone or sequential else 1
+
+    def check_options(self, options: Mapping[str, Any], layers: int) -> None:
+        """Refuses options that it doesn't have, of another kind than the declared ones, or that don't fit the layers.
+
+        Raises:
+            ValueError: Names the option.
+        """
         for name, value in options.items():
             if name not in self.options:
                 known = f"it has {', '.join(self.options)}" if self.options else "it has none"
@@ -95,3 +108,4 @@ class Engine:
                 raise ValueError(
                     f"{name} must be positive and finite, such as {self.options[name]}, not {value!r}"
                 )
+        self.check({**self.options, **options}, layers)

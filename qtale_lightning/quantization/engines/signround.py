@@ -5,7 +5,7 @@ rate, as a multiple of 1/steps, from which it falls linearly; `window`, one or t
 the `seed` of which sequences come together, and when.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from qtale_lightning.quantization.engines.base import Engine
@@ -17,6 +17,16 @@ def _load() -> Callable[..., Any]:
     return search
 
 
+def _check(options: Mapping[str, Any], layers: int) -> None:
+    for name in ("steps", "batch"):
+        if options[name] < 1:
+            raise ValueError(f"{name} must be at least 1, not {options[name]}")
+    if options["window"] not in (1, 2):
+        raise ValueError(f"window is 1 or 2 layers, not {options['window']}")
+    if options["window"] > layers:
+        raise ValueError(f"window {options['window']} is more than the model's {layers} layer(s)")
+
+
 ENGINE = Engine(
     "signround",
     "SignRound's learned rounding, from AWQ's scales",
@@ -24,4 +34,6 @@ ENGINE = Engine(
     keeps_codes=True,
     refits=True,
     options={"steps": 200, "batch": 8, "lr": 1.0, "window": 1, "seed": 0},
+    alone=True,
+    check=_check,
 )
