@@ -28,6 +28,8 @@ class QuantizationOptions:
         sequences: Training sequences (prompt and answer) to calibrate on.
         refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it. Engines
             that are references as they are have no such step.
+        refit_routers: Fit the routers' last linear, which isn't quantized, to the stream that quantized layers give, so
+            that the decisions are those of the model before; with any engine.
         sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do.
         options: The engine's own, e.g. '{"act_order": true}'.
     """
@@ -39,6 +41,7 @@ class QuantizationOptions:
     patterns: dict[str, int] | None = None
     sequences: int = 128
     refit_norm: bool = True
+    refit_routers: bool = False
     sequential: bool = False
     options: dict[str, bool | int | float | str] | None = None
 
@@ -58,13 +61,13 @@ class QuantizationOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the engine looks at calibration sequences."""
-        return self.declared.calibrates
+        """Whether something looks at calibration sequences: the engine, or the routers' fit."""
+        return self.declared.calibrates or self.refit_routers
 
     @property
     def search_options(self) -> dict[str, Any]:
         """What the engine's search takes besides widths, groups and symmetry: its own options, as declared or given."""
-        return {**self._own, **({"sequential": self.sequential} if self.calibrates else {})}
+        return {**self._own, **({"sequential": self.sequential} if self.declared.calibrates else {})}
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -83,6 +86,7 @@ class QuantizationOptions:
             "bits": bits,
             "patterns": dict(self.patterns or {}) if bits == int(bits) else {},
             "refit_norm": self.refits,
+            "refit_routers": self.refit_routers,
         }
 
     def search_settings(self) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def test_settings_are_all_that_a_packed_model_depends_on() -> None:
     assert settings == {
         "engine": "gptq", "group_size": 128, "symmetric": False, "sequential": False,
         "options": {"percdamp": 0.01, "act_order": True}, "bits": 4, "patterns": {"*": 8}, "refit_norm": False,
+        "refit_routers": False,
     }  # fmt: skip
     assert settings.keys() == {option.name for option in fields(QuantizationOptions)} - {"sequences"}
     assert QuantizationOptions(patterns={"*": 8}).settings(3.5)["patterns"] == {}
