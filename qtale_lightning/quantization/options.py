@@ -31,7 +31,7 @@ class QuantizationOptions:
         refit_routers: Fit the routers' last linear, which isn't quantized, to the stream that quantized layers give, so
             that the decisions are those of the model before; with any engine.
         sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do.
-        options: The engine's own, e.g. '{"act_order": true}'.
+        options: The engine's own, e.g. '{"act_order": true}'. EXPLAINED
     """
 
     bits: Numbers[int | float] = Numbers((4, 3))  # noqa: RUF009 (a tuple)
@@ -194,6 +194,11 @@ class QuantizationOptions:
 
 
 _TITLES = " ".join(f"{name}: {engine.title}." for name, engine in ENGINES.items())
-QuantizationOptions.__doc__ = (QuantizationOptions.__doc__ or "").replace(
-    "ENGINES", _TITLES
+_OPTIONS = " ".join(
+    f"{name}: {engine.explained} (by default {json.dumps(dict(engine.options))})."
+    for name, engine in ENGINES.items()
+    if engine.options
+)
+QuantizationOptions.__doc__ = (
+    (QuantizationOptions.__doc__ or "").replace("ENGINES", _TITLES).replace("EXPLAINED", _OPTIONS)
 )  # as --help shows it

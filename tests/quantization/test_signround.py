@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qtale_lightning import cpu
 from qtale_lightning.models import Routing
+from qtale_lightning.quantization import signround
 from qtale_lightning.quantization.calibration import padded
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import ENGINES
@@ -233,6 +234,37 @@ def test_a_routed_layer_learns_from_its_executing_tokens_alone(
     assert recipe.tokens["model.layers.1"] == executing
     assert sum(seen) == executing  # four steps of two of the eight sequences
     assert set(seen) <= set(wanted)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_windows_learn_on_quantized_inputs_what_the_model_gives(
+    sequential: bool, window: int, make_routed: MakeRouted, rows: Tensor, apply: Apply
+) -> None:
+    """The published form's inputs are what the quantized layers before a window give, its targets the model's own."""
+    fitted: list[tuple[Any, ...]] = []
+    real = signround.fit
+
+    def watched(learner: Any, calls: Any, wanted: Any, *more: Any) -> None:
+        fitted.append(([hidden.clone() for hidden, _ in calls], wanted))
+        real(learner, calls, wanted, *more)
+
+    with mock.patch.object(signround, "fit", watched):
+        recipe = found_in(make_routed(), rows, steps=3, batch=2, sequential=sequential, window=window)
+    assert len(fitted) == -(-3 // window)  # of three layers
+    model, some = make_routed(), shuffled([{"input_ids": rows}], 2, 0)
+    own, other = Routing(keep=(1, 2)), Routing(keep=(1, 2))
+    with torch.no_grad():
+        model.model(**some[0], routing=own)
+        apply(model, recipe)
+        other.forced = own.gates  # what the model's own routers decide
+        model.model(**some[0], routing=other)
+    exact, found = own.states, other.states
+    inputs, wanted = fitted[1]
+    assert not torch.allclose(found[window], exact[window], rtol=1e-2)
+    torch.testing.assert_close(inputs[0], (found if sequential else exact)[window], rtol=1e-4, atol=1e-4)
+    if window == 1:
+        torch.testing.assert_close(wanted[0], exact[2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_without_a_finite_error_is_refused(make_model: MakeModel, rows: Tensor) -> None:

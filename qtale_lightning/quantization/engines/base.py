@@ -33,6 +33,7 @@ class Engine:
         averages: It measures what each width does to the residual stream, so that an average of bits can be spent.
         mixes: Linears that share an input may have different bits.
         options: Its own options (`--quantize.options`), with their defaults.
+        explained: What they are, in a sentence for `--help`.
         packages: Python packages that it computes with besides the suite's own.
         alone: It goes through the layers once for each precision; others search all precisions in one pass, unless
             layers see what quantized ones give.
@@ -51,6 +52,7 @@ class Engine:
     averages: bool = False
     mixes: bool = True
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    explained: str = ""
     packages: tuple[str, ...] = ()
     alone: bool = False
     check: Callable[[Mapping[str, Any], int], None] = lambda options, layers: None
