@@ -10,7 +10,8 @@ validation questions: mean squared error and KL divergence of the logits against
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
 Seconds are of the search and, for `native`, of the final norm's fit; `native, norm kept` is the same search without it.
 `gptq, act order` takes columns in order of falling second moments. With `--sequential`, every calibrating engine that
-runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give.
+runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give;
+`signround`, whose published form that is, on what the model's own give.
 
 AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only, as `signround` does at `--signround-bits`. At those
 widths they and `native` search on each of `--sets` disjoint sets of calibration sequences: what a search finds, and so
@@ -243,7 +244,11 @@ def main() -> None:
         "signround": ([*args.signround_bits], {"engine": "signround"}),
     }
     if args.sequential:
-        for name in ("native", "gptq", "gptq, act order", "signround"):
+        variants["signround, model's inputs"] = (
+            [*args.signround_bits],
+            {"engine": "signround", "sequential": False},
+        )
+        for name in ("native", "gptq", "gptq, act order"):
             variants[f"{name}, sequential"] = (variants[name][0], variants[name][1] | {"sequential": True})
     for name, (widths, given) in variants.items():
         options = QuantizationOptions(group_size=args.group_size, **given)

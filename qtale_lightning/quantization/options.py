@@ -30,7 +30,8 @@ class QuantizationOptions:
             that are references as they are have no such step.
         refit_routers: Fit the routers' last linear, which isn't quantized, to the stream that quantized layers give, so
             that the decisions are those of the model before; with any engine.
-        sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do.
+        sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do; by
+            default as the engine was published. IN_ORDER
         options: The engine's own, e.g. '{"act_order": true}'. EXPLAINED
     """
 
@@ -42,7 +43,7 @@ class QuantizationOptions:
     sequences: int = 128
     refit_norm: bool = True
     refit_routers: bool = False
-    sequential: bool = False
+    sequential: bool | None = None
     options: dict[str, bool | int | float | str] | None = None
 
     @property
@@ -65,9 +66,14 @@ class QuantizationOptions:
         return self.declared.calibrates or self.refit_routers
 
     @property
+    def in_order(self) -> bool:
+        """Whether layers see what quantized ones give."""
+        return self.declared.sequential if self.sequential is None else self.sequential
+
+    @property
     def search_options(self) -> dict[str, Any]:
         """What the engine's search takes besides widths, groups and symmetry: its own options, as declared or given."""
-        return {**self._own, **({"sequential": self.sequential} if self.declared.calibrates else {})}
+        return {**self._own, **({"sequential": self.in_order} if self.declared.calibrates else {})}
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -77,7 +83,8 @@ class QuantizationOptions:
         """The same of another engine, as far as it has them: its own options are as declared."""
         if name == self.engine:
             return self
-        return replace(self, engine=name, options=None, sequential=self.sequential and find(name).calibrates)
+        sequential = self.sequential if find(name).calibrates else None
+        return replace(self, engine=name, options=None, sequential=sequential)
 
     def settings(self, bits: float) -> dict[str, Any]:
         """What a model at one of the precisions depends on besides the exported model and the sequences."""
@@ -96,7 +103,7 @@ class QuantizationOptions:
             "options": self._own,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
-            "sequential": self.sequential,
+            "sequential": self.in_order,
         }
 
     def arguments(self) -> list[str]:
@@ -199,6 +206,12 @@ _OPTIONS = " ".join(
     for name, engine in ENGINES.items()
     if engine.options
 )
-QuantizationOptions.__doc__ = (
-    (QuantizationOptions.__doc__ or "").replace("ENGINES", _TITLES).replace("EXPLAINED", _OPTIONS)
-)  # as --help shows it
+_IN_ORDER = (
+    f"With {' and '.join(name for name, engine in ENGINES.items() if engine.sequential)} true, else false."
+)
+for _word, _said in (
+    ("ENGINES", _TITLES),
+    ("EXPLAINED", _OPTIONS),
+    ("IN_ORDER", _IN_ORDER),
+):  # as --help shows it
+    QuantizationOptions.__doc__ = (QuantizationOptions.__doc__ or "").replace(_word, _said)

@@ -187,7 +187,7 @@ def _recipes(
     if options.declared.calibrates:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         log.info("calibrating on %d tokens of training sequences, routing on", tokens)
-    layers = len(model.model.layers) * options.declared.passes(len(missing), options.sequential)
+    layers = len(model.model.layers) * options.declared.passes(len(missing), options.in_order)
     with progress(f"{options.engine} search, layers", layers) as advance:
         recipes = options.declared(
             model,

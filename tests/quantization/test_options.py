@@ -134,6 +134,9 @@ def test_another_engine_takes_what_it_has() -> None:
     given = QuantizationOptions(engine="gptq", group_size=32, sequential=True, options={"act_order": True})
     assert given.of_engine("gptq") is given
     assert given.of_engine("native") == QuantizationOptions(engine="native", group_size=32, sequential=True)
+    assert QuantizationOptions(engine="signround").search_options["sequential"]
+    assert not QuantizationOptions(engine="signround", sequential=False).search_options["sequential"]
+    assert not QuantizationOptions(engine="signround").of_engine("gptq").search_options["sequential"]
     assert given.of_engine("rtn") == QuantizationOptions(engine="rtn", group_size=32)
 
 

@@ -32,6 +32,7 @@ class Engine:
         refits: The final norm is fitted to what it rounds.
         averages: It measures what each width does to the residual stream, so that an average of bits can be spent.
         mixes: Linears that share an input may have different bits.
+        sequential: As it was published, layers see what quantized ones give, where nothing else is said.
         options: Its own options (`--quantize.options`), with their defaults.
         explained: What they are, in a sentence for `--help`.
         packages: Python packages that it computes with besides the suite's own.
@@ -51,6 +52,7 @@ class Engine:
     refits: bool = False
     averages: bool = False
     mixes: bool = True
+    sequential: bool = False
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
     explained: str = ""
     packages: tuple[str, ...] = ()

@@ -33,6 +33,7 @@ ENGINE = Engine(
     _load,
     keeps_codes=True,
     refits=True,
+    sequential=True,
     options={"steps": 200, "batch": 8, "lr": 1.0, "window": 1, "seed": 0},
     explained="steps of each window, on batch sequences each, at lr times 1/steps falling to 0, window, the layers "
     "learned together (1 or 2), and seed",
