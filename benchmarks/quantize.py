@@ -19,8 +19,8 @@ its errors, hangs on the sequences. A fraction among `--bits` is an average that
 errors are largest.
 
 With `--auto-round PYTHON`, an interpreter that has the package auto-round, its own quantizer runs at `--signround-bits`
-with its own defaults on the same tokens, end to end in rows of 64, since it takes rows of one length: see
-auto_round_peer.py. It takes half an hour a width and set, so what it leaves in `--peers` is kept, and taken from there.
+with its own defaults on the same tokens, end to end in rows of 64, since it takes rows of one length: see autoround/.
+It takes half an hour a width and set, so what it leaves in `--peers` is kept, and taken from there.
 
 The logits' mean squared error is given as it is, and without each token's mean over the vocabulary ("centred"): softmax
 ignores that mean, and most of the plain error is in it.
@@ -151,9 +151,8 @@ def auto_round(
         (folder / "rows.json").write_text(
             json.dumps([tokens[i : i + PEER_ROW] for i in cut]), encoding="utf-8"
         )
-        own = find("signround").options
-        numbers = (bits, args.group_size, own["batch"], own["steps"])
-        script = Path(__file__).with_name("auto_round_peer.py")
+        numbers = (bits, args.group_size, find("signround").options["batch"], args.steps)
+        script = Path(__file__).parent / "autoround" / "peer.py"
         subprocess.run([args.auto_round, script, folder, *map(str, numbers)], check=True)
     took = json.loads((folder / f"{bits}bit.json").read_text(encoding="utf-8"))
     return load_file(folder / f"{bits}bit.safetensors"), took["seconds"], took["grown"]
@@ -165,6 +164,7 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     parser.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
     parser.add_argument("--signround-bits", type=int, nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=200, help="of signround and auto-round")
     parser.add_argument("--auto-round", help="a Python that has auto-round")
     parser.add_argument("--peers", type=Path, help="folder that keeps what auto-round finds")
     parser.add_argument("--peer-sets", type=int, default=1, help="calibration sets that auto-round runs on")
@@ -179,7 +179,7 @@ def main() -> None:
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
         args.memory_model, args.sets = "tiny", 2
-        args.signround_bits = [3]
+        args.signround_bits, args.steps = [3], 5
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
@@ -241,12 +241,15 @@ def main() -> None:
         "gptq": ([*whole], {"engine": "gptq"}),
         "gptq, act order": ([*whole], {"engine": "gptq", "options": {"act_order": True}}),
         "autoawq": ([*args.autoawq_bits], {"engine": "autoawq"}),
-        "signround": ([*args.signround_bits], {"engine": "signround"}),
+        "signround": (
+            [*args.signround_bits],
+            {"engine": "signround", "options": {"steps": args.steps}},
+        ),
     }
     if args.sequential:
         variants["signround, model's inputs"] = (
             [*args.signround_bits],
-            {"engine": "signround", "sequential": False},
+            {"engine": "signround", "options": {"steps": args.steps}, "sequential": False},
         )
         for name in ("native", "gptq", "gptq, act order"):
             variants[f"{name}, sequential"] = (variants[name][0], variants[name][1] | {"sequential": True})
