@@ -1,4 +1,4 @@
-// Rounding that is learned (quantization/signround.py): what a weight is rounded to, and a step of its values.
+// Rounding that is learned (quantization/rounding.py): what a weight is rounded to, and a step of its values.
 
 #pragma once
 

@@ -19,8 +19,9 @@ from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, clip_weight
+from qtale_lightning.quantization.rounding import Rounding
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
-from qtale_lightning.quantization.signround import Rounding, shuffled
+from qtale_lightning.quantization.signround import shuffled
 from tests.quantization.conftest import GROUP, Apply, MakeModel, MakeRouted
 
 ENGINE = ENGINES["signround"]
