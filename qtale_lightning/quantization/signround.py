@@ -9,8 +9,8 @@ published code keeps that of the batch with the least error, but batches differ 
 What this adds to the published method:
 - It starts from what AWQ's search found (`awq`): its input scales are folded into the weights that are rounded, and
   its clips are the first α and β.
-- A token's error is relative to the residual stream, as in `awq`: SmolLM2's first tokens have a thousand times the
-  norm of others, and would be all that counts.
+- A token's error is relative to the residual stream, as in `awq`: in SmolLM2's upper layers the first token has a
+  hundred times the norm of others, and would be all that counts.
 - A window has one or two layers: what the first rounds wrong, the second learns to make good (CBQ, Ding et al. 2025).
 - Only tokens that execute a layer count, and they do what they did in the model: its decisions are taken as they are.
 """
