@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qtale_lightning import cpu
+from qtale_lightning.__main__ import main
 from qtale_lightning.models import Routing
 from qtale_lightning.quantization import signround
 from qtale_lightning.quantization.calibration import padded
@@ -22,6 +23,9 @@ from qtale_lightning.quantization.recipe import Recipe, clip_weight
 from qtale_lightning.quantization.rounding import Rounding
 from qtale_lightning.quantization.rtn import Scheme, fake_quantize
 from qtale_lightning.quantization.signround import shuffled
+from qtale_lightning.results import load_results
+from qtale_lightning.run import RunDirectory
+from qtale_lightning.stages.export import load_exported
 from tests.quantization.conftest import GROUP, Apply, MakeModel, MakeRouted
 
 ENGINE = ENGINES["signround"]
@@ -274,3 +278,27 @@ def test_a_model_without_a_finite_error_is_refused(make_model: MakeModel, rows: 
         model.model.layers[1].mlp.down_proj.weight.fill_(1e30)
     with pytest.raises(ValueError, match=r"model\.layers\.1.* finite"):
         found_in(model, rows, **SOME)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_what_it_learned(
+    options: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Quantized again it learns nothing again; with its routers fitted it packs anew what it learned."""
+    small = (
+        *("--data.batch_size", "8", "--data.limit_train", "64", "--data.limit_validation", "24"),
+        *("--data.calibration_rows", "8", "--trainer.max_steps", "4", "--sweep.thresholds", "[0.5]"),
+        *("--wandb", "disabled", "--quantize.engine", "signround", "--quantize.bits", "[3]"),
+        *("--quantize.options", '{"steps": 2}'),
+    )
+    main(["fit", *options("tiny", "qtale", *small, "--out", str(tmp_path))])
+    run = RunDirectory(tmp_path / "tiny-qtale-facts-s0")
+    assert {row["engine"] for row in load_results(run.root)["evaluation"]} == {"none", "signround"}
+    with mock.patch.object(signround, "fit", side_effect=AssertionError):
+        main(["quantize", str(run.root)])
+        assert "signround, 3 bits: there already" in capsys.readouterr().out
+        main(["quantize", str(run.root), "--quantize.refit_routers", "true"])
+        assert "of the routers' decisions" in capsys.readouterr().out
+    with mock.patch.object(signround, "fit") as learning:
+        main(["quantize", str(run.root), "--quantize.options", '{"steps": 3}'])
+    assert learning.call_count == len(decoder_layers(load_exported(run)))
