@@ -61,18 +61,14 @@ def refit_routers(model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) ->
     weights: dict[str, Tensor] = {}
     for layer in layers:
         router: Any = getattr(layer.module, "router", None)
-        rounded: Any = quantized_layer(layer, recipe)
         exact.advance(layer.module)
-        kept.advance(rounded)
+        kept.advance(quantized_layer(layer, recipe))
         if router is not None:
             features = fitted.features(layer.module)
             check_tokens(f"{layer.name}.router", len(features), 1)
             weight, bias = _fit(router.out, features, exact.gaps(layer.module))
             weights |= {f"{layer.name}.router.out.weight": weight, f"{layer.name}.router.out.bias": bias}
-            with torch.no_grad():
-                rounded.router.out.weight.copy_(weight)
-                rounded.router.out.bias.copy_(bias)
-        fitted.advance(rounded)
+        fitted.advance(quantized_layer(layer, recipe, weights))
     decisions = exact.decisions()
     turned = [(stream.decisions() != decisions).float().mean().item() for stream in (kept, fitted)]
     return Refit(weights, (turned[0], turned[1]))

@@ -81,8 +81,8 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         else:
             recipe = allocate(shapes, {w: recipes[w] for w in options.candidates([bits])}, bits)
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
-        final_norm = refit_final_norm(model, recipe, batches) if options.refits else None
         routers = _refitted(model, recipe, batches, bits) if options.refit_routers else None
+        final_norm = refit_final_norm(model, recipe, batches, routers) if options.refits else None
         packed = load_exported(run, as_stored=True)
         quantize_model(packed, recipe, final_norm, ingredients[bits], routers)
         with writing(run.root, run.model(bits, options.engine)) as folder:
