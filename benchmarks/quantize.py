@@ -179,7 +179,7 @@ def main() -> None:
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
         args.memory_model, args.sets = "tiny", 2
-        args.signround_bits, args.steps = [3], 5
+        args.signround_bits, args.steps = [4], 5
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return

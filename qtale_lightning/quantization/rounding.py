@@ -22,7 +22,8 @@ from qtale_lightning import cpu
 from qtale_lightning.quantization.recipe import CLIP_STEP, Codes
 from qtale_lightning.quantization.rtn import Scheme
 
-ROWS = 64  # outputs taken at a time: little memory, and a working set that a core's cache holds
+ROWS = 64  # outputs taken at a time: little memory, and a working set that a core's cache holds;
+ROWS_ELSEWHERE = 4096  # on a GPU as many as keep it busy
 
 
 class Rounding:
@@ -115,7 +116,8 @@ class Rounding:
 
     def _by_rows(self, *by_output: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Weights, values and other tensors of some outputs at a time."""
-        return zip(*(part.split(ROWS) for part in (self.groups, self.values, *by_output)), strict=True)
+        rows = ROWS if self.groups.is_cpu else ROWS_ELSEWHERE
+        return zip(*(part.split(rows) for part in (self.groups, self.values, *by_output)), strict=True)
 
     @torch.no_grad()
     def codes(self) -> Codes:
