@@ -1,18 +1,26 @@
-"""Engines side by side: seconds, extra memory and error of `native`, `gptq`, `autoawq` and `rtn` on real rows.
+"""Engines side by side: seconds, extra memory and error of the suite's engines and AutoRound's own on real rows.
 
     python benchmarks/quantize.py --data FOLDER [--model smollm2-135m] [--bits 8 4 3 2] [--autoawq-bits 4] [--json FILE]
     python benchmarks/quantize.py --data FOLDER --bits 4 3 --autoawq-bits --sequential  # layers see quantized ones
+    python benchmarks/quantize.py --data FOLDER --bits 4 3 2 --autoawq-bits --signround-bits 4 3 2 \\
+        --auto-round PYTHON --peers FOLDER
 
 Each engine gets the same model and the same calibration tokens (training prompts and answers), and is judged on
 validation questions: mean squared error and KL divergence of the logits against the model before, log-likelihood of
 the gold answers and accuracy (whole protocol of a run). The weights are stored packed and run by the chosen kernels.
 Seconds are of the search and, for `native`, of the final norm's fit; `native, norm kept` is the same search without it.
 `gptq, act order` takes columns in order of falling second moments. With `--sequential`, every calibrating engine that
-runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give.
+runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give;
+`signround`, whose published form that is, on what the model's own give.
 
-AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only. At those widths both engines search on each of
-`--sets` disjoint sets of calibration sequences: what a search finds, and so its errors, hangs on the sequences. A
-fraction among `--bits` is an average that the engine native spends where its errors are largest.
+AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only, as `signround` does at `--signround-bits`. At those
+widths they and `native` search on each of `--sets` disjoint sets of calibration sequences: what a search finds, and so
+its errors, hangs on the sequences. A fraction among `--bits` is an average that the engine native spends where its
+errors are largest.
+
+With `--auto-round PYTHON`, an interpreter that has the package auto-round, its own quantizer runs at `--signround-bits`
+with its own defaults on the same tokens, end to end in rows of 64, since it takes rows of one length: see autoround/.
+It takes half an hour a width and set, so what it leaves in `--peers` is kept, and taken from there.
 
 The logits' mean squared error is given as it is, and without each token's mean over the vocabulary ("centred"): softmax
 ignores that mean, and most of the plain error is in it.
@@ -24,9 +32,11 @@ what this one freed before and still holds would hide growth, or fragment it.
 """
 
 import ctypes
+import json
 import math
 import multiprocessing
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -37,6 +47,7 @@ from typing import Any
 
 import torch
 from common import claim, report, rows_parser, show
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qtale_lightning.data import CommonsenseDataModule
@@ -47,12 +58,22 @@ from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_base, load_tokenizer
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.engines import find
 from qtale_lightning.quantization.final_norm import refit_final_norm
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import allocate, neighbours, uniform
 from qtale_lightning.quantization.recipe import Recipe
 
+COMPARED = ("native", "autoawq", "signround")  # on every set of calibration sequences
+PEER_ROW = 64  # tokens of a row that AutoRound gets
+AGAINST_AUTOAWQ = (
+    ("search s", 20, "higher"),
+    ("KL", 1, "lower"),
+    ("centred MSE", 1, "lower"),
+    ("logits MSE", 1, "lower"),
+)
+LEARNED = {4: 0.9, 3: 0.7, 2: 0.5}  # KL of learned rounding over native's, by bits: the goals
 HELD_OUT = 64  # validation prompts, with their gold answers, whose logits are compared
 
 
@@ -116,11 +137,37 @@ def memory_of(name: str, group_size: int) -> tuple[float, float]:
     return grown / 1e6, layer_bytes(model) / 1e6
 
 
+def auto_round(
+    args: Any, folder: Path, sequences: Sequence[Sequence[int]], bits: int
+) -> tuple[dict[str, Tensor], float, int] | None:
+    """AutoRound's own weights, seconds and extra bytes at a width; None where it hasn't run and can't."""
+    if not (folder / f"{bits}bit.json").is_file():
+        if not args.auto_round:
+            return None
+        tokens = [token for sequence in sequences for token in sequence]
+        cut = range(0, len(tokens) - PEER_ROW + 1, PEER_ROW)
+        load_base(args.model, dtype=getattr(torch, args.dtype)).save_pretrained(folder)
+        load_tokenizer(args.model).save_pretrained(folder)
+        (folder / "rows.json").write_text(
+            json.dumps([tokens[i : i + PEER_ROW] for i in cut]), encoding="utf-8"
+        )
+        numbers = (bits, args.group_size, find("signround").options["batch"], args.steps)
+        script = Path(__file__).parent / "autoround" / "peer.py"
+        subprocess.run([args.auto_round, script, folder, *map(str, numbers)], check=True)
+    took = json.loads((folder / f"{bits}bit.json").read_text(encoding="utf-8"))
+    return load_file(folder / f"{bits}bit.safetensors"), took["seconds"], took["grown"]
+
+
 def main() -> None:
     """Measure and report."""
     parser = rows_parser(__doc__)
     parser.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     parser.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
+    parser.add_argument("--signround-bits", type=int, nargs="*", default=[])
+    parser.add_argument("--steps", type=int, default=200, help="of signround and auto-round")
+    parser.add_argument("--auto-round", help="a Python that has auto-round")
+    parser.add_argument("--peers", type=Path, help="folder that keeps what auto-round finds")
+    parser.add_argument("--peer-sets", type=int, default=1, help="calibration sets that auto-round runs on")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=128, help="calibration sequences of a set")
     parser.add_argument("--sets", type=int, default=3, help="calibration sets that engines are compared on")
@@ -132,6 +179,7 @@ def main() -> None:
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
         args.memory_model, args.sets = "tiny", 2
+        args.signround_bits, args.steps = [4], 5
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
@@ -193,14 +241,22 @@ def main() -> None:
         "gptq": ([*whole], {"engine": "gptq"}),
         "gptq, act order": ([*whole], {"engine": "gptq", "options": {"act_order": True}}),
         "autoawq": ([*args.autoawq_bits], {"engine": "autoawq"}),
+        "signround": (
+            [*args.signround_bits],
+            {"engine": "signround", "options": {"steps": args.steps}},
+        ),
     }
     if args.sequential:
+        variants["signround, model's inputs"] = (
+            [*args.signround_bits],
+            {"engine": "signround", "options": {"steps": args.steps}, "sequential": False},
+        )
         for name in ("native", "gptq", "gptq, act order"):
             variants[f"{name}, sequential"] = (variants[name][0], variants[name][1] | {"sequential": True})
     for name, (widths, given) in variants.items():
         options = QuantizationOptions(group_size=args.group_size, **given)
         for bits in widths:
-            compared = bits in args.autoawq_bits and name in ("native", "autoawq")
+            compared = bits in (*args.autoawq_bits, *args.signround_bits) and name in COMPARED
             for number, batches in enumerate(sets if compared else sets[:1]):
                 (recipe, final_norm), seconds, grown = measured(
                     partial(search, model, batches, options, bits)
@@ -213,6 +269,18 @@ def main() -> None:
                     quantize_model(quantized, recipe, norm)
                     rows.append(row(quantized, bits, said, number, seconds, grown))
                     show(rows[-1])
+    for number, part in enumerate(range(0, args.peer_sets * args.sequences, args.sequences)):
+        for bits in args.signround_bits if args.auto_round or args.peers else []:
+            made_there = auto_round(
+                args, args.peers / f"set{number}", sequences[part : part + args.sequences], bits
+            )
+            if made_there is None:
+                continue
+            weights, seconds, grown = made_there
+            rounded = load()
+            rounded.load_state_dict(weights, strict=False)
+            rows.append(row(rounded, bits, "auto-round", number, seconds, grown))
+            show(rows[-1])
     rows.sort(key=lambda one: (-one["bits"], one["engine"], one["set"]))
     tokens = ", ".join(str(int(sum(batch["attention_mask"].sum() for batch in one))) for one in sets)
     print(
@@ -220,24 +288,25 @@ def main() -> None:
     )
 
     claims = []
-    for bits in args.autoawq_bits:
-        ours, theirs = (
-            [one for one in rows if (one["engine"], one["bits"]) == (engine, bits)]
-            for engine in ("native", "autoawq")
+    for bits, ours, theirs, key, goal, better in (
+        *((b, "native", "autoawq", *goal) for b in args.autoawq_bits for goal in AGAINST_AUTOAWQ),
+        *((b, "signround", "native", "KL", LEARNED.get(b, 1), "lower") for b in args.signround_bits),
+        *((b, "signround", "auto-round", "KL", 1, "lower") for b in args.signround_bits),
+        *((b, "signround", "auto-round", "search s", 3, "higher") for b in args.signround_bits),
+    ):
+        mine, others = (
+            {one["set"]: one[key] for one in rows if (one["engine"], one["bits"]) == (engine, bits)}
+            for engine in (ours, theirs)
         )
-        if not ours:
+        ratios = [
+            others[n] / mine[n] if better == "higher" else mine[n] / others[n] for n in mine.keys() & others
+        ]
+        if not ratios:
             continue
-        for key, what, goal, better in (
-            ("search s", "seconds, autoawq over native", 20, "higher"),
-            ("KL", "KL, native over autoawq", 1, "lower"),
-            ("centred MSE", "centred MSE, native over autoawq", 1, "lower"),
-            ("logits MSE", "logits MSE, native over autoawq", 1, "lower"),
-        ):
-            above, below = (theirs, ours) if better == "higher" else (ours, theirs)
-            ratios = [one[key] / other[key] for one, other in zip(above, below, strict=True)]
-            spread = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else math.nan
-            name = f"{what}, {bits} bits, mean of {len(ratios)} sets (± {spread:.2f})"
-            claims.append(claim(name, statistics.mean(ratios), goal, better))
+        spread = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else math.nan
+        first, second = (theirs, ours) if better == "higher" else (ours, theirs)
+        name = f"{key}, {first} over {second}, {bits} bits, mean of {len(ratios)} set(s) (± {spread:.2f})"
+        claims.append(claim(name, statistics.mean(ratios), goal, better))
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
         extra, one_layer = fresh.submit(memory_of, args.memory_model, args.group_size).result()
     what = (

@@ -50,7 +50,7 @@ MAY_IMPORT = {
     },
     "paths": set(),
     "precision": set(),
-    "quantization": {"architectures", "batching", "compat", "cpu", "manifest", "values"},
+    "quantization": {"architectures", "batching", "compat", "cpu", "manifest", "routing", "values"},
     "results": {"cpu", "data", "digests", "evaluation", "manifest", "quantization", "settings", "tasks"},
     "report": {"evaluation", "files", "lazy", "manifest", "results", "routing", "tasks"},
     "errors": set(),

@@ -1,4 +1,5 @@
-"""Operations of inference that PyTorch has no fast form of on a CPU, in C++: see layer.h, attention.h and int4.h.
+"""Operations that PyTorch has no fast form of on a CPU, in C++: of inference, see layer.h, attention.h and int4.h,
+and of rounding that is learned, see rounding.h.
 
 They are an addition: where `ready` says no, callers take PyTorch's own operations. What a model computes is defined
 there; here it is only computed in fewer passes over memory, with roundings at the same places.
@@ -24,6 +25,8 @@ __all__ = [
     "ready",
     "rms_norm",
     "rotate",
+    "round_groups",
+    "round_step",
     "route",
     "route_wide",
     "swiglu",
@@ -145,3 +148,30 @@ def int4_dequantize(
     Levels are ``(code - zero) · scale`` in float32, rounded once.
     """
     return operations().int4_dequantize.default(packed, scales, zeros, first, count, like)
+
+
+def round_groups(
+    groups: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, top: int, weight: Tensor
+) -> None:
+    """Writes (clamp(round(w/s + v) + z, 0, top) - z) · s into a weight ``(out, in)``, float32 or bfloat16.
+
+    Args:
+        groups, values: w and v, ``(out, n, g)``, float32; g is a multiple of `LANES`.
+        scales, zeros: s and z, ``(out, n, 1)``, float32.
+    """
+    operations().round_groups.default(groups, values, scales, zeros, top, weight)
+
+
+def round_step(
+    groups: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, top: int, gradient: Tensor, rate: float
+) -> tuple[Tensor, Tensor]:
+    """Moves v by `rate` against the sign of its gradient, within [-1/2, 1/2], in place.
+
+    Args:
+        gradient: Of what `round_groups` writes, ``(out, in)``, float32 or bfloat16, contiguous.
+
+    Returns:
+        Sums over each group, ``(out, n, 1)``: of the gradients of weights that 0 or top holds, and that of s where z is
+        constant.
+    """
+    return operations().round_step.default(groups, values, scales, zeros, top, gradient, rate)

@@ -70,6 +70,12 @@ QTALE_INLINE Float fma(Float a, Float b, Float c) {
 }
 
 QTALE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
+QTALE_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
+QTALE_INLINE Float where_equal(Float a, Float b, Float then, Float otherwise) { return a == b ? then : otherwise; }
+QTALE_INLINE Float sign(Float x) { return x > 0 ? Float{} + 1 : x < 0 ? Float{} - 1 : Float{}; }
+
+// The nearest whole number, of two the even one, below 2²².
+QTALE_INLINE Float whole(Float x) { return x + 0x1.8p23f - 0x1.8p23f; }
 
 QTALE_INLINE Float widen(Shorts x) {
 #if defined(__AVX512F__)  // what GCC 12 makes of __builtin_convertvector takes three times as many instructions
@@ -252,6 +258,16 @@ template <typename H>
 QTALE_INLINE Pair<H> fma(Pair<H> a, Pair<H> b, Pair<H> c) { return {fma(a.low, b.low, c.low), fma(a.high, b.high, c.high)}; }
 template <typename H>
 QTALE_INLINE Pair<H> max(Pair<H> a, Pair<H> b) { return {max(a.low, b.low), max(a.high, b.high)}; }
+template <typename H>
+QTALE_INLINE Pair<H> min(Pair<H> a, Pair<H> b) { return {min(a.low, b.low), min(a.high, b.high)}; }
+template <typename H>
+QTALE_INLINE Pair<H> where_equal(Pair<H> a, Pair<H> b, Pair<H> then, Pair<H> otherwise) {
+  return {where_equal(a.low, b.low, then.low, otherwise.low), where_equal(a.high, b.high, then.high, otherwise.high)};
+}
+template <typename H>
+QTALE_INLINE Pair<H> sign(Pair<H> x) { return {sign(x.low), sign(x.high)}; }
+template <typename H>
+QTALE_INLINE Pair<H> whole(Pair<H> x) { return {whole(x.low), whole(x.high)}; }
 template <typename H>
 QTALE_INLINE Pair<H> exp(Pair<H> x) { return {exp(x.low), exp(x.high)}; }
 template <typename H>

@@ -5,12 +5,14 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <tuple>
 #include <vector>
 
 #include "attention.h"
 #include "int4.h"
 #include "int4_8.h"
 #include "layer.h"
+#include "rounding.h"
 #include "router.h"
 
 namespace {
@@ -281,6 +283,53 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   return output.narrow(1, 0, count).t();
 }
 
+void check_groups(const Tensor& groups, const Tensor& values, const Tensor& scales, const Tensor& zeros,
+                  const Tensor& weight) {
+  const int64_t numbers = groups.numel(), size = groups.size(-1);
+  TORCH_CHECK(groups.is_contiguous() && values.is_contiguous() && scales.is_contiguous() && zeros.is_contiguous() &&
+                  weight.is_contiguous() && values.numel() == numbers && weight.numel() == numbers &&
+                  scales.numel() * size == numbers && zeros.numel() * size == numbers && size % LANES == 0,
+              "rounding takes contiguous tensors of one size, in groups of a multiple of ", LANES);
+}
+
+// Groups (out, n, g) into a weight (out, n * g); scales and zeros are (out, n, 1).
+void round_groups(const Tensor& groups, const Tensor& values, const Tensor& scales, const Tensor& zeros, int64_t top,
+                  const Tensor& weight) {
+  check_groups(groups, values, scales, zeros, weight);
+  const int64_t size = groups.size(-1);
+  const float *from = read<float>(groups), *value = read<float>(values), *scale = read<float>(scales),
+              *zero = read<float>(zeros);
+  dispatch(weight, [&](auto type) {
+    auto* to = write<decltype(type)>(weight);
+    at::parallel_for(0, scales.numel(), grain(size), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * size;
+      qtale::round_groups(from + first, value + first, scale + begin, zero + begin, static_cast<float>(top),
+                          end - begin, size, to + first);
+    });
+  });
+}
+
+// Values (out, n, g) by the gradient (out, n * g); the sums are (out, n, 1).
+std::tuple<Tensor, Tensor> round_step(const Tensor& groups, const Tensor& values, const Tensor& scales,
+                                      const Tensor& zeros, int64_t top, const Tensor& gradient, double rate) {
+  check_groups(groups, values, scales, zeros, gradient);
+  const int64_t size = groups.size(-1);
+  const float *from = read<float>(groups), *scale = read<float>(scales), *zero = read<float>(zeros);
+  float* value = write<float>(values);
+  Tensor held = at::empty_like(scales), of_scale = at::empty_like(scales);
+  float *held_at = write<float>(held), *of_scale_at = write<float>(of_scale);
+  dispatch(gradient, [&](auto type) {
+    const auto* slopes = read<decltype(type)>(gradient);
+    at::parallel_for(0, scales.numel(), grain(size), [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * size;
+      qtale::round_step(from + first, value + first, scale + begin, zero + begin, static_cast<float>(top),
+                        slopes + first, static_cast<float>(rate), end - begin, size, held_at + begin,
+                        of_scale_at + begin);
+    });
+  });
+  return {held, of_scale};
+}
+
 }  // namespace
 
 #define QTALE_DEFINE(name, library) TORCH_LIBRARY(name, library)  // which takes a name, not what stands for it
@@ -300,6 +349,11 @@ QTALE_DEFINE(QTALE_LIBRARY, library) {
   library.def("int4_linear_rounded(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor zeros, int first, int count, Tensor like) -> Tensor");
+  library.def(
+      "round_groups(Tensor groups, Tensor values, Tensor scales, Tensor zeros, int top, Tensor(a!) weight) -> ()");
+  library.def(
+      "round_step(Tensor groups, Tensor(a!) values, Tensor scales, Tensor zeros, int top, Tensor gradient, float rate) "
+      "-> (Tensor, Tensor)");
 }
 
 QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
@@ -312,4 +366,6 @@ QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
   library.impl("int4_linear", int4_linear);
   library.impl("int4_linear_rounded", int4_linear_rounded);
   library.impl("int4_dequantize", int4_dequantize);
+  library.impl("round_groups", round_groups);
+  library.impl("round_step", round_step);
 }

@@ -155,6 +155,8 @@ class Packed:
             return False
         if key.is_cuda:
             return kernels.takes_variable_lengths(key)
+        if key.requires_grad:  # whose backward costs as much for one sequence as for all
+            return False
         return key.is_cpu and sum(self.packing.counts) >= MANY_TOKENS * len(self.packing.counts)
 
     def _flat(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -27,13 +27,26 @@ def padded_batches(
     sequences: Iterable[Sequence[int]], device: torch.device | str = "cpu", tokens: int = BATCH_TOKENS
 ) -> list[Batch]:
     """Batches of sequences of similar length, padded on the right: at most `tokens` each, or one sequence."""
-    rows, batches = [torch.tensor(sequence, device=device) for sequence in sequences], list[Batch]()
-    for batch in by_length([len(row) for row in rows], tokens):
-        lengths = torch.tensor([len(rows[i]) for i in batch], device=device)
-        ids = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True)
-        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
-        batches.append({"input_ids": ids, "attention_mask": mask.long()})
-    return batches
+    rows = [torch.tensor(sequence, device=device) for sequence in sequences]
+    return [padded([rows[i] for i in batch]) for batch in by_length([len(row) for row in rows], tokens)]
+
+
+def padded(rows: Sequence[Tensor]) -> Batch:
+    """A batch of token sequences, each of shape `(T,)`, padded on the right."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    ids = nn.utils.rnn.pad_sequence([*rows], batch_first=True)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def real_tokens(batch: Batch) -> Tensor:
+    """Which tokens of a batch aren't padding, bool `(B, T)`."""
+    ids = batch["input_ids"]
+    return (
+        batch["attention_mask"].bool()
+        if "attention_mask" in batch
+        else torch.ones_like(ids, dtype=torch.bool)
+    )
 
 
 @dataclass
@@ -76,18 +89,10 @@ def every_nth(batches: Sequence[Batch], tokens: int) -> int:
     return max(1, -(-padded // tokens))
 
 
-def layer_by_layer(
-    model: nn.Module, batches: Sequence[Batch]
-) -> Iterator[tuple[DecoderLayer, Callable[..., list[Tensor]]]]:
-    """Decoder layers in order, each with the function that runs it on all batches; call it once in each turn.
+def first_calls(model: nn.Module, batches: Sequence[Batch]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """What a model's first decoder layer is called with for each batch: hidden states, and all other arguments.
 
-    It returns the hidden states after the layer, by batch. The model is never changed, so later layers see
-    full-precision inputs, as in AutoAWQ; unless the function is given another module to run in the layer's place. Told
-    not to advance, it only shows the layer to what watches it, and is to be called again.
-
-    Args:
-        model: a causal language model of a declared family in evaluation mode.
-        batches: of calibration tokens.
+    They are every later layer's arguments, too.
     """
     recorder = _Recorder()
     decoder: Any = model.get_submodule("model")
@@ -103,8 +108,23 @@ def layer_by_layer(
     for kwargs in arguments:
         if hasattr(kwargs.get("routing"), "align"):
             kwargs["routing"].align = False  # a routed model must not repeat tokens that are counted here
-    del recorder  # and with it the first layer's inputs, which `hidden` outgrows
+    return hidden, arguments
 
+
+def layer_by_layer(
+    model: nn.Module, batches: Sequence[Batch]
+) -> Iterator[tuple[DecoderLayer, Callable[..., list[Tensor]]]]:
+    """Decoder layers in order, each with the function that runs it on all batches; call it once in each turn.
+
+    It returns the hidden states after the layer, by batch. The model is never changed, so later layers see
+    full-precision inputs, as in AutoAWQ; unless the function is given another module to run in the layer's place. Told
+    not to advance, it only shows the layer to what watches it, and is to be called again.
+
+    Args:
+        model: a causal language model of a declared family in evaluation mode.
+        batches: of calibration tokens.
+    """
+    hidden, arguments = first_calls(model, batches)
     for layer in decoder_layers(model):
 
         def run(module: nn.Module = layer.module, advance: bool = True) -> list[Tensor]:

@@ -134,6 +134,7 @@ def quantize_model(
     recipe: Recipe,
     final_norm: Tensor | None = None,
     made_from: Mapping[str, Any] | None = None,
+    routers: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Replaces the decoder layers' linears by packed quantized ones, in place; all else keeps its precision.
 
@@ -142,6 +143,7 @@ def quantize_model(
         recipe: what a search found for it.
         final_norm: a weight for its final norm, shape `(D,)`, that fits the recipe; see `refit_final_norm`.
         made_from: what the configuration is to say of its making; see `PackedConfig`.
+        routers: parameters of its routers, by name, that fit the recipe; see `refit_routers`.
 
     Raises:
         ValueError: the model is quantized already, or the recipe is of another model.
@@ -162,4 +164,6 @@ def quantize_model(
         scale_vectors(layer, recipe)
     if final_norm is not None:
         model.get_parameter("model.norm.weight").copy_(final_norm)
+    for name, parameter in (routers or {}).items():
+        model.get_parameter(name).copy_(parameter)
     model.config.quantization_config = config  # type: ignore[union-attr]

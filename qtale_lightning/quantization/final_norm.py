@@ -5,14 +5,20 @@ nothing at inference. Norm tweaking (Li et al., AAAI 2024) trains all norms on g
 with a squared error of the logits, the best weight solves a linear system.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qtale_lightning.architectures import architecture_of
-from qtale_lightning.quantization.calibration import Batch, every_nth, layer_by_layer, plain_float32
+from qtale_lightning.quantization.calibration import (
+    Batch,
+    every_nth,
+    layer_by_layer,
+    plain_float32,
+    real_tokens,
+)
 from qtale_lightning.quantization.mappings import DecoderLayer
 from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_layer
 
@@ -23,7 +29,9 @@ SHIFT = 0.1  # weight of a shift that all logits of a token share: no probabilit
 RIDGE = 1e-2  # pull towards the weight as it was, relative to what each of its elements explains
 
 
-def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) -> Tensor:
+def refit_final_norm(
+    model: nn.Module, recipe: Recipe, batches: Sequence[Batch], routers: Mapping[str, Tensor] | None = None
+) -> Tensor:
     """The weight of the final norm with which a quantized model's logits are closest to the model's own.
 
     Minimises over γ, for the hidden states before the norm's weight, x of the model and y of the quantized one, and
@@ -38,6 +46,7 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
         model: a LLaMA-family causal language model in full precision, in evaluation mode; it isn't changed.
         recipe: what a search found for it.
         batches: calibration tokens, as arguments of `model.model`.
+        routers: parameters of its routers, by name, that fit the recipe; see `refit_routers`.
 
     Returns:
         Shape `(D,)`, float32.
@@ -48,7 +57,7 @@ def refit_final_norm(model: nn.Module, recipe: Recipe, batches: Sequence[Batch])
     check_recipe(model, recipe)
     some = batches[:: every_nth(batches, TOKENS)]
     exact = _normalised(model, some, lambda layer: layer.module)
-    found = _normalised(model, some, lambda layer: quantized_layer(layer, recipe))
+    found = _normalised(model, some, lambda layer: quantized_layer(layer, recipe, routers))
     if not found.isfinite().all():
         raise ValueError("the quantized model's hidden states have NaN or infinity: quantize at more bits")
     offset = architecture_of(model.config).norm_offset
@@ -76,10 +85,7 @@ def _normalised(
     states: list[Tensor] = []
     for layer, run in layer_by_layer(model, batches):
         states = run(module_of(layer))
-    real = [
-        hidden[batch["attention_mask"].bool()] if "attention_mask" in batch else hidden.flatten(0, 1)
-        for hidden, batch in zip(states, batches, strict=True)
-    ]
+    real = [hidden[real_tokens(batch)] for hidden, batch in zip(states, batches, strict=True)]
     norm: Any = model.get_submodule("model.norm")
     tokens = torch.cat(real).float()
     epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon  # families name it so or so

@@ -46,6 +46,11 @@ class DecoderLayer:
         scale = scales.get(self.path(self.architecture.mapping(name).previous))
         return weight if scale is None else weight * scale.to(weight.device)
 
+    def scaled_weight(self, name: str, scales: dict[str, Tensor]) -> Tensor:
+        """The same with rows divided by the scales of what the linear feeds, where it is the operation before."""
+        weight, rows = self.scaled_columns(name, scales), scales.get(self.path(name))
+        return weight if rows is None else weight / rows.to(weight.device)[:, None]
+
 
 def split_name(linear: str, architecture: Architecture) -> tuple[str, ScaleMapping]:
     """The decoder layer of a linear, both by full name, and the mapping that scales its input."""

@@ -28,8 +28,11 @@ class QuantizationOptions:
         sequences: Training sequences (prompt and answer) to calibrate on.
         refit_norm: Fit the final norm, which isn't quantized, to what rounding did to the layers before it. Engines
             that are references as they are have no such step.
-        sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do.
-        options: The engine's own, e.g. '{"act_order": true}'.
+        refit_routers: Fit the routers' last linear, which isn't quantized, to the stream that quantized layers give, so
+            that the decisions are those of the model before; with any engine.
+        sequential: Calibrate each layer on what the quantized layers before it give, not on what the model's own do; by
+            default as the engine was published. IN_ORDER
+        options: The engine's own, e.g. '{"act_order": true}'. EXPLAINED
     """
 
     bits: Numbers[int | float] = Numbers((4, 3))  # noqa: RUF009 (a tuple)
@@ -39,7 +42,8 @@ class QuantizationOptions:
     patterns: dict[str, int] | None = None
     sequences: int = 128
     refit_norm: bool = True
-    sequential: bool = False
+    refit_routers: bool = False
+    sequential: bool | None = None
     options: dict[str, bool | int | float | str] | None = None
 
     @property
@@ -58,13 +62,18 @@ class QuantizationOptions:
 
     @property
     def calibrates(self) -> bool:
-        """Whether the engine looks at calibration sequences."""
-        return self.declared.calibrates
+        """Whether something looks at calibration sequences: the engine, or the routers' fit."""
+        return self.declared.calibrates or self.refit_routers
+
+    @property
+    def in_order(self) -> bool:
+        """Whether layers see what quantized ones give."""
+        return self.declared.sequential if self.sequential is None else self.sequential
 
     @property
     def search_options(self) -> dict[str, Any]:
         """What the engine's search takes besides widths, groups and symmetry: its own options, as declared or given."""
-        return {**self._own, **({"sequential": self.sequential} if self.calibrates else {})}
+        return {**self._own, **({"sequential": self.in_order} if self.declared.calibrates else {})}
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -74,7 +83,8 @@ class QuantizationOptions:
         """The same of another engine, as far as it has them: its own options are as declared."""
         if name == self.engine:
             return self
-        return replace(self, engine=name, options=None, sequential=self.sequential and find(name).calibrates)
+        sequential = self.sequential if find(name).calibrates else None
+        return replace(self, engine=name, options=None, sequential=sequential)
 
     def settings(self, bits: float) -> dict[str, Any]:
         """What a model at one of the precisions depends on besides the exported model and the sequences."""
@@ -83,6 +93,7 @@ class QuantizationOptions:
             "bits": bits,
             "patterns": dict(self.patterns or {}) if bits == int(bits) else {},
             "refit_norm": self.refits,
+            "refit_routers": self.refit_routers,
         }
 
     def search_settings(self) -> dict[str, Any]:
@@ -92,7 +103,7 @@ class QuantizationOptions:
             "options": self._own,
             "group_size": self.group_size,
             "symmetric": self.symmetric,
-            "sequential": self.sequential,
+            "sequential": self.in_order,
         }
 
     def arguments(self) -> list[str]:
@@ -123,7 +134,7 @@ class QuantizationOptions:
         except ValueError as error:
             raise ValueError(f"--quantize.engine {error}") from None
         try:
-            engine.check_options(self.options or {})
+            engine.check_options(self.options or {}, len({name.rsplit(".", 2)[0] for name in shapes}))
         except ValueError as error:
             raise ValueError(f"--quantize.options: {error}") from None
         if self.sequential and not engine.calibrates:
@@ -190,6 +201,17 @@ class QuantizationOptions:
 
 
 _TITLES = " ".join(f"{name}: {engine.title}." for name, engine in ENGINES.items())
-QuantizationOptions.__doc__ = (QuantizationOptions.__doc__ or "").replace(
-    "ENGINES", _TITLES
-)  # as --help shows it
+_OPTIONS = " ".join(
+    f"{name}: {engine.explained} (by default {json.dumps(dict(engine.options))})."
+    for name, engine in ENGINES.items()
+    if engine.options
+)
+_IN_ORDER = (
+    f"With {' and '.join(name for name, engine in ENGINES.items() if engine.sequential)} true, else false."
+)
+for _word, _said in (
+    ("ENGINES", _TITLES),
+    ("EXPLAINED", _OPTIONS),
+    ("IN_ORDER", _IN_ORDER),
+):  # as --help shows it
+    QuantizationOptions.__doc__ = (QuantizationOptions.__doc__ or "").replace(_word, _said)

@@ -194,10 +194,19 @@ def quantized_weight(layer: DecoderLayer, name: str, recipe: Recipe) -> Quantize
     return Quantized(codes, scales if rows is None else scales / rows.to(scales)[:, None, None], zeros)
 
 
-def quantized_layer(layer: DecoderLayer, recipe: Recipe) -> nn.Module:
-    """A copy of a layer with the values that its quantized weights stand for."""
-    module = copy.deepcopy(layer.module)
+def quantized_layer(
+    layer: DecoderLayer, recipe: Recipe, fitted: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of a layer with the values that its quantized weights stand for.
+
+    Args:
+        fitted: other parameters that fit the recipe, by full name; those of other layers are left out.
+    """
+    module, prefix = copy.deepcopy(layer.module), f"{layer.name}."
     with torch.no_grad():
+        for name, parameter in (fitted or {}).items():
+            if name.startswith(prefix):
+                module.get_parameter(name.removeprefix(prefix)).copy_(parameter)
         for name in layer.linears:
             weight = quantized_weight(layer, name, recipe).dequantize()
             module.get_parameter(f"{name}.weight").copy_(weight)
@@ -217,8 +226,7 @@ def apply_scales(model: nn.Module, recipe: Recipe) -> None:
     check_recipe(model, recipe)
     for layer in decoder_layers(model):
         for name, linear in layer.linears.items():
-            weight, rows = layer.scaled_columns(name, recipe.scales), recipe.scales.get(layer.path(name))
-            linear.weight.copy_(weight if rows is None else weight / rows.to(weight)[:, None])
+            linear.weight.copy_(layer.scaled_weight(name, recipe.scales))
         scale_vectors(layer, recipe)
 
 

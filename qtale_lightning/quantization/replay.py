@@ -39,6 +39,15 @@ def recorded_calls(
         yield calls
 
 
+def unwatched(module: nn.Module, shared: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of a module: what watches the original doesn't see its calls. It shares what is given by its `id`."""
+    made = copy.deepcopy(module, shared)
+    for part in made.modules():
+        part._forward_pre_hooks.clear()
+        part._forward_hooks.clear()
+    return made
+
+
 class Replay(nn.Module):
     """A copy of a module, to be changed, that repeats the calls which the original got in calibration."""
 
@@ -49,10 +58,7 @@ class Replay(nn.Module):
         super().__init__()
         own = None if changed is None else {f"{name}.weight" for name in changed}
         shared = {id(p): p for name, p in module.named_parameters() if own is not None and name not in own}
-        self.module = copy.deepcopy(module, shared)
-        for part in self.module.modules():  # what watches the original must not see the copy's calls
-            part._forward_pre_hooks.clear()
-            part._forward_hooks.clear()
+        self.module = unwatched(module, shared)
         self.calls = calls
 
     def outputs(self) -> Iterator[Tensor]:

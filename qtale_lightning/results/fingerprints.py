@@ -16,6 +16,9 @@ from qtale_lightning.digests import of
 FORMAT = 2
 """Of what is made, measured and kept; with another one nothing is known again."""
 
+LATER: Mapping[str, Any] = {"refit_routers": False}
+"""What older folders don't say of their making, and what it was."""
+
 WHENCE = ("root", "revisions", "limit_train", "limit_validation", "calibration_rows", "seed", "mix")
 """What of a protocol says where questions came from and how they were chosen; which they are, their digest says."""
 
@@ -50,7 +53,8 @@ def made(config: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 def differences(made_from: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Names of what something was made from otherwise than is asked."""
-    return [name for name, value in asked.items() if name not in made_from or made_from[name] != value]
+    said = {**LATER, **made_from}
+    return [name for name, value in asked.items() if name not in said or said[name] != value]
 
 
 def fingerprint(

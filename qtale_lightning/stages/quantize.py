@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from torch import Tensor
+
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.digests import of, of_model
 from qtale_lightning.manifest import verify, writing
@@ -17,6 +19,7 @@ from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
 from qtale_lightning.quantization.recipe import REMEDY, Recipe
+from qtale_lightning.quantization.routers import refit_routers
 from qtale_lightning.results.fingerprints import FORMAT, differences, made
 from qtale_lightning.results.predictions import predictions_file
 from qtale_lightning.results.store import forget
@@ -79,9 +82,10 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         else:
             recipe = allocate(shapes, {w: recipes[w] for w in options.candidates([bits])}, bits)
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
-        final_norm = refit_final_norm(model, recipe, batches) if options.refits else None
+        routers = _refitted(model, recipe, batches, bits) if options.refit_routers else None
+        final_norm = refit_final_norm(model, recipe, batches, routers) if options.refits else None
         packed = load_exported(run, as_stored=True)
-        quantize_model(packed, recipe, final_norm, ingredients[bits])
+        quantize_model(packed, recipe, final_norm, ingredients[bits], routers)
         with writing(run.root, run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
@@ -94,6 +98,18 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             f"({size / run.weight_bytes():.2f} of the exported model's)"
         )
     console.print(f"quantized in {time.perf_counter() - started:.0f} s")
+
+
+def _refitted(
+    model: RoutedForCausalLM, recipe: Recipe, batches: Sequence[Batch], bits: float
+) -> dict[str, Tensor]:
+    """The routers' weights that bring back the decisions; says how many they bring back."""
+    refit = refit_routers(model, recipe, batches)
+    before, after = (f"{share:.2%}" for share in refit.turned)
+    console.print(
+        f"{bits:g} bits turn {before} of the routers' decisions, {after} with their last linear fitted"
+    )
+    return refit.weights
 
 
 def _ingredients(
@@ -168,10 +184,10 @@ def _recipes(
     missing = {bits: by_linear for bits, by_linear in precisions.items() if bits not in found}
     if not missing:
         return found
-    if options.calibrates:
+    if options.declared.calibrates:
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         log.info("calibrating on %d tokens of training sequences, routing on", tokens)
-    layers = len(model.model.layers) * (len(missing) if options.sequential else 1)
+    layers = len(model.model.layers) * options.declared.passes(len(missing), options.in_order)
     with progress(f"{options.engine} search, layers", layers) as advance:
         recipes = options.declared(
             model,
@@ -184,7 +200,7 @@ def _recipes(
         )
     for bits, recipe in zip(missing, recipes, strict=True):
         found[bits] = replace(recipe, made_from=made_from)
-        if options.calibrates:
+        if options.declared.calibrates:
             with writing(run.root, run.search(bits, options.engine)) as file:
                 found[bits].save(file)
     return found

@@ -36,13 +36,21 @@ def test_no_other_file_names_an_engine() -> None:
     assert found == []
 
 
+def test_every_option_is_explained_in_the_help() -> None:
+    said = QuantizationOptions.__doc__ or ""
+    for engine in ENGINES.values():
+        assert all(name in engine.explained for name in engine.options)
+        assert engine.title in said
+        assert engine.explained in said
+
+
 def test_a_name_is_taken_once_and_one_that_isnt_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "ENGINES", dict(ENGINES))
     with pytest.raises(ValueError, match="there is an engine rtn, with files rtn-…, already"):
         register(Engine("rtn", "another", list))
     with pytest.raises(ValueError, match="there is an engine native, with files awq-…, already"):
         register(Engine("awq", "another", list))
-    with pytest.raises(ValueError, match="'awk': choose one of native, autoawq, gptq, rtn"):
+    with pytest.raises(ValueError, match="'awk': choose one of native, autoawq, gptq, rtn, signround"):
         find("awk")
 
 

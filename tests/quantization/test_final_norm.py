@@ -70,7 +70,7 @@ def test_terms_are_those_of_the_objective(
 
 def test_nothing_rounded_changes_nothing(make_routed: MakeRouted, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_routed()
-    monkeypatch.setattr(final_norm, "quantized_layer", lambda layer, recipe: layer.module)
+    monkeypatch.setattr(final_norm, "quantized_layer", lambda layer, recipe, fitted: layer.module)
     weight = refit_final_norm(model, rounded(model, 4), padded_batches(sequences(0)))
     torch.testing.assert_close(weight, model.model.norm.weight.detach(), rtol=1e-3, atol=1e-4)
 

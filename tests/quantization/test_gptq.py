@@ -195,7 +195,9 @@ def test_errors_are_those_of_its_codes(find: Find, make_model: Any, rows: Tensor
     assert recipe.errors[name] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("engine", [name for name, engine in ENGINES.items() if engine.calibrates])
+@pytest.mark.parametrize(
+    "engine", [name for name, one in ENGINES.items() if one.calibrates and not one.alone]
+)
 def test_layers_can_be_calibrated_on_what_quantized_ones_give(
     engine: str, make_model: Any, rows: Tensor, apply: Callable[..., None]
 ) -> None:

@@ -28,6 +28,7 @@ def check(reserved_tokens: int = RESERVED, **options: Any) -> None:
         {"engine": "rtn", "sequences": 1},
         {"engine": "autoawq", "patterns": {"*.down_proj": 8}},
         {"engine": "gptq", "sequential": True, "options": {"percdamp": 1, "act_order": True}},
+        {"engine": "signround", "bits": (2,), "options": {"steps": 1, "batch": 1, "lr": 2, "window": 1}},
         {"bits": (), "sequences": 1},  # nothing to quantize needs no calibration
         {"sequences": -(-MIN_TOKENS // RESERVED)},
     ],
@@ -39,7 +40,7 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "awk"}, "--quantize.engine 'awk': choose one of native, autoawq, gptq, rtn"),
+        ({"engine": "awk"}, "--quantize.engine 'awk': choose one of native, autoawq, gptq, rtn, signround"),
         (
             {"engine": "gptq", "options": {"percdamp": -1}},
             "--quantize.options: percdamp must be positive and finite, such as 0.01, not -1",
@@ -57,6 +58,18 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
             {"engine": "rtn", "sequential": True},
             "--quantize.sequential: the engine rtn looks at no sequences",
         ),
+        ({"engine": "signround", "options": {"steps": 0}}, "--quantize.options: steps must be at least 1"),
+        ({"engine": "signround", "options": {"batch": 0}}, "--quantize.options: batch must be at least 1"),
+        ({"engine": "signround", "options": {"lr": 0}}, "--quantize.options: lr must be positive and finite"),
+        (
+            {"engine": "signround", "options": {"window": 3}},
+            "--quantize.options: window is 1 or 2 layers, not",
+        ),
+        (
+            {"engine": "signround", "options": {"window": 2}},
+            "--quantize.options: window 2 is more than the model's 1 layer",
+        ),
+        ({"engine": "signround", "bits": (3.5,)}, "signround measures none: choose --quantize.engine native"),
         ({"sequences": 0}, "--quantize.sequences 0 must be positive"),
         ({"sequences": -3, "engine": "rtn"}, "--quantize.sequences -3 must be positive"),
         ({"sequences": 15}, "--quantize.sequences 15 .* 30 tokens, .* needs 32: give at least 16$"),
@@ -109,8 +122,11 @@ def test_only_round_to_nearest_needs_no_calibration() -> None:
     assert [engine for engine in ENGINES if not QuantizationOptions(engine=engine).calibrates] == ["rtn"]
 
 
-def test_only_the_default_engine_fits_the_norm_and_only_if_asked() -> None:
-    assert [engine for engine in ENGINES if QuantizationOptions(engine=engine).refits] == ["native"]
+def test_engines_that_are_no_references_fit_the_norm_and_only_if_asked() -> None:
+    assert [engine for engine in ENGINES if QuantizationOptions(engine=engine).refits] == [
+        "native",
+        "signround",
+    ]
     assert not QuantizationOptions(refit_norm=False).refits
 
 
@@ -118,6 +134,9 @@ def test_another_engine_takes_what_it_has() -> None:
     given = QuantizationOptions(engine="gptq", group_size=32, sequential=True, options={"act_order": True})
     assert given.of_engine("gptq") is given
     assert given.of_engine("native") == QuantizationOptions(engine="native", group_size=32, sequential=True)
+    assert QuantizationOptions(engine="signround").search_options["sequential"]
+    assert not QuantizationOptions(engine="signround", sequential=False).search_options["sequential"]
+    assert not QuantizationOptions(engine="signround").of_engine("gptq").search_options["sequential"]
     assert given.of_engine("rtn") == QuantizationOptions(engine="rtn", group_size=32)
 
 
@@ -127,6 +146,7 @@ def test_settings_are_all_that_a_packed_model_depends_on() -> None:
     assert settings == {
         "engine": "gptq", "group_size": 128, "symmetric": False, "sequential": False,
         "options": {"percdamp": 0.01, "act_order": True}, "bits": 4, "patterns": {"*": 8}, "refit_norm": False,
+        "refit_routers": False,
     }  # fmt: skip
     assert settings.keys() == {option.name for option in fields(QuantizationOptions)} - {"sequences"}
     assert QuantizationOptions(patterns={"*": 8}).settings(3.5)["patterns"] == {}

@@ -32,8 +32,13 @@ class Engine:
         refits: The final norm is fitted to what it rounds.
         averages: It measures what each width does to the residual stream, so that an average of bits can be spent.
         mixes: Linears that share an input may have different bits.
+        sequential: As it was published, layers see what quantized ones give, where nothing else is said.
         options: Its own options (`--quantize.options`), with their defaults.
+        explained: What they are, in a sentence for `--help`.
         packages: Python packages that it computes with besides the suite's own.
+        alone: It goes through the layers once for each precision; others search all precisions in one pass, unless
+            layers see what quantized ones give.
+        check: Refuses values of its own options, all given, by the number of the model's layers: a ValueError.
     """
 
     name: str
@@ -47,8 +52,12 @@ class Engine:
     refits: bool = False
     averages: bool = False
     mixes: bool = True
+    sequential: bool = False
     options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    explained: str = ""
     packages: tuple[str, ...] = ()
+    alone: bool = False
+    check: Callable[[Mapping[str, Any], int], None] = lambda options, layers: None
 
     def __call__(
         self,
@@ -80,8 +89,16 @@ class Engine:
         found = self.load()(model, batches, precisions, group_size, symmetric, **{**self.options, **more})
         return [replace(recipe, engine=self.name) for recipe in found]
 
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses options that it doesn't have, or of another kind than the declared ones (ValueError)."""
+    def passes(self, precisions: int, sequential: bool) -> int:
+        """How often it goes through the layers for so many precisions."""
+        return precisions if self.alone or sequential else 1
+
+    def check_options(self, options: Mapping[str, Any], layers: int) -> None:
+        """Refuses options that it doesn't have, of another kind than the declared ones, or that don't fit the layers.
+
+        Raises:
+            ValueError: Names the option.
+        """
         for name, value in options.items():
             if name not in self.options:
                 known = f"it has {', '.join(self.options)}" if self.options else "it has none"
@@ -95,3 +112,4 @@ class Engine:
                 raise ValueError(
                     f"{name} must be positive and finite, such as {self.options[name]}, not {value!r}"
                 )
+        self.check({**self.options, **options}, layers)

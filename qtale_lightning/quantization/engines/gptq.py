@@ -22,4 +22,6 @@ ENGINE = Engine(
     _load,
     keeps_codes=True,
     options={"percdamp": 0.01, "act_order": False},
+    explained="percdamp, what is added to the Hessian's diagonal as a share of its mean, and act_order, columns in "
+    "order of falling second moments",
 )
