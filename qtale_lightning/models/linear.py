@@ -22,6 +22,11 @@ class RoutedLinear(nn.Linear):
     The two sum in another order: equal within bfloat16's rounding.
     """
 
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        """The weight, as `cpu.decoder` takes it for tokens of a dtype; None where it can't."""
+        takes = self.weight.dtype == dtype and self.weight.is_contiguous()
+        return (self.weight,) if takes else None
+
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., out)`` from ``(..., in)``."""
         weight = self.weight

@@ -93,6 +93,10 @@ class Int4Strips:
             return self.by_kernel(x)
         return self.by_blocks(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 
+    def operands(self) -> tuple[Tensor, ...]:
+        """What the operations take."""
+        return self.packed, self.scales, self.zeros
+
     def by_kernel(self, x: Tensor) -> Tensor:
         """Products with the codes: the time grows with every token."""
         return cpu.int4_linear(x.contiguous(), self.packed, self.scales, self.zeros)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Kernel, choose_kernel
+from qtale_lightning.quantization.kernels import Int4Strips, Kernel, choose_kernel
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.rtn import Quantized
 
@@ -131,6 +131,10 @@ class QuantizedLinear(nn.Module):
         assert self.kernel is not None
         output = self.kernel(x.detach() if x.requires_grad else x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        """The kernel's tensors, as `cpu.decoder` takes them for tokens of a dtype; None where it can't."""
+        return self.kernel.operands() if isinstance(self.kernel, Int4Strips) else None
 
     def extra_repr(self) -> str:
         """For printing the model."""

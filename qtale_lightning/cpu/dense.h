@@ -1,0 +1,51 @@
+// Products of a few tokens with dense weights: each weight is read once for all tokens, and widened once.
+//
+//     y = x · Wᵀ + b
+#pragma once
+
+#include "lanes.h"
+
+namespace qtale {
+
+constexpr int DENSE_TOKENS = LANES_HELD >= 32 ? 8 : 3;  // multiplied at a time: more would not fit the registers
+
+// Dot products of `rows` neighbouring rows of W with `count` tokens, into columns of y (count, LANES).
+template <int rows, int count, typename T>
+QTALE_INLINE void dense_rows(const T* weight, const float* x, int64_t inputs, float* y) {
+  Lanes total[rows][count];
+  for (int r = 0; r < rows; r++)
+    for (int t = 0; t < count; t++) total[r][t] = all(0);
+  for (int64_t i = 0; i < inputs; i += LANES) {
+    Lanes of_row[rows];
+    for (int r = 0; r < rows; r++) of_row[r] = load(weight + r * inputs + i);
+    for (int t = 0; t < count; t++) {
+      const Lanes value = load(x + t * inputs + i);
+      for (int r = 0; r < rows; r++) total[r][t] = fma(of_row[r], value, total[r][t]);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int t = 0; t < count; t++) y[t * LANES + r] = sum(total[r][t]);
+}
+
+// Outputs `begin` to `end`, in multiples of LANES, of y (tokens, outputs): W is (outputs, inputs), x (tokens, inputs) and
+// b (outputs), or nullptr.
+template <typename T>
+inline void dense_linear(const T* weight, const T* bias, const float* x, int64_t tokens, int64_t inputs,
+                         int64_t outputs, int64_t begin, int64_t end, T* y) {
+  const auto block = [&]<int count>(std::integral_constant<int, count>, int64_t row, int64_t t) {
+    constexpr int rows = count * 4 + 5 <= LANES_HELD ? 4 : count * 2 + 2 <= LANES_HELD ? 2 : 1;
+    float sums[count * LANES];
+    for (int64_t r = 0; r < LANES; r += rows)
+      dense_rows<rows, count>(weight + (row + r) * inputs, x + t * inputs, inputs, sums + r);
+    const Lanes added = bias == nullptr ? all(0) : load(bias + row);
+    for (int n = 0; n < count; n++) store(y + (t + n) * outputs + row, load(sums + n * LANES) + added);
+  };
+  for (int64_t row = begin; row < end; row += LANES)
+    for (int64_t t = 0; t < tokens; t += DENSE_TOKENS)  // the rows stay in the nearest caches meanwhile
+      [&]<int... n>(std::integer_sequence<int, n...>) {
+        const int64_t count = std::min<int64_t>(DENSE_TOKENS, tokens - t);
+        ((count == n + 1 ? block(std::integral_constant<int, n + 1>(), row, t) : void()), ...);
+      }(std::make_integer_sequence<int, DENSE_TOKENS>());
+}
+
+}  // namespace qtale
