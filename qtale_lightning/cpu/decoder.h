@@ -111,10 +111,16 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
                      int64_t& ready, T* y) {
   if (begin == end) return;
   if (linear.dense != nullptr) {
-    if (ready != 1)
-      for (int64_t i = 0; i < tokens * linear.inputs; i += LANES) store(mine.inputs.data() + i, load(x + i));
-    ready = 1;
-    dense_linear(linear.dense, linear.bias, mine.inputs.data(), tokens, linear.inputs, linear.outputs, begin, end, y);
+    const DenseInput<T>* inputs;
+    if constexpr (std::is_same_v<DenseInput<T>, T>) {
+      inputs = x;
+    } else {
+      if (ready != 1)
+        for (int64_t i = 0; i < tokens * linear.inputs; i += LANES) store(mine.inputs.data() + i, load(x + i));
+      ready = 1;
+      inputs = mine.inputs.data();
+    }
+    dense_linear(linear.dense, linear.bias, inputs, tokens, linear.inputs, linear.outputs, begin, end, y);
     return;
   }
   const Int4Weight& weight = linear.int4;

@@ -185,13 +185,14 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<T
   at::DimVector shape(x.sizes());
   shape.back() = outputs;
   Tensor output = at::empty(shape, x.options());
-  const Tensor wide = x.to(at::kFloat);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
+    using Input = qtale::DenseInput<T>;
+    const Tensor in = x.to(std::is_same_v<Input, float> ? at::kFloat : at::kBFloat16);
     const T *matrix = read<T>(weight), *added = bias ? read<T>(*bias) : nullptr;
     T* out = write<T>(output);
     at::parallel_for(0, outputs / LANES, grain(LANES * inputs * tokens), [&](int64_t begin, int64_t end) {
-      qtale::dense_linear(matrix, added, read<float>(wide), tokens, inputs, outputs, begin * LANES, end * LANES, out);
+      qtale::dense_linear(matrix, added, read<Input>(in), tokens, inputs, outputs, begin * LANES, end * LANES, out);
     });
   });
   return output;
