@@ -159,13 +159,19 @@ inline void normalise(const Norm<T>& norm, const T* x, int64_t hidden, Private<T
 template <typename T>
 inline void route(const Team& team, const LayerRouter& router, const T* x, int64_t batch, int64_t hidden,
                   Private<T>& mine, float* wide, float* logits) {
-  for (int64_t i = 0; i < batch * hidden; i += LANES) store(mine.inputs.data() + i, load(x + i));
-  const auto [first, last] = team.share(router.end.width / ROUTER_ROWS);
-  const int64_t begin = first * ROUTER_ROWS, end = last * ROUTER_ROWS;
-  if (router.low != nullptr)
-    route_down(mine.inputs.data(), router.low, batch, hidden, router.end.width, begin, end, wide);
-  else
-    route_down(mine.inputs.data(), router.down, batch, hidden, router.end.width, begin, end, wide);
+  const int64_t width = router.end.width;
+  const auto [first, last] = team.share(width / LANES);
+  const auto product = [&](const auto* weight, const auto* tokens) {
+    using W = std::remove_cvref_t<decltype(*weight)>;
+    dense_linear<W>(weight, nullptr, tokens, batch, hidden, width, first * LANES, last * LANES, wide);
+  };
+  if constexpr (TAKES_PAIRS<T>)
+    if (router.low != nullptr) product(router.low, x);
+  if (!TAKES_PAIRS<T> || router.low == nullptr) {
+    for (int64_t i = 0; i < batch * hidden; i += LANES) store(mine.inputs.data() + i, load(x + i));
+    if (router.low == nullptr) product(router.down, mine.inputs.data());
+    else if constexpr (!PAIRS) product(router.low, mine.inputs.data());
+  }
   team.wait();
   for (int64_t b = 0; b < batch; b++) route_end(wide + b * router.end.width, router.bias, router.end, logits + 2 * b);
 }

@@ -48,9 +48,9 @@ QTALE_INLINE void dense_rows(const T* weight, const DenseInput<T>* x, int64_t in
 
 // Outputs `begin` to `end`, in multiples of LANES, of y (tokens, outputs): W is (outputs, inputs), x (tokens, inputs) and
 // b (outputs), or nullptr.
-template <typename T>
+template <typename T, typename Y>
 inline void dense_linear(const T* weight, const T* bias, const DenseInput<T>* x, int64_t tokens, int64_t inputs,
-                         int64_t outputs, int64_t begin, int64_t end, T* y) {
+                         int64_t outputs, int64_t begin, int64_t end, Y* y) {
   const auto block = [&]<int count>(std::integral_constant<int, count>, int64_t row, int64_t t) {
     constexpr int rows = count == 1 || count * 4 + 5 <= LANES_HELD ? 4 : 2;
     Lanes partial[count * LANES];

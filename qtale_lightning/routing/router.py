@@ -16,8 +16,6 @@ INITIAL_BIAS = (0.1, 2.0)
 CHUNK = 2**17
 # Tokens of decoding: a router's time is that of reading its weights.
 FEW = 8
-# Weights of a router that a core's cache holds in float32, 1 MB: there bfloat16 saves a few tokens no time.
-CACHED = 2**18
 
 
 class Router(nn.Module):
@@ -69,7 +67,7 @@ class Router(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         inference = not self.training and not torch.is_grad_enabled()
         few = inference and device == "cpu" and len(tokens) <= FEW
-        low = inference and self._goes_low(tokens.dtype, few)
+        low = inference and self._goes_low(tokens.dtype)
         ours = inference and self._fits and cpu.ready(tokens)
         if few and ours:
             down, bias = self._down(low)
@@ -82,11 +80,10 @@ class Router(nn.Module):
             logits = self._logits(self.down(tokens.float()))
         return logits.view(*hidden_states.shape[:-1], 2)
 
-    def _goes_low(self, dtype: torch.dtype, few: bool) -> bool:
-        """Whether tokens of a dtype, few or many, are multiplied in bfloat16."""
+    def _goes_low(self, dtype: torch.dtype) -> bool:
+        """Whether tokens of a dtype are multiplied in bfloat16 at inference."""
         # Weights made in inference mode have no version to tell their changes by.
-        low = dtype == torch.bfloat16 and not self.down.weight.is_inference()
-        return low and not (few and self.down.weight.numel() <= CACHED)
+        return dtype == torch.bfloat16 and not self.down.weight.is_inference()
 
     def _down(self, low: bool) -> tuple[Tensor, Tensor]:
         return self._low_weights() if low else (self.down.weight, self.down.bias)
@@ -94,7 +91,7 @@ class Router(nn.Module):
     def operands(self, dtype: torch.dtype) -> list[Tensor]:
         """What `cpu.decoder` takes of it, for tokens of a dtype."""
         norm, _, out, out_bias = self._rest()
-        down, bias = self._down(self._goes_low(dtype, few=True))
+        down, bias = self._down(self._goes_low(dtype))
         return [down, bias.float(), norm, out, out_bias]
 
     def _rest(self) -> tuple[Tensor, float, Tensor, Tensor]:
