@@ -23,11 +23,12 @@ import cProfile
 import itertools
 import pstats
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from common import interleaved, parser, report
+from common import interleaved, parser, report, show
 from latency import CONTEXT, decisions, dense_model, routed_model
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig
@@ -192,7 +193,9 @@ def measure(args: Any) -> list[dict[str, Any]]:
             layers = whole(ours[form], prompt, steps, (form, ratio, "layers"))
             contenders |= {key: by_layers(run) for key, run in layers.items()}
             contenders |= {(form, ratio, "layers", part): run for part, run in of_parts.items()}
-        seconds = interleaved(contenders, args.repeats, warmup=1)
+        seconds = interleaved(
+            contenders, args.repeats, 1, time.process_time if args.cpu_seconds else time.perf_counter
+        )
         for name in dict.fromkeys(key[:3] for key in seconds):
             form, ratio, way = name
             of = {key[3]: values for key, values in seconds.items() if key[:3] == name}
@@ -204,6 +207,7 @@ def measure(args: Any) -> list[dict[str, Any]]:
             for part in ("generate", "model", "linears", "routers", "operations", "head"):
                 row[f"{part} ms"] = ms.get(part, "")
             rows.append(row | {"python ms": ms["model"] - sum(known) if known else ""})
+            show(rows[-1])
             if args.functions:
                 functions(
                     f"{form}, ratio {ratio:g}, batch {batch}",
@@ -220,6 +224,11 @@ def main() -> None:
     options.add_argument("--ratios", type=float, nargs="*", default=[1.0, 0.5])
     options.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     options.add_argument("--forms", nargs="*", default=["bf16", "int4"])
+    options.add_argument(
+        "--cpu-seconds",
+        action="store_true",
+        help="of the process: for one thread on a machine that others use",
+    )
     options.add_argument("--repeats", type=int, default=5)
     options.add_argument(
         "--functions", type=int, default=0, help="Python functions to print of each contender"
