@@ -3,8 +3,9 @@
     python benchmarks/linear.py [--tokens 1 8 24 64 512] [--repeats 15] [--json FILE]
 
 `int4` is what a quantized model runs. Its two ways are measured beside it, to see that it chooses well: the kernel
-(good for a few tokens, whose time is that of reading the weights) and blocks dequantized one by one (for many). So is
-PyTorch's int4 kernel, which runs where our own operations can't be built.
+and blocks dequantized one by one (for many tokens, where PyTorch has AMX). So are the kernel for each instruction set
+that this processor has (in bfloat16 where that has bfloat16 products, else in float32, as a model computes there),
+tokens in 8 bits, and PyTorch's int4 kernel, which runs where our own operations can't be built.
 The limit is the larger of two times measured here in the same run: reading the int4 weights at this machine's
 bandwidth, and the products at the speed of a large bfloat16 matrix product.
 """
@@ -21,6 +22,8 @@ import torch
 from common import claim, interleaved, median_ratio, parser, report
 from torch import nn
 
+from qtale_lightning import cpu
+from qtale_lightning.precision import instruction_sets
 from qtale_lightning.quantization.kernels import CROSSOVER_TOKENS, Int4CPU, Int4Strips, choose_kernel
 from qtale_lightning.quantization.rtn import Scheme, quantize
 
@@ -54,6 +57,12 @@ def arithmetic(width: int, repeats: int) -> float:
     return 2 * width**3 / _median(lambda: one @ one, repeats)
 
 
+def by_instructions(of_one: Any, int4s: Copies, x: torch.Tensor) -> torch.Tensor:
+    """The kernel by the operations for one instruction set."""
+    weight = int4s.next()
+    return of_one.int4_linear.default(x, weight.packed, weight.scales, weight.zeros)
+
+
 def _median(run: Any, repeats: int) -> float:
     run()
     seconds = []
@@ -81,12 +90,13 @@ def main() -> None:
         f"{read / 1e9:.1f} GB/s read, {compute / 1e9:.0f} GFLOP/s in bfloat16, {torch.get_num_threads()} threads"
     )
     rows = []
+    operations = {name: cpu.operations(name) for name in (instruction_sets() if cpu.available() else ())}
     for name, (outputs, inputs) in shapes.items():
         weight = torch.randn(outputs, inputs) / inputs**0.5
         quantized = quantize(weight, Scheme(4, GROUP_SIZE))
         int4 = choose_kernel(quantized)
-        if not isinstance(int4, Int4Strips | Int4CPU) or not Int4CPU.supports(quantized):
-            print("skipped: this processor has no int4 kernel of a known layout")
+        if not isinstance(int4, Int4Strips) or not Int4CPU.supports(quantized):
+            print("skipped: our operations weren't built here, or PyTorch's int4 kernel has no known layout")
             return
         peer = Int4CPU(quantized)
         low = nn.Linear(inputs, outputs, bias=False).to(torch.bfloat16)
@@ -104,12 +114,15 @@ def main() -> None:
                 "bf16": partial(lambda lows, x: lows.next()(x), lows, x16),
                 "float32": partial(lambda fulls, x: fulls.next()(x), fulls, x),
                 "int4": partial(lambda int4s, x: int4s.next()(x), int4s, x16),
-                "kernel": partial(lambda int4s, x: int4s.next().by_kernel(x), int4s, x16),
+                "8 bits": partial(lambda int4s, x: int4s.next().by_rounded(x), int4s, x16),
                 "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, x16),
                 "PyTorch": partial(lambda peers, x: peers.next().by_kernel(x), peers, x16),
             }
+            for name_of, of_one in operations.items():
+                given = x16 if name_of == "avx512_bf16" else x
+                contenders[name_of] = partial(by_instructions, of_one, int4s, given)
             if tokens > 2 * CROSSOVER_TOKENS:
-                del contenders["kernel"], contenders["PyTorch"]  # seconds a call
+                del contenders["PyTorch"]  # seconds a call
             seconds = interleaved(contenders, args.repeats)
             size = int4.packed.nbytes + 3 * int4.scales.numel()  # 16 bits of a scale, 8 of a zero point
             limit = max(size / read, 2 * tokens * outputs * inputs / compute)
@@ -122,13 +135,24 @@ def main() -> None:
                 | {"over float32": median_ratio(seconds["float32"], seconds["int4"])}
                 | {
                     f"{way} ms": 1e3 * medians[way] if way in medians else ""
-                    for way in ("kernel", "blocks", "PyTorch")
+                    for way in ("8 bits", "blocks", "PyTorch")
+                }
+                | {f"{way} of read": size / read / medians[way] for way in operations}
+                | {
+                    f"{way} over dense": median_ratio(
+                        seconds["bf16" if way == "avx512_bf16" else "float32"], seconds[way]
+                    )
+                    for way in operations
                 }
             )
     claims = []
     for tokens, goal in ((min(args.tokens), 2.0), (max(args.tokens), 1.0)):
         slowest = min(row["over bf16"] for row in rows if row["tokens"] == tokens)
         claims.append(claim(f"int4 over bf16, {tokens} tokens, slowest shape", slowest, goal, "higher"))
+    for way in operations:
+        for tokens, what, goal in ((min(args.tokens), "of read", 0.8), (max(args.tokens), "over dense", 1.0)):
+            slowest = min(row[f"{way} {what}"] for row in rows if row["tokens"] == tokens)
+            claims.append(claim(f"{way}: {what}, {tokens} tokens, slowest shape", slowest, goal, "higher"))
     report("linear", rows, claims, args.json)
 
 

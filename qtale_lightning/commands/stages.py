@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
@@ -70,7 +70,12 @@ def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
 
 
 def evaluate(
-    run: UserPath, options: tuple[str, ...], bits: Bits = 16, theta: Floats[ClosedUnitInterval] | None = None
+    run: UserPath,
+    options: tuple[str, ...],
+    bits: Bits = 16,
+    theta: Floats[ClosedUnitInterval] | None = None,
+    activation_bits: Literal[16, 8] = 16,
+    head_bits: Literal[16, 8, 4] = 16,
 ) -> None:
     """One precision and threshold on the validation questions.
 
@@ -78,12 +83,16 @@ def evaluate(
         run: A run's directory.
         bits: Precision, of those that the run has.
         theta: Threshold, or one for each routed layer; by default the model's own.
+        activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32.
+        head_bits: Of the head's weights: 8 and 4 round them to nearest, in groups of 32.
     """
     with _configured(run, options, "evaluate") as (directory, cli):
         from qtale_lightning import stages
+        from qtale_lightning.quantization.lighter import lighten
 
         engine = cli.quantization.engine
         model = stages.load_exported(directory, bits, engine)
+        lighten(model, activation_bits, head_bits)
         at: float | list[float] | None = None
         if model.config.has_theta:
             given = None if theta is None else [*theta]

@@ -4,11 +4,13 @@ They are an addition: where `ready` says no, callers take PyTorch's own operatio
 there; here it is only computed in fewer passes over memory, with roundings at the same places.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qtale_lightning import precision
 from qtale_lightning.cpu.build import available, instruction_set, operations
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "instruction_set",
     "int4_dequantize",
     "int4_linear",
+    "int4_linear_rounded",
+    "multiplies_in_tiles",
     "operations",
     "ready",
     "rms_norm",
@@ -51,6 +55,12 @@ def ready(x: Tensor, *others: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and available()
     )
+
+
+@cache
+def multiplies_in_tiles() -> bool:
+    """Whether PyTorch multiplies bfloat16 by AMX here: many tokens at several times any other speed."""
+    return precision.native_bfloat16() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -140,6 +150,14 @@ def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Ten
         zeros: ``(out / 16, groups, 16)`` uint8.
     """
     return operations().int4_linear.default(x, packed, scales, zeros)
+
+
+def int4_linear_rounded(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """`int4_linear` of tokens that are rounded to 8 bits, in blocks of 32 inputs, by integer products.
+
+    A block's scale is its largest magnitude by 127. Sums within a block are exact. Groups are of a multiple of 32.
+    """
+    return operations().int4_linear_rounded.default(x, packed, scales, zeros)
 
 
 def int4_dequantize(

@@ -11,17 +11,20 @@
 #include "attention.h"
 #include "dense.h"
 #include "int4.h"
+#include "int4_8.h"
 #include "layer.h"
 #include "router.h"
 #include "team.h"
 
 namespace qtale {
 
-// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4; with a bias (outputs), or nullptr.
+// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits;
+// with a bias (outputs), or nullptr.
 template <typename T>
 struct Linear {
   const T* dense;
   Int4Weight int4;
+  bool rounded;
   const T* bias;
   int64_t inputs, outputs;
 };
@@ -95,17 +98,18 @@ template <typename T>
 struct Private {
   std::vector<T> tokens, gate;
   std::vector<float> inputs, sums, room;
+  std::vector<int8_t> codes;
   std::vector<int64_t> rows;
 
   Private(const Sizes& s, int64_t batch, int64_t longest)
       : tokens(batch * s.hidden), gate(batch * s.inner), inputs(batch * std::max({s.hidden, s.inner, s.heads * s.width})),
-        sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)) {
+        sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
     rows.reserve(batch);
   }
 };
 
 // Outputs `begin` to `end` of a linear, in multiples of LANES, for tokens whose form `ready` says it has in `inputs`
-// already: that of `dense` weights (1), or of int4 weights in so many groups (-groups).
+// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups).
 template <typename T>
 inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_t begin, int64_t end, Private<T>& mine,
                      int64_t& ready, T* y) {
@@ -124,9 +128,19 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
     return;
   }
   const Int4Weight& weight = linear.int4;
-  if (ready != -weight.groups) int4_inputs(x, tokens, weight, mine.inputs.data(), mine.sums.data());
-  ready = -weight.groups;
-  int4_linear(weight, mine.inputs.data(), mine.sums.data(), tokens, begin / STRIP, end / STRIP, y);
+  if (linear.rounded) {
+    const int64_t blocks = weight.inputs / ROUNDED_BLOCK;
+    const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
+    if (ready != 2) round_inputs(x, tokens, weight.inputs, inputs);
+    ready = 2;
+    int4_linear_rounded(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
+  } else {
+    using Inputs = Int4Inputs<T>;
+    const Inputs inputs{reinterpret_cast<typename Inputs::Of::Input*>(mine.inputs.data()), mine.sums.data()};
+    if (ready != -weight.groups) int4_inputs(x, tokens, weight, inputs);
+    ready = -weight.groups;
+    int4_linear(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
+  }
   if (linear.bias != nullptr)
     for (int64_t at = 0; at < tokens * linear.outputs; at += linear.outputs)
       for (int64_t i = begin; i < end; i += LANES) store(y + at + i, load(y + at + i) + load(linear.bias + i));

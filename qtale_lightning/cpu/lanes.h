@@ -72,28 +72,33 @@ QTALE_INLINE Float fma(Float a, Float b, Float c) {
 QTALE_INLINE Float max(Float a, Float b) { return a > b ? a : b; }
 
 QTALE_INLINE Float widen(Shorts x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-  return (Float)(Bits)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)x), 16);  // GCC takes four instructions else
+#if defined(__AVX512F__)  // what GCC 12 makes of __builtin_convertvector takes three times as many instructions
+  const Bits wide = (Bits)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+  const Bits wide = (Bits)_mm256_cvtepu16_epi32((__m128i)x);
 #else
-  return (Float)(__builtin_convertvector(x, Bits) << 16);
+  const Bits wide = __builtin_convertvector(x, Bits);
 #endif
+  return (Float)(wide << 16);
 }
 
-// To the nearest bfloat16, of two the even one, as the instructions do; these take denormal numbers for 0.
+// To the nearest bfloat16, of two the even one, as the instructions do; these take denormal numbers for 0. Behind it are
+// 16 bits that mean nothing.
+QTALE_INLINE Bits nearest(Float x) {
+  const Bits bits = (Bits)x;
+  return x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000;  // a NaN stays one
+}
+
 QTALE_INLINE Shorts narrow(Float x) {
 #if defined(__AVX512BF16__)
   return (Shorts)_mm512_cvtneps_pbh(x);
-#else
-  const Bits bits = (Bits)x, even = bits + 0x7fff + (bits >> 16 & 1);
-  const Bits wide = (x == x ? even : bits | 0x400000) >> 16;  // a NaN stays one
-#if defined(__AVX512F__)
-  return (Shorts)_mm512_cvtepi32_epi16((__m512i)wide);
+#elif defined(__AVX512F__)
+  return (Shorts)_mm512_cvtepi32_epi16((__m512i)(nearest(x) >> 16));
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)wide, (__m256i)wide);  // of each half of the register
+  const __m256i wide = (__m256i)(nearest(x) >> 16), packed = _mm256_packus_epi32(wide, wide);  // of each half
   return (Shorts)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
 #else
-  return vmovn_u32(wide);
-#endif
+  return vmovn_u32(nearest(x) >> 16);
 #endif
 }
 
@@ -128,11 +133,53 @@ QTALE_INLINE void store(BFloat16* x, Float value) {
 // Rounds as storing to memory of this type between two operations would.
 template <typename T>
 QTALE_INLINE Float rounded(Float value) {
-  if constexpr (std::is_same_v<T, BFloat16>) return widen(narrow(value));
-  else return value;
+  if constexpr (!std::is_same_v<T, BFloat16>) return value;
+#if defined(__AVX512BF16__)
+  return widen(narrow(value));
+#else
+  return (Float)(nearest(value) & 0xffff0000);
+#endif
 }
 
+#if defined(__AVX512BF16__)
+// sum + a · b of the two bfloat16 numbers in each lane.
+QTALE_INLINE Float add_pair(Float sum, Bits a, Bits b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+#endif
+
 QTALE_INLINE Float number(Bits x) { return __builtin_convertvector((Int)x, Float); }  // below 2³¹
+
+// Sums of four neighbouring products, of bytes from 0 to 15 with bytes from -127 to 127, in every lane; of 8 such calls at
+// most, since where there is no instruction for it they are summed in 16 bits.
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
+using ByteSums = Int;
+#else
+using ByteSums = int16_t __attribute__((vector_size(REGISTER)));
+#endif
+QTALE_INLINE ByteSums add_products(ByteSums sums, Bits unsigned_bytes, Bits signed_bytes) {
+#if defined(__AVX512VNNI__)
+  return (Int)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif defined(__AVX512F__)
+  return sums + (ByteSums)_mm512_maddubs_epi16((__m512i)unsigned_bytes, (__m512i)signed_bytes);
+#elif defined(__AVX2__)
+  return sums + (ByteSums)_mm256_maddubs_epi16((__m256i)unsigned_bytes, (__m256i)signed_bytes);
+#else
+  const int8x16_t a = (int8x16_t)unsigned_bytes, b = (int8x16_t)signed_bytes;
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sums, a, b);
+#else
+  return vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+#endif
+#endif
+}
+QTALE_INLINE Float number(ByteSums sums) {
+#if defined(__AVX512VNNI__) || defined(__aarch64__)
+  return __builtin_convertvector(sums, Float);
+#elif defined(__AVX512F__)
+  return __builtin_convertvector((Int)_mm512_madd_epi16((__m512i)sums, _mm512_set1_epi16(1)), Float);
+#else
+  return __builtin_convertvector((Int)_mm256_madd_epi16((__m256i)sums, _mm256_set1_epi16(1)), Float);
+#endif
+}
 
 template <typename V>
 QTALE_INLINE V broadcast(float x) {
@@ -140,12 +187,10 @@ QTALE_INLINE V broadcast(float x) {
   else return {broadcast<decltype(V::low)>(x), broadcast<decltype(V::high)>(x)};
 }
 
-// exp(x) = 2ⁿ · exp(r), |r| ≤ ln(2) / 2, by a polynomial (that of Cephes' expf): off by 1 unit in the last place at most,
-// from -infinity to infinity.
+// exp(x) = 2ⁿ · exp(r), |r| ≤ ln(2) / 2, by a polynomial (that of Cephes' expf): off by 1 unit in the last place at most;
+// 0 where it would be denormal, and infinity from 88.37 on, where n is larger than float32's largest power of 2.
 QTALE_INLINE Float exp(Float x) {
   const auto all = broadcast<Float>;
-  x = x < all(-104) ? all(-104) : x;  // 0
-  x = x > all(89) ? all(89) : x;      // infinity
   const Float magic = all(0x1.8p23f);  // so large that nothing is left behind the point
   const Float shifted = fma(x, all(0x1.715476p0f), magic), n = shifted - magic;
   const Float r = fma(n, all(0x1.05c61p-29f), fma(n, all(-0x1.62e43p-1f), x));
@@ -156,8 +201,9 @@ QTALE_INLINE Float exp(Float x) {
   p = fma(p, r, all(1.6666665459e-1f));
   p = fma(p, r, all(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
-  const Int power = (Int)shifted - (Int)magic, half = power >> 1;  // 2ⁿ in two factors that float32 has
-  return p * (Float)((half + 127) << 23) * (Float)((power - half + 127) << 23);
+  const Float y = p * (Float)(((Int)shifted - ((Int)magic - 127)) << 23);
+  const Float infinite = x > all(88.37f) ? all(std::numeric_limits<float>::infinity()) : y;  // NaN stays
+  return x < all(-87.33f) ? all(0) : infinite;
 }
 
 // Of all lanes, in halves: lane i with lane i + n / 2.

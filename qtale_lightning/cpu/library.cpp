@@ -8,6 +8,7 @@
 
 #include "attention.h"
 #include "dense.h"
+#include "int4_8.h"
 #include "layer.h"
 #include "stack.h"
 #include "tensors.h"
@@ -154,23 +155,68 @@ Tensor route(const Tensor& x, const Tensor& down, const Tensor& bias, const Tens
   return logits;
 }
 
+Tensor of_outputs(const Tensor& x, const qtale::Int4Weight& weight) {
+  at::DimVector shape(x.sizes());
+  shape.back() = weight.strips * qtale::STRIP;
+  return at::empty(shape, x.options());
+}
+
+// Calls run(begin, end) for parts of a weight's strips, whose products with so many tokens are shared by threads.
+template <typename F>
+void by_strips(const qtale::Int4Weight& weight, int64_t tokens, F&& run) {
+  const int64_t work = qtale::STRIP * weight.inputs * tokens / 2;  // of two strips, whose numbers have four bits
+  at::parallel_for(0, (weight.strips + 1) / 2, grain(work), [&](int64_t begin, int64_t end) {
+    run(2 * begin, std::min(2 * end, weight.strips));
+  });
+}
+
 // Tokens x (…, inputs) give (…, outputs).
 Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& zeros) {
   const qtale::Int4Weight weight = int4_weight(packed, scales, zeros);
   const int64_t tokens = x.numel() / weight.inputs;
   TORCH_CHECK(x.is_contiguous() && x.size(-1) == weight.inputs && weight.group() % LANES == 0,
               "int4_linear takes contiguous tokens of ", weight.inputs, " inputs, in groups of a multiple of ", LANES);
-  at::DimVector shape(x.sizes());
-  shape.back() = weight.strips * qtale::STRIP;
-  Tensor output = at::empty(shape, x.options());
-  std::vector<float> scaled(tokens * weight.inputs), sums(tokens * weight.groups);
+  Tensor output = of_outputs(x, weight);
+  std::vector<float> sums(tokens * weight.groups);
   dispatch(x, [&](auto type) {
     using T = decltype(type);
-    qtale::int4_inputs(read<T>(x), tokens, weight, scaled.data(), sums.data());
+    using Inputs = qtale::Int4Inputs<T>;
+    const int64_t width = Inputs::width(weight);
+    std::vector<typename Inputs::Of::Input> values(tokens * width);
+    const T* in = read<T>(x);
     T* out = write<T>(output);
-    const int64_t work = qtale::STRIP * weight.inputs * tokens / 2;  // of two strips, whose numbers have four bits
-    at::parallel_for(0, (weight.strips + 1) / 2, grain(work), [&](int64_t begin, int64_t end) {
-      qtale::int4_linear(weight, scaled.data(), sums.data(), tokens, 2 * begin, std::min(2 * end, weight.strips), out);
+    at::parallel_for(0, tokens, grain(weight.inputs), [&](int64_t begin, int64_t end) {
+      const Inputs part{values.data() + begin * width, sums.data() + begin * weight.groups};
+      qtale::int4_inputs(in + begin * weight.inputs, end - begin, weight, part);
+    });
+    by_strips(weight, tokens, [&](int64_t begin, int64_t end) {
+      qtale::int4_linear(weight, Inputs{values.data(), sums.data()}, tokens, begin, end, out);
+    });
+  });
+  return output;
+}
+
+// The same for tokens that are rounded to 8 bits in blocks of 32 inputs.
+Tensor int4_linear_rounded(const Tensor& x, const Tensor& packed, const Tensor& scales, const Tensor& zeros) {
+  const qtale::Int4Weight weight = int4_weight(packed, scales, zeros);
+  const int64_t tokens = x.numel() / weight.inputs, blocks = weight.inputs / qtale::ROUNDED_BLOCK;
+  TORCH_CHECK(x.is_contiguous() && x.size(-1) == weight.inputs && weight.group() % qtale::ROUNDED_BLOCK == 0,
+              "int4_linear_rounded takes contiguous tokens of ", weight.inputs, " inputs, in groups of a multiple of ",
+              qtale::ROUNDED_BLOCK);
+  Tensor output = of_outputs(x, weight);
+  std::vector<int8_t> codes(tokens * weight.inputs);
+  std::vector<float> scale(tokens * blocks), sums(tokens * blocks);
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const T* in = read<T>(x);
+    T* out = write<T>(output);
+    at::parallel_for(0, tokens, grain(weight.inputs), [&](int64_t begin, int64_t end) {
+      qtale::round_inputs(in + begin * weight.inputs, end - begin, weight.inputs,
+                          {codes.data() + begin * weight.inputs, scale.data() + begin * blocks,
+                           sums.data() + begin * blocks});
+    });
+    by_strips(weight, tokens, [&](int64_t begin, int64_t end) {
+      qtale::int4_linear_rounded(weight, {codes.data(), scale.data(), sums.data()}, tokens, begin, end, out);
     });
   });
   return output;
@@ -205,18 +251,19 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   const qtale::Int4Weight weight = int4_weight(packed, scales, zeros);
   TORCH_CHECK(first % strip == 0 && count % strip == 0 && first + count <= weight.strips * strip,
               "int4_dequantize takes whole strips of ", strip, " outputs");
-  Tensor output = at::empty({weight.inputs, count}, like.options());
+  const int64_t stride = count + 32;  // rows a power of two apart would meet in the same places of a cache
+  Tensor output = at::empty({weight.inputs, stride}, like.options());
   dispatch(like, [&](auto type) {
     using T = decltype(type);
     T* out = write<T>(output);
     const int64_t strips = count / strip;
     at::parallel_for(0, (strips + some - 1) / some, grain(some * strip * weight.inputs), [&](int64_t begin, int64_t end) {
       for (int64_t s = some * begin; s < std::min(some * end, strips); s += some)
-        qtale::int4_dequantize(weight, first / strip + s, first / strip + std::min(s + some, strips), count,
+        qtale::int4_dequantize(weight, first / strip + s, first / strip + std::min(s + some, strips), stride,
                                out + s * strip);
     });
   });
-  return output.t();
+  return output.narrow(1, 0, count).t();
 }
 
 }  // namespace
@@ -240,6 +287,7 @@ QTALE_DEFINE(QTALE_LIBRARY, library) {
   library.def("route_wide(Tensor wide, Tensor norm, float eps, Tensor out, Tensor out_bias) -> Tensor");
   library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
+  library.def("int4_linear_rounded(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor zeros, int first, int count, Tensor like) -> Tensor");
 }
@@ -253,5 +301,6 @@ QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
   library.impl("route_wide", route_wide);
   library.impl("dense_linear", dense_linear);
   library.impl("int4_linear", int4_linear);
+  library.impl("int4_linear_rounded", int4_linear_rounded);
   library.impl("int4_dequantize", int4_dequantize);
 }

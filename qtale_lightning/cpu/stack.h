@@ -13,7 +13,8 @@ using qtale::Layer;
 using qtale::Step;
 using at::Tensor;
 
-// Tensors of one layer: linears are dense (weight) or int4 (codes, scales, zero points), in the order of
+// Tensors of one layer: linears are dense (weight), int4 (codes, scales, zero points), or
+// that and an empty tensor, for tokens that are rounded to 8 bits; in the order of
 // `qtale::Layer`; a router is (down, its bias in float32, norm, out, out's bias), or nothing.
 struct LayerTensors {
   std::vector<Tensor> norms, head_norms, router;
@@ -24,9 +25,9 @@ struct LayerTensors {
 template <typename T>
 qtale::Linear<T> linear_of(const std::vector<Tensor>& weight, const std::optional<Tensor>& bias) {
   const T* added = bias ? read<T>(*bias) : nullptr;
-  if (weight.size() == 1) return {read<T>(weight[0]), {}, added, weight[0].size(1), weight[0].size(0)};
+  if (weight.size() == 1) return {read<T>(weight[0]), {}, false, added, weight[0].size(1), weight[0].size(0)};
   const qtale::Int4Weight int4 = int4_weight(weight[0], weight[1], weight[2]);
-  return {nullptr, int4, added, int4.inputs, int4.strips * qtale::STRIP};
+  return {nullptr, int4, weight.size() == 4, added, int4.inputs, int4.strips * qtale::STRIP};
 }
 
 constexpr double ROUTER_EPS = 1e-6;

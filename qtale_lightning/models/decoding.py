@@ -93,7 +93,11 @@ class _Watch:
         self.hooks: list[Any] = []
         self.attributes: list[dict[str, Any]] = []
         for module in modules:
-            own = {name: vars(module)[name] for name in ("kernel", "_low") if name in vars(module)}
+            own = {
+                name: vars(module)[name]
+                for name in ("kernel", "activation_bits", "_low")
+                if name in vars(module)
+            }
             for owner, items in (
                 (module._modules, module._modules),
                 (module._parameters, module._parameters),

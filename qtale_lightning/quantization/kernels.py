@@ -19,7 +19,8 @@ from qtale_lightning.quantization.rtn import Quantized
 # Inputs of a group that PyTorch's int4 kernels take.
 INT4_GROUP_SIZES = (32, 64, 128, 256)
 # With this many tokens or more, dequantizing and a dense product are faster than a kernel for the CPU, whose time
-# grows with every token: benchmarks/linear.py measures both ways of ours, and of PyTorch's kernel.
+# grows with every token: benchmarks/linear.py measures both ways of ours (where dense products are by AMX; else our
+# kernel is as fast for any number), and of PyTorch's kernel.
 OUR_CROSSOVER_TOKENS, CROSSOVER_TOKENS = 32, 64
 # Outputs dequantized at a time by our operations. With fewer than 1024, products of some numbers of tokens take oneDNN
 # twice the time; with more, blocks leave the caches.
@@ -52,11 +53,28 @@ class Dequantize:
         return linear(x, self.weight.dequantize().to(x.dtype))
 
 
-class Int4Strips:
-    """4 bits or fewer in the layout of our own operations for the CPU, `cpu/int4.h`.
+BLOCK_INPUTS = 32
+"""Inputs of a token that share a scale where tokens are rounded to 8 bits."""
 
-    Few tokens (decode) are multiplied with the codes themselves; for many (prefill), blocks of outputs are dequantized
-    and multiplied densely. Codes, scales (float16, as stored) and zero points are exact, for tokens of any dtype.
+
+def round_tokens(x: Tensor) -> Tensor:
+    """Tokens `(..., in)` rounded to 8 bits in blocks of :data:`BLOCK_INPUTS`: what `activation_bits` 8 multiplies.
+
+    A block's scale is its largest magnitude by 127. `cpu/int4_8.h` does the same in whole numbers.
+    """
+    blocks = x.float().unflatten(-1, (-1, BLOCK_INPUTS))
+    most = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most > 0, torch.full_like(most, 127) / most, 0)
+    return ((blocks * inverse).round() * (most / 127)).flatten(-2).to(x.dtype)
+
+
+class Int4Strips:
+    """8 bits or fewer in the layout of our own operations for the CPU, `cpu/int4.h`.
+
+    Its codes have 4 bits. Wider ones are two weights side by side, code = 16 · high + low, that see the same tokens.
+
+    Tokens are multiplied with the codes themselves; many (prefill), where dense products are by AMX, with blocks of
+    outputs that are dequantized. Codes, scales (float16, as stored) and zero points are exact, for tokens of any dtype.
 
     Raises:
         ValueError: `supports` is False for this weight.
@@ -67,11 +85,16 @@ class Int4Strips:
     def __init__(self, weight: Quantized) -> None:
         if not self.supports(weight):
             raise ValueError(f"our CPU operations don't take a weight of {len(weight.codes)} outputs")
+        self.planes = 1 if weight.codes.max() < 16 else 2
+        if self.planes == 2:
+            weight = _in_planes(weight)
         outputs, groups, group_size = weight.codes.shape
-        self.outputs, self.inputs = outputs, groups * group_size
+        inputs = groups * group_size
+        self.outputs, self.inputs = outputs, inputs // self.planes
+        self.takes_rounded = group_size % BLOCK_INPUTS == 0
         # By strip of 16 outputs: 8 inputs of each in 32 bits, the first one lowest.
-        nibbles = weight.codes.flatten(1).to(torch.uint8).view(-1, 16, self.inputs // 8, 4, 2).transpose(1, 2)
-        self.packed = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, self.inputs // 8, 64)
+        nibbles = weight.codes.flatten(1).to(torch.uint8).view(-1, 16, inputs // 8, 4, 2).transpose(1, 2)
+        self.packed = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, inputs // 8, 64)
         scales, zeros = (term.view(-1, 16, groups).transpose(1, 2) for term in (weight.scales, weight.zeros))
         self.scales, self.zeros = scales.half().contiguous(), zeros.to(torch.uint8).contiguous()
 
@@ -82,27 +105,45 @@ class Int4Strips:
         return (
             weight.codes.device.type == "cpu"
             and outputs % 16 == group_size % 16 == groups * group_size % 32 == 0
-            and bool(weight.codes.max() < 16)
+            and bool(
+                weight.codes.max() < 16 or weight.scales.max() < 2**11
+            )  # 16 times that is a float16, too
             and cpu.available()
         )
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.dtype not in (torch.float32, torch.bfloat16):
             return self(x.float()).to(x.dtype)
-        if x.numel() < OUR_CROSSOVER_TOKENS * self.inputs:
+        tiles = x.dtype == torch.bfloat16 and cpu.multiplies_in_tiles()
+        if not tiles or x.numel() < OUR_CROSSOVER_TOKENS * self.inputs:
             return self.by_kernel(x)
         return self.by_blocks(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 
-    def operands(self) -> tuple[Tensor, ...]:
-        """What the operations take."""
-        return self.packed, self.scales, self.zeros
+    def operands(self, rounded: bool) -> tuple[Tensor, ...] | None:
+        """What `cpu.decoder` takes, with an empty tensor behind it for tokens that it rounds; None where it can't."""
+        if self.planes > 1 or (rounded and not self.takes_rounded):
+            return None
+        weight = self.packed, self.scales, self.zeros
+        return (*weight, self.packed.new_empty(0)) if rounded else weight
 
     def by_kernel(self, x: Tensor) -> Tensor:
         """Products with the codes: the time grows with every token."""
-        return cpu.int4_linear(x.contiguous(), self.packed, self.scales, self.zeros)
+        return cpu.int4_linear(self._of_planes(x), self.packed, self.scales, self.zeros)
+
+    def by_rounded(self, x: Tensor) -> Tensor:
+        """Products of tokens rounded to 8 bits, `round_tokens`, by integers; where `takes_rounded`."""
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return self.by_rounded(x.float()).to(x.dtype)
+        return cpu.int4_linear_rounded(self._of_planes(x), self.packed, self.scales, self.zeros)
+
+    def _of_planes(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.inputs:
+            raise RuntimeError(f"these weights take tokens of {self.inputs} inputs, not {x.shape[-1]}")
+        return x.contiguous() if self.planes == 1 else torch.cat([x, x], -1)
 
     def by_blocks(self, x: Tensor) -> Tensor:
         """Dense products of tokens `(M, in)` with blocks of outputs, each dequantized just before."""
+        x = self._of_planes(x)
         output = x.new_empty(len(x), self.outputs)
         strips, blocks = self.outputs // 16, -(-self.outputs // BLOCK_OUTPUTS)
         for block in range(blocks):
@@ -206,6 +247,20 @@ class Int4CUDA:
             low, self.packed, self.group_size, self.scales_and_offsets
         )
         return product.to(x.dtype).view(*x.shape[:-1], self.outputs)
+
+
+def _in_planes(weight: Quantized) -> Quantized:
+    """8-bit codes as 4-bit ones of twice the inputs, the high halves first: (16 h + l - z) s, z and s split alike."""
+    high, low = (weight.codes / 16).floor(), weight.codes % 16
+    zeros = torch.cat([(weight.zeros / 16).floor(), weight.zeros % 16], 1)
+    return Quantized(torch.cat([high, low], 1), torch.cat([16 * weight.scales, weight.scales], 1), zeros)
+
+
+def rounded_product(kernel: Kernel, x: Tensor) -> Tensor:
+    """A kernel's product of tokens rounded to 8 bits: by integers where it has them."""
+    if isinstance(kernel, Int4Strips) and kernel.takes_rounded:
+        return kernel.by_rounded(x)
+    return kernel(round_tokens(x))
 
 
 def _int4_terms(weight: Quantized) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Int4Strips, Kernel, choose_kernel
+from qtale_lightning.quantization.kernels import Int4Strips, Kernel, choose_kernel, rounded_product
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.rtn import Quantized
 
@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["gemm", "tight"]
 """`gemm`: AutoAWQ's, 4 bits. `tight`: any width, without gaps."""
+
+ActivationBits = Literal[16, 8]
+"""8: tokens are rounded, and multiplied by integer instructions where there are some; 16: as they are."""
 
 SMALLEST_HALF = 2.0**-24  # above zero
 
@@ -30,6 +33,9 @@ class QuantizedLinear(nn.Module):
     Args:
         bits: of a code.
         group_size: inputs that share a scale.
+
+    Attributes:
+        activation_bits: Of the tokens in its products; not stored.
     """
 
     qweight: Tensor | None
@@ -61,6 +67,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("qzeros", torch.zeros(out_features * groups * bits // 8, dtype=torch.uint8))
             self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), False) if bias else None
+        self.activation_bits: ActivationBits = 16
         self.kernel: Kernel | None = None
         self.device: torch.device | None = None  # of the kernel
 
@@ -129,12 +136,15 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None:
             self.prepare()
         assert self.kernel is not None
-        output = self.kernel(x.detach() if x.requires_grad else x)
+        x = x.detach() if x.requires_grad else x
+        output = rounded_product(self.kernel, x) if self.activation_bits == 8 else self.kernel(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-        """The kernel's tensors, as `cpu.decoder` takes them for tokens of a dtype; None where it can't."""
-        return self.kernel.operands() if isinstance(self.kernel, Int4Strips) else None
+        """The kernel's tensors, as `cpu.decoder` takes them; None where it can't."""
+        if not isinstance(self.kernel, Int4Strips):
+            return None
+        return self.kernel.operands(rounded=self.activation_bits == 8)
 
     def extra_repr(self) -> str:
         """For printing the model."""

@@ -99,7 +99,9 @@ def forget(run_dir: str | Path, bits: float, engine: str) -> list[Evaluation]:
     for section in ("evaluation", "selected", "searches", "changes"):
         rows[section] = list(results.get(section, []))  # type: ignore[call-overload]
     others = {
-        section: [one for one in found if (one["bits"], one.get("engine", engine)) != (bits, engine)]
+        section: [
+            one for one in found if (one["bits"], one.get("engine", engine).split("+")[0]) != (bits, engine)
+        ]
         for section, found in rows.items()
     }
     if others != rows:

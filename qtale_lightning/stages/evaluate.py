@@ -13,6 +13,7 @@ from qtale_lightning.evaluation import cost, statistics
 from qtale_lightning.evaluation.accuracy import accuracy_by_task, average
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
 from qtale_lightning.models.modeling import RoutedForCausalLM
+from qtale_lightning.quantization.lighter import lightened
 from qtale_lightning.report.notes import theta_text
 from qtale_lightning.report.scores import score_header, score_text
 from qtale_lightning.results import predictions
@@ -44,9 +45,16 @@ class Subject:
     def __str__(self) -> str:
         return f"{self.bits:g} bits"
 
+    @property
+    def row_engine(self) -> str:
+        """The engine, and in how many bits tokens (a) and head (h) are computed where that isn't 16: "rtn+a8+h4"."""
+        lighter = sorted(f"{name[0]}{bits}" for name, bits in lightened(self.model).items())
+        return "+".join([self.engine, *lighter])
+
     def protocol(self, split: Split) -> dict[str, Any]:
         """What the scores depend on besides the model."""
         protocol = self.data.protocol() | {"scoring": "log-likelihood", "execution": "packed"}
+        protocol |= lightened(self.model)
         written = writing_protocol(self.data) if split == "validation" else {}
         return protocol | {"metrics": self.data.asking.metrics(split)} | written
 
@@ -64,7 +72,7 @@ class Subject:
 
     def known(self, theta: Theta, split: Split) -> Evaluation | None:
         """The row of an earlier evaluation of the same model on the same questions by the same protocol."""
-        key = (self.bits, self.engine, split, self.fingerprint(split))
+        key = (self.bits, self.row_engine, split, self.fingerprint(split))
         for row in load_or_new(self.run.root)["evaluation"]:
             found = (row["bits"], row["engine"], row["split"], row.get("fingerprint"))
             if found == key and same_theta(row["theta"], theta):
@@ -106,7 +114,7 @@ class Subject:
         outcomes = predictions.predictions(questions, scores.loglikelihoods, protocol["metrics"], texts)
         row: Evaluation = {
             "bits": self.bits,
-            "engine": self.engine,
+            "engine": self.row_engine,
             "theta": theta,
             "split": split,
             "examples": len(questions),
@@ -136,7 +144,7 @@ class Subject:
     def say(self, row: Evaluation, how: str) -> None:
         """A row in a line, with what there is to say of its measurement."""
         theta = "" if row["theta"] is None else f", θ = {theta_text(row['theta'])}"
-        engine = "" if self.bits == 16 else f", {self.engine}"
+        engine = "" if self.row_engine == "none" else f", {self.row_engine}"
         console.print(
             f"{self.bits:>3g} bits{engine}{theta}: {_accuracy_said(row)}nll {row['average_nll']:.3f}, "
             f"execution ratio {row['execution_ratio']:.3f}, {how}"

@@ -34,6 +34,8 @@ def test_a_commands_own_options_stand_anywhere(argv: tuple[str, ...]) -> None:
         "run": "RUN",
         "bits": 4,
         "theta": (0.3,),
+        "activation_bits": 16,
+        "head_bits": 16,
         "options": ("--data.limit_validation", "8"),
     }
 

@@ -19,6 +19,7 @@ from qtale_lightning import cpu
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, decoding, route, routed_config
 from qtale_lightning.models.families import classes_of
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.lighter import lighten
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import round_to_nearest
@@ -161,11 +162,38 @@ def test_families(family: str, dtype: torch.dtype, steps: list[bool]) -> None:
 def test_batches(bits: int, batch: int, steps: list[bool]) -> None:
     model = made("qwen2")
     if bits == 4:
-        quantize_model(model, round_to_nearest(uniform(linear_shapes(model), 4, {}), 32))
+        quantize(model, 4)
     expected = decoded(model, lambda step: False, batch=batch)
     found = decoded(model, lambda step: True, batch=batch)
     assert steps == [True] * NEW
     same(model, found, expected)
+
+
+def quantize(model: RoutedForCausalLM, bits: int) -> None:
+    quantize_model(model, round_to_nearest(uniform(linear_shapes(model), bits, {}), 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_in_8_bits(dtype: torch.dtype, steps: list[bool]) -> None:
+    """Rounded at the same places; what is added up in another order before is rarely rounded to the next code."""
+    model = made(dtype=dtype)
+    quantize(model, 4)
+    lighten(model, activation_bits=8)
+    expected = decoded(model, lambda step: False, lambda step: Routing(forced=forced(step)))
+    found = decoded(model, lambda step: True, lambda step: Routing(forced=forced(step)))
+    assert steps == [True] * NEW
+    for actual, reference in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(actual, reference, rtol=0, atol=2**-5 * float(reference.abs().max()))
+    lighten(model)
+    plain = decoded(model, lambda step: True, lambda step: Routing(forced=forced(step)))
+    assert not torch.equal(plain[0][0], found[0][0])  # the option is seen to change
+
+
+def test_weights_of_more_bits_are_left_to_the_layers(steps: list[bool]) -> None:
+    model = made()
+    quantize(model, 6)
+    one_token(model)
+    assert steps == [False]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -299,14 +327,14 @@ def test_changed_weights_are_seen(steps: list[bool]) -> None:
     def reroute() -> None:
         layer.router.out.bias[0].add_(100)  # everybody skips it, but for reserved tokens
 
-    def quantize() -> None:
-        quantize_model(model, round_to_nearest(uniform(linear_shapes(model), 4, {}), 32))
+    def to_4_bits() -> None:
+        quantize(model, 4)
 
     def adapt() -> None:
         layer.mlp.gate_proj = nn.Sequential(layer.mlp.gate_proj)  # something that isn't known
 
     before = one_token(model)
-    for change in (halve, give_storage, replace, replace_module, reroute, quantize, adapt):
+    for change in (halve, give_storage, replace, replace_module, reroute, to_4_bits, adapt):
         change()
         found = one_token(model)
         with pytest.MonkeyPatch.context() as patch:

@@ -164,6 +164,7 @@ def test_codes_scales_and_zeros_are_exact_in_ours(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("outputs", [16, 176])
 def test_outputs_in_several_blocks(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "BLOCK_OUTPUTS", 48)
+    monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda: True)
     weight = make_weight(outputs, 64, Scheme(4, 32))
     check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
 
@@ -288,7 +289,8 @@ def test_the_choice_on_the_cpu_without_ours(monkeypatch: pytest.MonkeyPatch) -> 
 @needs_ours
 def test_the_choice_on_the_cpu() -> None:
     assert all(isinstance(choose_kernel(make_weight(64, 128, Scheme(b, 32))), Int4Strips) for b in (2, 3, 4))
-    assert isinstance(choose_kernel(make_weight(64, 128, Scheme(8, 32))), Dequantize)
+    assert isinstance(choose_kernel(make_weight(64, 128, Scheme(8, 32))), Int4Strips)  # as two weights of 4
+    assert isinstance(choose_kernel(make_weight(72, 128, Scheme(4, 32))), Dequantize)
 
 
 @pytest.mark.parametrize(("outputs", "bits"), [(72, 4), (64, 8)])

@@ -345,3 +345,25 @@ def test_two_runs_are_compared_in_pairs(
     shutil.rmtree(run / "predictions")
     main(["compare", str(run), str(other), "--to", str(tmp_path / "out")])
     assert "paired" not in (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_lighter_rows_are_their_own(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens in 8 bits and a head in 4 change numbers: their rows say so, and stand beside the others."""
+    before = load_results(swept)["evaluation"]
+    command = ["evaluate", str(swept), "--bits", "4", "--theta", "0.3", *SWEEP[2:4]]
+    main([*command, "--activation_bits", "8", "--head_bits", "4"])
+    assert "rtn+a8+h4" in capsys.readouterr().out
+    after = load_results(swept)["evaluation"]
+    (new,) = (row for row in after if row not in before)
+    assert len(after) == len(before) + 1
+    assert (new["bits"], new["engine"], new["theta"]) == (4, "rtn+a8+h4", 0.3)
+    assert (new["protocol"]["activation_bits"], new["protocol"]["head_bits"]) == (8, 4)
+    (plain,) = (row for row in before if (row["bits"], row["theta"], row["split"]) == (4, 0.3, "validation"))
+    assert "head_bits" not in plain["protocol"]
+    assert new["average_nll"] != plain["average_nll"]
+    assert new["average_nll"] == pytest.approx(plain["average_nll"], abs=0.1)
+    main([*command])
+    assert load_results(swept)["evaluation"] == after, "the plain row is as it was measured before"
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(swept), "--activation_bits", "8"])
+    assert "this model has none" in "".join(capsys.readouterr())

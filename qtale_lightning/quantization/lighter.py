@@ -1,0 +1,60 @@
+"""Inference at less precision than a model is stored in: tokens in 8 bits, and the head's weights in 8 or 4."""
+
+from typing import Literal
+
+from torch import nn
+
+from qtale_lightning.quantization.kernels import BLOCK_INPUTS
+from qtale_lightning.quantization.linear import ActivationBits, QuantizedLinear
+from qtale_lightning.quantization.rtn import Scheme, quantize
+
+HeadBits = Literal[16, 8, 4]
+
+HEAD_GROUP_SIZE = 32
+"""Inputs of the head that share a scale: its outputs are compared with each other, so that its errors count."""
+
+
+def lighten(model: nn.Module, activation_bits: ActivationBits = 16, head_bits: HeadBits = 16) -> None:
+    """Let a loaded model compute at less precision, for speed; 16 leaves a thing as it is.
+
+    Nothing that the paper's figures are measured with: benchmarks/README.md has what both cost. The head is rounded to
+    nearest; embeddings that are tied to it keep their precision. Made for inference: a model with another head can't be
+    saved.
+
+    Args:
+        model: A causal language model of transformers.
+        activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32 inputs.
+        head_bits: Of the head's weights.
+
+    Raises:
+        ValueError: A width isn't a multiple of 32, no weights are quantized that could be multiplied with tokens in
+            8 bits, or the head is quantized already.
+    """
+    head = model.get_submodule("lm_head")
+    if head_bits != 16:
+        if not isinstance(head, nn.Linear):
+            raise ValueError(f"the head is quantized already: load the model again for {head_bits} bits")
+        _check_width("lm_head", head.in_features)
+        codes = quantize(head.weight.detach().float(), Scheme(head_bits, HEAD_GROUP_SIZE))
+        model.set_submodule("lm_head", QuantizedLinear.of(codes, head_bits, "tight", head.bias))
+    quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
+    if activation_bits == 8 and not quantized:
+        raise ValueError("tokens in 8 bits are multiplied with quantized weights, and this model has none")
+    for name, linear in quantized.items():
+        _check_width(name, linear.in_features)
+        linear.activation_bits = activation_bits
+
+
+def lightened(model: nn.Module) -> dict[str, int]:
+    """What `lighten` has changed, as a row of results says it in its protocol; nothing where all is at 16 bits."""
+    head = model.get_submodule("lm_head")
+    found = {"head_bits": head.bits} if isinstance(head, QuantizedLinear) else {}
+    tokens = {part.activation_bits for part in model.modules() if isinstance(part, QuantizedLinear)} - {16}
+    return found | ({"activation_bits": tokens.pop()} if tokens else {})
+
+
+def _check_width(name: str, width: int) -> None:
+    if width % BLOCK_INPUTS:
+        raise ValueError(
+            f"{name} has {width} inputs: computing it in 8 or 4 bits takes a multiple of {BLOCK_INPUTS}"
+        )
