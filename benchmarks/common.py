@@ -55,7 +55,10 @@ def rows_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    contenders: Mapping[Key, Callable[[], Any]], repeats: int, warmup: int = 2
+    contenders: Mapping[Key, Callable[[], Any]],
+    repeats: int,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[Key, list[float]]:
     """Seconds of each contender, one after the other in every round, so that drift of the machine hits all alike."""
     seconds: dict[Key, list[float]] = {name: [] for name in contenders}
@@ -63,12 +66,12 @@ def interleaved(
         for name, run in contenders.items():
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            started = time.perf_counter()
+            started = clock()
             run()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -6,6 +6,7 @@ there; here it is only computed in fewer passes over memory, with roundings at t
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from qtale_lightning.cpu.build import available, instruction_set, operations
 __all__ = [
     "attend_next",
     "available",
+    "decoder",
+    "dense_linear",
     "instruction_set",
     "int4_dequantize",
     "int4_linear",
@@ -118,6 +121,26 @@ def route(
 def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Tensor) -> Tensor:
     """`route` without its first product: float32 logits ``(N, 2)`` of ``wide (N, W)``, bias included, contiguous."""
     return operations().route_wide.default(wide, norm, eps, out, out_bias)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of a few tokens ``(…, in)``: each weight is read once for up to 8 of them."""
+    return operations().dense_linear.default(x, weight, bias)
+
+
+def decoder(heads: int, groups: int, width: int, scaling: float, eps: float, last_norm: Tensor) -> Any:
+    """A stack of decoder layers in C++, to which layers are added one by one: see stack.h.
+
+    Args:
+        heads, groups: Of queries, and of keys and values; each is ``width`` wide.
+        width: Of a head.
+        scaling: Of the scores.
+        eps: Of all norms.
+        last_norm: Weight ``(D,)`` of the norm behind the layers.
+    """
+    operations()
+    library = getattr(torch.classes, f"qtale_{instruction_set()}")
+    return library.Decoder(heads, groups, width, scaling, eps, last_norm)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -294,6 +294,43 @@ QTALE_INLINE Lanes load(const T* x) { return lanes_at<Lanes>(x); }
 QTALE_INLINE Words load_words(const void* x) { return lanes_at<Words>(static_cast<const uint32_t*>(x)); }
 QTALE_INLINE Lanes all(float x) { return broadcast<Lanes>(x); }
 
+// The sums of sixteen times sixteen numbers: each as `sum` takes it.
+QTALE_INLINE Lanes sums(const Lanes* x) {
+#if defined(__AVX512F__)
+  Float of_8[8], of_4[4], of_2[2];
+  const auto add = [](Float a, Float b) { return a + b; };
+  // In which order of x's a lane of the last register comes is known: i, i + 4, i + 8, i + 12.
+  for (int i = 0; i < 8; i++) {
+    const Float a = x[4 * (2 * i % 4) + 2 * i / 4], b = x[4 * ((2 * i + 1) % 4) + 2 * i / 4];
+    of_8[i] = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+  for (int i = 0; i < 4; i++) {
+    const Float a = of_8[2 * i], b = of_8[2 * i + 1];
+    of_4[i] = add(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  for (int i = 0; i < 2; i++) {
+    const auto a = (__m512d)of_4[2 * i], b = (__m512d)of_4[2 * i + 1];
+    of_2[i] = add((Float)_mm512_unpacklo_pd(a, b), (Float)_mm512_unpackhi_pd(a, b));
+  }
+  return add(_mm512_shuffle_ps(of_2[0], of_2[1], 0x88), _mm512_shuffle_ps(of_2[0], of_2[1], 0xdd));
+#else
+  float each[LANES];
+  for (int i = 0; i < LANES; i++) each[i] = sum(x[i]);
+  return load(each);
+#endif
+}
+
+// Whether there is an instruction that multiplies pairs of bfloat16, exactly, and adds both products to a lane.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = true;
+QTALE_INLINE Lanes add_pairs(const BFloat16* a, const BFloat16* b, Lanes c) {
+  return _mm512_dpbf16_ps(c, bytes_at<__m512bh>(a), bytes_at<__m512bh>(b));
+}
+#else
+constexpr bool PAIRS = false;
+inline Lanes add_pairs(const BFloat16*, const BFloat16*, Lanes c) { return c; }
+#endif
+
 // Dot products of `rows` neighbouring rows of a matrix with one vector.
 template <int rows, typename T>
 QTALE_INLINE void products(const T* matrix, const float* x, int64_t width, float* y) {

@@ -1,7 +1,6 @@
 // What Python calls, as torch.ops.<QTALE_LIBRARY>.*: checks of tensors, and threads; see __init__.py. What is computed
 // is in the headers, on plain pointers.
 
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -9,43 +8,16 @@
 #include <vector>
 
 #include "attention.h"
-#include "int4.h"
+#include "dense.h"
 #include "int4_8.h"
 #include "layer.h"
 #include "rounding.h"
-#include "router.h"
+#include "stack.h"
+#include "tensors.h"
 
 namespace {
 
-using at::Tensor;
 using qtale::LANES;
-
-// Items of so many numbers each that are worth a thread of their own.
-int64_t grain(int64_t numbers) { return std::max<int64_t>(1, (1 << 14) / std::max<int64_t>(1, numbers)); }
-
-// Calls a function template's instance for a tensor's type.
-template <typename F>
-void dispatch(const Tensor& like, F&& run) {
-  if (like.scalar_type() == at::kFloat) {
-    run(float{});
-  } else {
-    TORCH_CHECK(like.scalar_type() == at::kBFloat16, "float32 or bfloat16 is needed, not ", like.scalar_type());
-    run(qtale::BFloat16{});
-  }
-}
-
-// A tensor's numbers, whose type is checked.
-template <typename T>
-const T* read(const Tensor& tensor) {
-  using Of = std::conditional_t<std::is_same_v<T, qtale::BFloat16>, at::BFloat16,
-                                std::conditional_t<std::is_same_v<T, qtale::Half>, at::Half, T>>;
-  return reinterpret_cast<const T*>(tensor.const_data_ptr<Of>());
-}
-template <typename T>
-T* write(const Tensor& tensor) {
-  using Of = std::conditional_t<std::is_same_v<T, qtale::BFloat16>, at::BFloat16, T>;
-  return reinterpret_cast<T*>(tensor.mutable_data_ptr<Of>());
-}
 
 // Rows (…, D).
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
@@ -144,10 +116,6 @@ Tensor attend_next(const Tensor& query, const Tensor& key, const Tensor& value, 
   return output;
 }
 
-qtale::RouterEnd router_end(const Tensor& norm, double eps, const Tensor& out, const Tensor& out_bias) {
-  return {read<float>(norm), read<float>(out), read<float>(out_bias), static_cast<float>(eps), out.size(1)};
-}
-
 // Logits (N, 2) of the wide product (N, W) of tokens, its bias included.
 Tensor route_wide(const Tensor& wide, const Tensor& norm, double eps, const Tensor& out, const Tensor& out_bias) {
   const int64_t tokens = wide.size(0), width = wide.size(1);
@@ -187,11 +155,6 @@ Tensor route(const Tensor& x, const Tensor& down, const Tensor& bias, const Tens
   for (int64_t t = 0; t < tokens; t++)
     qtale::route_end(wide.data() + t * width, read<float>(wide_bias), last, write<float>(logits) + 2 * t);
   return logits;
-}
-
-qtale::Int4Weight int4_weight(const Tensor& packed, const Tensor& scales, const Tensor& zeros) {
-  return {read<uint8_t>(packed), read<qtale::Half>(scales), read<uint8_t>(zeros),
-          packed.size(0), packed.size(1) * qtale::STEP, scales.size(1)};
 }
 
 Tensor of_outputs(const Tensor& x, const qtale::Int4Weight& weight) {
@@ -256,6 +219,28 @@ Tensor int4_linear_rounded(const Tensor& x, const Tensor& packed, const Tensor& 
     });
     by_strips(weight, tokens, [&](int64_t begin, int64_t end) {
       qtale::int4_linear_rounded(weight, {codes.data(), scale.data(), sums.data()}, tokens, begin, end, out);
+    });
+  });
+  return output;
+}
+
+// Tokens x (…, inputs) give (…, outputs), from dense weights (outputs, inputs).
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t inputs = weight.size(1), outputs = weight.size(0), tokens = x.numel() / inputs;
+  TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && x.size(-1) == inputs && inputs % LANES == 0 &&
+                  outputs % LANES == 0 && (!bias || bias->numel() == outputs),
+              "dense_linear takes contiguous tokens and weights, of multiples of ", LANES);
+  at::DimVector shape(x.sizes());
+  shape.back() = outputs;
+  Tensor output = at::empty(shape, x.options());
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using Input = qtale::DenseInput<T>;
+    const Tensor in = x.to(std::is_same_v<Input, float> ? at::kFloat : at::kBFloat16);
+    const T *matrix = read<T>(weight), *added = bias ? read<T>(*bias) : nullptr;
+    T* out = write<T>(output);
+    at::parallel_for(0, outputs / LANES, grain(LANES * inputs * tokens), [&](int64_t begin, int64_t end) {
+      qtale::dense_linear(matrix, added, read<Input>(in), tokens, inputs, outputs, begin * LANES, end * LANES, out);
     });
   });
   return output;
@@ -336,6 +321,10 @@ std::tuple<Tensor, Tensor> round_step(const Tensor& groups, const Tensor& values
 #define QTALE_IMPLEMENT(name, library) TORCH_LIBRARY_IMPL(name, CPU, library)
 
 QTALE_DEFINE(QTALE_LIBRARY, library) {
+  library.class_<Decoder>("Decoder")
+      .def(torch::init<int64_t, int64_t, int64_t, double, double, Tensor>())
+      .def("add", &Decoder::add)
+      .def("step", &Decoder::step);
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");
   library.def("swiglu(Tensor gate, Tensor up) -> Tensor");
@@ -345,6 +334,7 @@ QTALE_DEFINE(QTALE_LIBRARY, library) {
   library.def(
       "route(Tensor x, Tensor down, Tensor bias, Tensor norm, float eps, Tensor out, Tensor out_bias) -> Tensor");
   library.def("route_wide(Tensor wide, Tensor norm, float eps, Tensor out, Tensor out_bias) -> Tensor");
+  library.def("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   library.def("int4_linear(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def("int4_linear_rounded(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
@@ -363,6 +353,7 @@ QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
   library.impl("attend_next", attend_next);
   library.impl("route", route);
   library.impl("route_wide", route_wide);
+  library.impl("dense_linear", dense_linear);
   library.impl("int4_linear", int4_linear);
   library.impl("int4_linear_rounded", int4_linear_rounded);
   library.impl("int4_dequantize", int4_dequantize);

@@ -117,6 +117,16 @@ class RoutedCacheLayer(CacheLayerMixin):
         starts = torch.tensor(past, device=rows.device)
         self.places.scatter_(1, starts[:, None] + torch.arange(new, device=rows.device), rows)
 
+    def reserve_next(self, with_places: bool = False) -> None:
+        """Room for one more token of every sequence, and for its place in a layer with a window."""
+        assert self.keys is not None
+        if self.keys.shape[2] <= (longest := self.longest):
+            self._reserve(longest + 1, _GROWTH)
+        if with_places:
+            assert self.places is not None
+            if self.places.shape[1] <= longest:
+                self.places = nn.functional.pad(self.places, (0, 1 + _GROWTH), value=NOWHERE)
+
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
     ) -> Tensor:
@@ -128,7 +138,7 @@ class RoutedCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             batch, heads, width = len(packing.counts), *key.shape[2:]
             self.lazy_initialization(*(x.new_empty(batch, heads, 0, width) for x in (key, value)))
-        self._reserve(self.longest + 1, _GROWTH)
+        self.reserve_next()
         assert self.keys is not None
         assert self.values is not None
         rows = [row for row, count in enumerate(packing.counts) if count]

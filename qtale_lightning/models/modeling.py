@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qtale_lightning.compat.loading import misshaped
+from qtale_lightning.models import decoding
 from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
@@ -27,6 +28,7 @@ class RoutedModel(PreTrainedModel):
     """The decoder stack; it makes the call's :class:`Routing` complete and hands it to the layers."""
 
     config: RoutedConfig
+    embed_tokens: Any
     layers: Any  # of routed layers
     rotary_emb: Any
 
@@ -81,6 +83,13 @@ class RoutedModel(PreTrainedModel):
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
+        if inputs.shape[1] == 1 and past_key_values is not None:
+            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            states = decoding.next_token(self, embedded, position_ids, routing, past_key_values, kwargs)
+            if states is not None:
+                past_key_values.seen += 1
+                return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
+            input_ids, inputs_embeds = None, embedded
         output = super().forward(
             input_ids=input_ids,
             position_ids=position_ids,

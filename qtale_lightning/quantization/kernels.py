@@ -119,6 +119,13 @@ class Int4Strips:
             return self.by_kernel(x)
         return self.by_blocks(x.reshape(-1, self.inputs)).view(*x.shape[:-1], self.outputs)
 
+    def operands(self, rounded: bool) -> tuple[Tensor, ...] | None:
+        """What `cpu.decoder` takes, with an empty tensor behind it for tokens that it rounds; None where it can't."""
+        if self.planes > 1 or (rounded and not self.takes_rounded):
+            return None
+        weight = self.packed, self.scales, self.zeros
+        return (*weight, self.packed.new_empty(0)) if rounded else weight
+
     def by_kernel(self, x: Tensor) -> Tensor:
         """Products with the codes: the time grows with every token."""
         return cpu.int4_linear(self._of_planes(x), self.packed, self.scales, self.zeros)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Kernel, choose_kernel, rounded_product
+from qtale_lightning.quantization.kernels import Int4Strips, Kernel, choose_kernel, rounded_product
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.rtn import Quantized
 
@@ -139,6 +139,12 @@ class QuantizedLinear(nn.Module):
         x = x.detach() if x.requires_grad else x
         output = rounded_product(self.kernel, x) if self.activation_bits == 8 else self.kernel(x)
         return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
+        """The kernel's tensors, as `cpu.decoder` takes them; None where it can't."""
+        if not isinstance(self.kernel, Int4Strips):
+            return None
+        return self.kernel.operands(rounded=self.activation_bits == 8)
 
     def extra_repr(self) -> str:
         """For printing the model."""

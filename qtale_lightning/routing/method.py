@@ -148,6 +148,11 @@ class Method:
 
         return execute_probability(routing.logits[layer]) >= routing.thresholds[layer]
 
+    @property
+    def compares(self) -> bool:
+        """Whether `decide` is the base's, so that whoever knows a layer's logits and θ knows its decisions."""
+        return type(self).decide is Method.decide
+
     # ---------------------------------------------------------------------------------------- losses, statistics
 
     def losses(self, routing: Pass, layers: int, budget: Budget) -> dict[str, Tensor]:

@@ -17,8 +17,6 @@ INITIAL_BIAS = (0.1, 2.0)
 CHUNK = 2**17
 # Tokens of decoding: a router's time is that of reading its weights.
 FEW = 8
-# Weights of a router that a core's cache holds in float32, 1 MB: there bfloat16 saves a few tokens no time.
-CACHED = 2**18
 
 
 class Router(nn.Module):
@@ -74,13 +72,10 @@ class Router(nn.Module):
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         inference = not self.training and not torch.is_grad_enabled()
         few = inference and device == "cpu" and len(tokens) <= FEW
-        # Weights made in inference mode have no version to tell their changes by.
-        low = inference and tokens.dtype == torch.bfloat16 and not self.down.weight.is_inference()
-        if few and self.down.weight.numel() <= CACHED:
-            low = False
+        low = inference and self._goes_low(tokens.dtype)
         ours = inference and self._fits and cpu.ready(tokens)
         if few and ours:
-            down, bias = self._low_weights() if low else (self.down.weight, self.down.bias)
+            down, bias = self._down(low)
             logits = cpu.route(tokens.contiguous(), down, bias, *self._rest())
         elif low and ours:
             logits = cpu.route_wide(self._low_product(tokens), *self._rest())
@@ -89,6 +84,20 @@ class Router(nn.Module):
         else:
             logits = self._logits(self.down(tokens.float()))
         return logits.view(*hidden_states.shape[:-1], 2)
+
+    def _goes_low(self, dtype: torch.dtype) -> bool:
+        """Whether tokens of a dtype are multiplied in bfloat16 at inference."""
+        # Weights made in inference mode have no version to tell their changes by.
+        return dtype == torch.bfloat16 and not self.down.weight.is_inference()
+
+    def _down(self, low: bool) -> tuple[Tensor, Tensor]:
+        return self._low_weights() if low else (self.down.weight, self.down.bias)
+
+    def operands(self, dtype: torch.dtype) -> list[Tensor]:
+        """What `cpu.decoder` takes of it, for tokens of a dtype."""
+        norm, _, out, out_bias = self._rest()
+        down, bias = self._down(self._goes_low(dtype))
+        return [down, bias.float(), norm, out, out_bias]
 
     def _rest(self) -> tuple[Tensor, float, Tensor, Tensor]:
         """What follows the wide product, as the CPU's operations take it."""

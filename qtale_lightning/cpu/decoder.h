@@ -1,0 +1,283 @@
+// The next token of each sequence, through all decoder layers: of every layer the router, and, for those sequences that
+// execute it, norm, projections, rotation, attention, and the gated MLP. It is models/routed_layer.py's layer with
+// models/fused.py's modules, composed of the same kernels and rounded at the same places.
+//
+// A team of threads runs the whole step. What is small (norms, decisions) each thread computes for itself, which takes
+// less time than waiting for another; products are shared by their outputs, attention by its heads of keys.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "dense.h"
+#include "int4.h"
+#include "int4_8.h"
+#include "layer.h"
+#include "router.h"
+#include "team.h"
+
+namespace qtale {
+
+// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits;
+// with a bias (outputs), or nullptr.
+template <typename T>
+struct Linear {
+  const T* dense;
+  Int4Weight int4;
+  bool rounded;
+  const T* bias;
+  int64_t inputs, outputs;
+};
+
+template <typename T>
+struct Norm {
+  const T* weight;  // nullptr: there is none
+  float eps;
+};
+
+// A layer's router and θ; the first weights are in float32 or, where `low` isn't nullptr, in bfloat16.
+struct LayerRouter {
+  const float* down;
+  const BFloat16* low;
+  const float* bias;
+  RouterEnd end;
+  float threshold;
+};
+
+// A layer, and what its cache holds: buffers keys and values (B, groups, capacity, width), how many tokens of each
+// sequence they keep (B), and the places (B, room) of these tokens, or nullptr where nobody will ask.
+template <typename T>
+struct Layer {
+  bool routed;
+  LayerRouter router;
+  Norm<T> norm, query_norm, key_norm, mlp_norm;
+  Linear<T> query, key, value, output, gate, up, down;
+  T *keys, *values;
+  const int64_t* kept;
+  int64_t capacity;
+  int64_t* places;
+  int64_t room;
+};
+
+// Sizes that all layers have in common.
+struct Sizes {
+  int64_t hidden, inner, heads, groups, width, router;  // of the residual stream, the MLP, heads (and a head), routers
+  float scaling;
+};
+
+// What a step is given, of B sequences: the rotation's cosines and sines (B, width), with a stride of 0 where all have the
+// same; which tokens are real, and which of them routers decide about; decisions (routed layers, B) that replace the
+// routers' (1, 0, or -1: the router's), or nullptr; places (B) in the sequences. And what it gives: logits (routed layers, B, 2)
+// and decisions (layers, B).
+template <typename T>
+struct Step {
+  int64_t batch;
+  const T *cos, *sin;
+  int64_t stride;
+  const bool *real, *free;
+  const int8_t* forced;
+  const int64_t* places;
+  float* logits;
+  bool* gates;
+};
+
+// What the team works in, for up to B tokens.
+template <typename T>
+struct Shared {
+  std::vector<T> query, key, value, attended, inner, output;
+  std::vector<float> wide[2];  // of routers: of a layer and of the next, which the fastest thread may have begun
+
+  Shared(const Sizes& s, int64_t batch)
+      : query(batch * s.heads * s.width), key(batch * s.groups * s.width), value(key.size()), attended(query.size()),
+        inner(batch * s.inner), output(batch * s.hidden),
+        wide{std::vector<float>(batch * s.router), std::vector<float>(batch * s.router)} {}
+};
+
+// What a thread works in by itself.
+template <typename T>
+struct Private {
+  std::vector<T> tokens, gate;
+  std::vector<float> inputs, sums, room;
+  std::vector<int8_t> codes;
+  std::vector<int64_t> rows;
+
+  Private(const Sizes& s, int64_t batch, int64_t longest)
+      : tokens(batch * s.hidden), gate(batch * s.inner), inputs(batch * std::max({s.hidden, s.inner, s.heads * s.width})),
+        sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
+    rows.reserve(batch);
+  }
+};
+
+// Outputs `begin` to `end` of a linear, in multiples of LANES, for tokens whose form `ready` says it has in `inputs`
+// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups).
+template <typename T>
+inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_t begin, int64_t end, Private<T>& mine,
+                     int64_t& ready, T* y) {
+  if (begin == end) return;
+  if (linear.dense != nullptr) {
+    const DenseInput<T>* inputs;
+    if constexpr (std::is_same_v<DenseInput<T>, T>) {
+      inputs = x;
+    } else {
+      if (ready != 1)
+        for (int64_t i = 0; i < tokens * linear.inputs; i += LANES) store(mine.inputs.data() + i, load(x + i));
+      ready = 1;
+      inputs = mine.inputs.data();
+    }
+    dense_linear(linear.dense, linear.bias, inputs, tokens, linear.inputs, linear.outputs, begin, end, y);
+    return;
+  }
+  const Int4Weight& weight = linear.int4;
+  if (linear.rounded) {
+    const int64_t blocks = weight.inputs / ROUNDED_BLOCK;
+    const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
+    if (ready != 2) round_inputs(x, tokens, weight.inputs, inputs);
+    ready = 2;
+    int4_linear_rounded(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
+  } else {
+    using Inputs = Int4Inputs<T>;
+    const Inputs inputs{reinterpret_cast<typename Inputs::Of::Input*>(mine.inputs.data()), mine.sums.data()};
+    if (ready != -weight.groups) int4_inputs(x, tokens, weight, inputs);
+    ready = -weight.groups;
+    int4_linear(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
+  }
+  if (linear.bias != nullptr)
+    for (int64_t at = 0; at < tokens * linear.outputs; at += linear.outputs)
+      for (int64_t i = begin; i < end; i += LANES) store(y + at + i, load(y + at + i) + load(linear.bias + i));
+}
+
+// This thread's part of y += x · Wᵀ + b, for those rows of y (B, outputs) that the tokens x (N, inputs) belong to.
+template <typename T>
+inline void add_product(const Team& team, const Linear<T>& linear, const T* x, Private<T>& mine, T* output, T* y) {
+  const auto [first, last] = team.share(linear.outputs / LANES);
+  const int64_t tokens = mine.rows.size(), begin = first * LANES, end = last * LANES;
+  int64_t ready = 0;
+  multiply(linear, x, tokens, begin, end, mine, ready, output);
+  for (int64_t n = 0; n < tokens; n++) {
+    T* to = y + mine.rows[n] * linear.outputs;
+    for (int64_t i = begin; i < end; i += LANES) store(to + i, load(to + i) + load(output + n * linear.outputs + i));
+  }
+}
+
+// The executing sequences' tokens, normalised: (N, hidden), in `mine.tokens`.
+template <typename T>
+inline void normalise(const Norm<T>& norm, const T* x, int64_t hidden, Private<T>& mine) {
+  T* to = mine.tokens.data();
+  for (const int64_t row : mine.rows) {
+    rms_norm(x + row * hidden, norm.weight, norm.eps, 1, hidden, to);
+    to += hidden;
+  }
+}
+
+// Logits (B, 2) of a router, in every thread.
+template <typename T>
+inline void route(const Team& team, const LayerRouter& router, const T* x, int64_t batch, int64_t hidden,
+                  Private<T>& mine, float* wide, float* logits) {
+  const int64_t width = router.end.width;
+  const auto [first, last] = team.share(width / LANES);
+  const auto product = [&](const auto* weight, const auto* tokens) {
+    using W = std::remove_cvref_t<decltype(*weight)>;
+    dense_linear<W>(weight, nullptr, tokens, batch, hidden, width, first * LANES, last * LANES, wide);
+  };
+  if constexpr (TAKES_PAIRS<T>)
+    if (router.low != nullptr) product(router.low, x);
+  if (!TAKES_PAIRS<T> || router.low == nullptr) {
+    for (int64_t i = 0; i < batch * hidden; i += LANES) store(mine.inputs.data() + i, load(x + i));
+    if (router.low == nullptr) product(router.down, mine.inputs.data());
+    else if constexpr (!PAIRS) product(router.low, mine.inputs.data());
+  }
+  team.wait();
+  for (int64_t b = 0; b < batch; b++) route_end(wide + b * router.end.width, router.bias, router.end, logits + 2 * b);
+}
+
+// softmax(logits)[1] ≥ θ.
+inline bool executes(const float* logits, float threshold) {
+  const float most = std::max(logits[0], logits[1]);
+  const float skip = std::exp(logits[0] - most), execute = std::exp(logits[1] - most);
+  return execute / (skip + execute) >= threshold;
+}
+
+// One layer for the sequences in `mine.rows`: x (B, hidden) becomes what it gives.
+template <typename T>
+inline void execute(const Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step,
+                    Shared<T>& shared, Private<T>& mine, T* x) {
+  const int64_t tokens = mine.rows.size(), width = sizes.width, of_group = sizes.heads / sizes.groups;
+  T *query = shared.query.data(), *key = shared.key.data(), *value = shared.value.data();
+
+  normalise(layer.norm, x, sizes.hidden, mine);
+  const std::pair<const Linear<T>*, T*> projections[] = {{&layer.query, query}, {&layer.key, key}, {&layer.value, value}};
+  auto [first, last] = team.share((sizes.heads + 2 * sizes.groups) * width / LANES);
+  int64_t ready = 0;
+  for (const auto& [linear, to] : projections) {
+    const int64_t all = linear->outputs / LANES;
+    multiply(*linear, mine.tokens.data(), tokens, std::clamp<int64_t>(first, 0, all) * LANES,
+             std::clamp<int64_t>(last, 0, all) * LANES, mine, ready, to);
+    first -= all, last -= all;
+  }
+  team.wait();
+
+  const auto [begin, end] = team.share(tokens * sizes.groups);
+  for (int64_t item = begin; item < end; item++) {
+    const int64_t row = mine.rows[item / sizes.groups], group = item % sizes.groups;
+    T *queries = query + item * of_group * width, *new_key = key + item * width;
+    if (layer.query_norm.weight != nullptr) {
+      rms_norm(queries, layer.query_norm.weight, layer.query_norm.eps, of_group, width, queries);
+      rms_norm(new_key, layer.key_norm.weight, layer.key_norm.eps, 1, width, new_key);
+    }
+    const T *cos = step.cos + row * step.stride, *sin = step.sin + row * step.stride;
+    rotate(queries, cos, sin, of_group, width, queries);
+    rotate(new_key, cos, sin, 1, width, new_key);
+    const int64_t buffer = (row * sizes.groups + group) * layer.capacity * width, kept = layer.kept[row];
+    attend_next(queries, new_key, value + item * width, layer.keys + buffer, layer.values + buffer, kept, of_group, width,
+                sizes.scaling, mine.room.data(), shared.attended.data() + item * of_group * width);
+    if (group == 0 && layer.places != nullptr) layer.places[row * layer.room + kept] = step.places[row];
+  }
+  team.wait();
+
+  add_product(team, layer.output, shared.attended.data(), mine, shared.output.data(), x);
+  team.wait();
+
+  normalise(layer.mlp_norm, x, sizes.hidden, mine);
+  const auto [from, to] = team.share(sizes.inner / LANES);
+  ready = 0;
+  multiply(layer.gate, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, mine.gate.data());
+  multiply(layer.up, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, shared.inner.data());
+  for (int64_t n = 0; n < tokens; n++) {
+    const int64_t at = n * sizes.inner + from * LANES;
+    swiglu(mine.gate.data() + at, shared.inner.data() + at, (to - from) * LANES, shared.inner.data() + at);
+  }
+  team.wait();
+
+  add_product(team, layer.down, shared.inner.data(), mine, shared.output.data(), x);
+  team.wait();
+}
+
+// x (B, hidden) through all layers, in place.
+template <typename T>
+inline void decode(const Team& team, const Sizes& sizes, const std::vector<Layer<T>>& layers, const Step<T>& step,
+                   Shared<T>& shared, Private<T>& mine, T* x) {
+  const int64_t batch = step.batch;
+  std::vector<float> logits(2 * batch);
+  int64_t routed = 0;  // layers
+  for (size_t index = 0; index < layers.size(); index++) {
+    const Layer<T>& layer = layers[index];
+    if (layer.routed) {
+      route(team, layer.router, x, batch, sizes.hidden, mine, shared.wide[index % 2].data(), logits.data());
+      if (team.rank == 0) std::copy(logits.begin(), logits.end(), step.logits + routed * 2 * batch);
+    }
+    mine.rows.clear();
+    for (int64_t b = 0; b < batch; b++) {
+      bool gate = step.real[b];
+      if (layer.routed && step.free[b]) {
+        const int8_t forced = step.forced == nullptr ? -1 : step.forced[routed * batch + b];
+        gate = forced >= 0 ? forced != 0 : executes(logits.data() + 2 * b, layer.router.threshold);
+      }
+      if (gate) mine.rows.push_back(b);
+      if (team.rank == 0) step.gates[index * batch + b] = gate;
+    }
+    routed += layer.routed;
+    if (!mine.rows.empty()) execute(team, sizes, layer, step, shared, mine, x);
+  }
+}
+
+}  // namespace qtale

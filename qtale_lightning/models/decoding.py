@@ -1,0 +1,228 @@
+"""The next token of each sequence by one call for all decoder layers, `cpu/decoder.h`, where that computes the same.
+
+The layers are those of `routed_layer` and `fused`; here is only said when C++ may run them, and what it needs of them.
+"""
+
+from collections.abc import Iterable, Mapping
+from itertools import repeat
+from operator import contains, is_
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from qtale_lightning import cpu
+from qtale_lightning.models.cache import RoutedCache
+from qtale_lightning.models.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
+from qtale_lightning.models.routing import Routing
+
+MOST_SEQUENCES = 16
+"""Of a step: with more, products of many tokens are faster one by one."""
+
+_LINEARS = {
+    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "mlp": ("gate_proj", "up_proj", "down_proj"),
+}
+"""In the order of `cpu/stack.h`."""
+
+
+def next_token(
+    model: Any,
+    hidden_states: Tensor,
+    position_ids: Tensor | None,
+    routing: Routing,
+    cache: RoutedCache | None,
+    options: Mapping[str, Any],
+) -> Tensor | None:
+    """Hidden states ``(B, 1, D)`` behind the final norm; None where the model's own forward has to compute them.
+
+    Decisions are recorded, and the cache filled, as that would do it.
+
+    Args:
+        model: The stack, a `RoutedModel`.
+        hidden_states: Embedded tokens ``(B, 1, D)``.
+        position_ids: ``(B, 1)`` or ``(1, 1)``; None: counted from the tokens seen.
+        routing: Complete.
+        cache: Of all tokens before.
+        options: What else the call was given.
+    """
+    if cache is None or not (_is_plain(model, hidden_states, routing, options) and _holds_all(model, cache)):
+        return None
+    stack = _stack_of(model, hidden_states.dtype)
+    if stack is None or not stack.reaches(routing):
+        return None
+    if position_ids is None:
+        position_ids = torch.full((1, 1), cache.seen, device=hidden_states.device)
+    return stack.step(hidden_states, model.rotary_emb(hidden_states, position_ids), routing, cache)
+
+
+def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapping[str, Any]) -> bool:
+    """Whether a call is one of decoding, of which nothing is asked but hidden states and θ's decisions."""
+    batch, length, _ = hidden_states.shape
+    config = model.config
+    return (
+        length == 1
+        and batch <= MOST_SEQUENCES
+        and routing.execution == "packed"
+        and not (routing.sample or model.training)
+        and not routing.keep
+        and not routing.resume
+        and routing.branch is None
+        and routing.asked is None
+        and (not routing.thresholds or routing.method.compares)
+        and not any(value is not None and value is not False for value in options.values())
+        and not (config.output_hidden_states or config.output_attentions)
+        and cpu.ready(hidden_states)
+    )
+
+
+def _holds_all(model: Any, cache: RoutedCache) -> bool:
+    """Whether every layer has kept a token before, so that its buffers are there."""
+    return len(cache.layers) == len(model.layers) and all(layer.is_initialized for layer in cache.layers)
+
+
+class _Watch:
+    """Sees whether modules are what they were: the same children, weights and kernels, and nothing hooked to them."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.owners: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.hooks: list[Any] = []
+        self.attributes: list[dict[str, Any]] = []
+        for module in modules:
+            own = {
+                name: vars(module)[name]
+                for name in ("kernel", "activation_bits", "_low")
+                if name in vars(module)
+            }
+            for owner, items in (
+                (module._modules, module._modules),
+                (module._parameters, module._parameters),
+                (vars(module), own),
+            ):
+                self.owners += [owner] * len(items)
+                self.names += items
+                self.values += items.values()
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            self.attributes.append(vars(module))
+
+    def unchanged(self) -> bool:
+        """Whether that is still so."""
+        return (
+            all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            and not any(self.hooks)
+            and not any(map(contains, self.attributes, repeat("forward")))
+            and not _has_any_global_hook()
+        )
+
+
+class _Stack:
+    """A model's decoder layers and final norm in C++, for tokens of one dtype."""
+
+    def __init__(self, model: Any, decoder: Any) -> None:
+        self.decoder = decoder
+        self.routed = [layer.layer_idx for layer in model.layers if layer.router is not None]
+        self.windows = [layer.window for layer in model.layers if layer.window is not None]
+
+    def reaches(self, routing: Routing) -> bool:
+        """Whether the layers that are decided about are those with routers, and every token sees all before it."""
+        return list(routing.thresholds) == self.routed and all(
+            routing.length <= window for window in self.windows
+        )
+
+    def step(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], routing: Routing, cache: RoutedCache
+    ) -> Tensor:
+        """See :func:`next_token`."""
+        layers = cache.layers
+        for layer in layers:
+            layer.reserve_next(bool(self.windows))
+        output, logits, gates = self.decoder.step(
+            hidden_states.contiguous(),
+            *(angles.contiguous() for angles in rotary),
+            routing.tokens.contiguous(),
+            routing.free.contiguous(),
+            routing.places.contiguous(),
+            list(routing.thresholds.values()),
+            self._forced(routing),
+            [layer.keys for layer in layers],
+            [layer.values for layer in layers],
+            [kept for layer in layers for kept in layer.lengths],
+            [layer.places for layer in layers] if self.windows else [],
+        )
+        for layer, new in zip(layers, gates.tolist(), strict=True):
+            layer.lengths = tuple(map(int.__add__, layer.lengths, new))
+        gates = gates.unsqueeze(-1)
+        routing.logits.update(zip(self.routed, logits.unsqueeze(2), strict=True))
+        routing.gates.update((layer, gates[layer]) for layer in self.routed)
+        return output
+
+    def _forced(self, routing: Routing) -> Tensor | None:
+        """Decisions that replace the routers', int8 ``(R, B)``, -1 where there are none."""
+        forced = routing.forced
+        if not forced or not self.routed:
+            return None
+        unknown = torch.full_like(routing.tokens, -1, dtype=torch.int8)
+        return torch.stack([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
+
+
+_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[_Watch, _Stack | None]]]" = WeakKeyDictionary()
+
+
+def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
+    """A model's layers in C++, made anew where something about them has changed; None: it can't run them."""
+    known = _stacks.setdefault(model, {})
+    if dtype not in known or not known[dtype][0].unchanged():
+        stack = _made(model, dtype)
+        known[dtype] = _Watch(model.modules()), stack
+        if not known[dtype][0].unchanged():  # there are hooks
+            return None
+    return known[dtype][1]
+
+
+def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
+    """A model's layers in C++; None where it doesn't know them, or doesn't take their shapes or dtypes."""
+    layers, config, lanes = model.layers, model.config, cpu.LANES
+    if not isinstance(model.norm, FusedRMSNorm) or not all(isinstance(layer, FusedLayer) for layer in layers):
+        return None
+    width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
+    sizes = (
+        config.hidden_size,
+        config.intermediate_size,
+        *(config.router_width for _ in model.config.routed_layers),
+    )
+    if config.hidden_act != "silu" or any(size % lanes for size in sizes):
+        return None
+    if width % (2 * lanes) or width > cpu.WIDEST_HEAD or model.norm.weight.dtype != dtype:
+        return None
+    scaling, eps = layers[0].self_attn.scaling, model.norm.variance_epsilon
+    decoder = cpu.decoder(config.num_attention_heads, groups, width, scaling, eps, model.norm.weight)
+    for layer in layers:
+        parts = _parts(layer, dtype)
+        if parts is None:
+            return None
+        decoder.add(*parts)
+    return _Stack(model, decoder)
+
+
+def _parts(layer: FusedLayer, dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What C++ takes of a layer: weights of norms, of heads' norms, of linears and their biases, and of the router."""
+    attention: Any = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    linears: list[Any] = [
+        layer.get_submodule(f"{block}.{name}") for block, names in _LINEARS.items() for name in names
+    ]
+    known = isinstance(attention, FusedAttention) and isinstance(layer.mlp, FusedMLP)
+    if not known or not all(isinstance(norm, FusedRMSNorm) for norm in norms + head_norms):
+        return None
+    weights = [linear.operands(dtype) if hasattr(linear, "operands") else None for linear in linears]
+    biases = [linear.bias if hasattr(linear, "bias") else None for linear in linears]
+    others = [norm.weight for norm in norms + head_norms] + [bias for bias in biases if bias is not None]
+    if any(weight is None for weight in weights) or any(other.dtype != dtype for other in others):
+        return None
+    router = [] if layer.router is None else layer.router.operands(dtype)
+    return [norm.weight for norm in norms], [norm.weight for norm in head_norms], weights, biases, router
