@@ -143,4 +143,8 @@ def processor() -> str:
 
 def instructions() -> str:
     """What of the processor our computing uses in this process: by operations of ours, or by PyTorch's alone."""
-    return f"ours: {cpu.instruction_set()}" if cpu.available() else f"PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+    return (
+        f"ours: {cpu.instruction_set()}"
+        if cpu.available()
+        else f"PyTorch: {torch.backends.cpu.get_cpu_capability()}"
+    )

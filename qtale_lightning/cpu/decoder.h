@@ -44,8 +44,8 @@ struct LayerRouter {
   float threshold;
 };
 
-// A layer, and what its cache holds: buffers keys and values (B, groups, capacity, width), how many tokens of each
-// sequence they keep (B), and the places (B, room) of these tokens, or nullptr where nobody will ask.
+// A layer, and what its cache holds: buffers keys and values (B, groups, capacity, width), and how many tokens of each
+// sequence they keep (B).
 template <typename T>
 struct Layer {
   bool routed;
@@ -55,8 +55,6 @@ struct Layer {
   T *keys, *values;
   const int64_t* kept;
   int64_t capacity;
-  int64_t* places;
-  int64_t room;
 };
 
 // Sizes that all layers have in common.
@@ -67,8 +65,8 @@ struct Sizes {
 
 // What a step is given, of B sequences: the rotation's cosines and sines (B, width), with a stride of 0 where all have the
 // same; which tokens are real, and which of them routers decide about; decisions (routed layers, B) that replace the
-// routers' (1, 0, or -1: the router's), or nullptr; places (B) in the sequences. And what it gives: logits (routed layers, B, 2)
-// and decisions (layers, B).
+// routers' (1, 0, or -1: the router's), or nullptr. And what it gives: logits (routed layers, B, 2) and decisions
+// (layers, B).
 template <typename T>
 struct Step {
   int64_t batch;
@@ -76,7 +74,6 @@ struct Step {
   int64_t stride;
   const bool *real, *free;
   const int8_t* forced;
-  const int64_t* places;
   float* logits;
   bool* gates;
 };
@@ -230,7 +227,6 @@ inline void execute(const Team& team, const Sizes& sizes, const Layer<T>& layer,
     const int64_t buffer = (row * sizes.groups + group) * layer.capacity * width, kept = layer.kept[row];
     attend_next(queries, new_key, value + item * width, layer.keys + buffer, layer.values + buffer, kept, of_group, width,
                 sizes.scaling, mine.room.data(), shared.attended.data() + item * of_group * width);
-    if (group == 0 && layer.places != nullptr) layer.places[row * layer.room + kept] = step.places[row];
   }
   team.wait();
 

@@ -53,15 +53,15 @@ class Decoder : public torch::CustomClassHolder {
 
   // Tokens x (B, …, D), one a sequence, through all layers and the last norm: what they become, logits
   // (routed layers, B, 2) and decisions (layers, B). Keys and values join the buffers of each layer behind the tokens that
-  // it keeps, `kept` (layers · B); where there are buffers of places, `places` (B) join them too.
-  std::tuple<Tensor, Tensor, Tensor> step(Tensor x, Tensor cos, Tensor sin, Tensor real, Tensor free, Tensor places,
+  // it keeps, `kept` (layers · B).
+  std::tuple<Tensor, Tensor, Tensor> step(Tensor x, Tensor cos, Tensor sin, Tensor real, Tensor free,
                                           std::vector<double> thresholds, std::optional<Tensor> forced,
                                           std::vector<Tensor> keys, std::vector<Tensor> values,
-                                          std::vector<int64_t> kept, std::vector<Tensor> place_buffers) {
+                                          std::vector<int64_t> kept) {
     const int64_t batch = x.numel() / sizes_.hidden, count = layers_.size(), routed = thresholds.size();
     TORCH_CHECK(x.is_contiguous() && cos.is_contiguous() && sin.is_contiguous() && real.is_contiguous() &&
-                    free.is_contiguous() && places.is_contiguous() && real.numel() == batch && free.numel() == batch &&
-                    places.numel() == batch && sin.sizes() == cos.sizes() &&
+                    free.is_contiguous() && real.numel() == batch && free.numel() == batch &&
+                    sin.sizes() == cos.sizes() &&
                     (cos.numel() == sizes_.width || cos.numel() == batch * sizes_.width),
                 "a step takes contiguous tensors, one token a sequence");
     TORCH_CHECK(static_cast<int64_t>(keys.size()) == count && static_cast<int64_t>(values.size()) == count &&
@@ -97,13 +97,10 @@ class Decoder : public torch::CustomClassHolder {
         }
         layer.keys = write<T>(keys[index]), layer.values = write<T>(values[index]);
         layer.kept = kept.data() + index * batch, layer.capacity = keys[index].size(2);
-        if (!place_buffers.empty()) {
-          layer.places = write<int64_t>(place_buffers[index]), layer.room = place_buffers[index].size(1);
-        }
       }
       const Step<T> step{batch, read<T>(cos), read<T>(sin), cos.numel() == sizes_.width ? 0 : sizes_.width,
                          read<bool>(real), read<bool>(free), forced ? read<int8_t>(*forced) : nullptr,
-                         read<int64_t>(places), write<float>(logits), write<bool>(gates)};
+                         write<float>(logits), write<bool>(gates)};
       qtale::Shared<T> shared(sizes_, batch);
       const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
       qtale::together(threads, [&](const qtale::Team& team) {

@@ -117,15 +117,9 @@ class RoutedCacheLayer(CacheLayerMixin):
         starts = torch.tensor(past, device=rows.device)
         self.places.scatter_(1, starts[:, None] + torch.arange(new, device=rows.device), rows)
 
-    def reserve_next(self, with_places: bool = False) -> None:
-        """Room for one more token of every sequence, and for its place in a layer with a window."""
-        assert self.keys is not None
-        if self.keys.shape[2] <= (longest := self.longest):
-            self._reserve(longest + 1, _GROWTH)
-        if with_places:
-            assert self.places is not None
-            if self.places.shape[1] <= longest:
-                self.places = nn.functional.pad(self.places, (0, 1 + _GROWTH), value=NOWHERE)
+    def reserve_next(self) -> None:
+        """Room for one more token of every sequence."""
+        self._reserve(self.longest + 1, _GROWTH)
 
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from qtale_lightning import cpu
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
+from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.routing import Routing
 
 MOST_SEQUENCES = 16
@@ -125,12 +126,12 @@ class _Stack:
     def __init__(self, model: Any, decoder: Any) -> None:
         self.decoder = decoder
         self.routed = [layer.layer_idx for layer in model.layers if layer.router is not None]
-        self.windows = [layer.window for layer in model.layers if layer.window is not None]
+        self.windows = {layer.layer_idx: layer.window for layer in model.layers if layer.window is not None}
 
     def reaches(self, routing: Routing) -> bool:
         """Whether the layers that are decided about are those with routers, and every token sees all before it."""
         return list(routing.thresholds) == self.routed and all(
-            routing.length <= window for window in self.windows
+            routing.length <= window for window in self.windows.values()
         )
 
     def step(
@@ -139,23 +140,25 @@ class _Stack:
         """See :func:`next_token`."""
         layers = cache.layers
         for layer in layers:
-            layer.reserve_next(bool(self.windows))
+            layer.reserve_next()
         output, logits, gates = self.decoder.step(
             hidden_states.contiguous(),
             *(angles.contiguous() for angles in rotary),
             routing.tokens.contiguous(),
             routing.free.contiguous(),
-            routing.places.contiguous(),
             list(routing.thresholds.values()),
             self._forced(routing),
             [layer.keys for layer in layers],
             [layer.values for layer in layers],
             [kept for layer in layers for kept in layer.lengths],
-            [layer.places for layer in layers] if self.windows else [],
         )
-        for layer, new in zip(layers, gates.tolist(), strict=True):
-            layer.lengths = tuple(map(int.__add__, layer.lengths, new))
+        new = gates.tolist()
         gates = gates.unsqueeze(-1)
+        for index in self.windows:
+            if any(new[index]):
+                layers[index].remember(routing.places, Packing.of(gates[index]))
+        for layer, counts in zip(layers, new, strict=True):
+            layer.lengths = tuple(map(int.__add__, layer.lengths, counts))
         routing.logits.update(zip(self.routed, logits.unsqueeze(2), strict=True))
         routing.gates.update((layer, gates[layer]) for layer in self.routed)
         return output
@@ -186,6 +189,8 @@ def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
 def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
     """A model's layers in C++; None where it doesn't know them, or doesn't take their shapes or dtypes."""
     layers, config, lanes = model.layers, model.config, cpu.LANES
+    if config.keep_kv or config.stand_in_rank:  # skipping a layer isn't leaving it out
+        return None
     if not isinstance(model.norm, FusedRMSNorm) or not all(isinstance(layer, FusedLayer) for layer in layers):
         return None
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
