@@ -10,7 +10,7 @@ FEW = 16
 
 
 class RoutedLinear(nn.Linear):
-    """`nn.Linear`, whose product of few tokens on a CPU is ours: see `cpu/dense.h`, and benchmarks/linear.py.
+    """`nn.Linear`, whose product of few tokens on a CPU is ours: see `cpu/dense.h`, and benchmarks/dense.py.
 
     The two sum in another order: equal within their dtype's rounding.
     """
