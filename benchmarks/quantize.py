@@ -152,7 +152,7 @@ def auto_round(
             json.dumps([tokens[i : i + PEER_ROW] for i in cut]), encoding="utf-8"
         )
         numbers = (bits, args.group_size, find("signround").options["batch"], args.steps)
-        script = Path(__file__).parent / "autoround" / "peer.py"
+        script = Path(__file__).parent / "autoround" / "learn.py"
         subprocess.run([args.auto_round, script, folder, *map(str, numbers)], check=True)
     took = json.loads((folder / f"{bits}bit.json").read_text(encoding="utf-8"))
     return load_file(folder / f"{bits}bit.safetensors"), took["seconds"], took["grown"]

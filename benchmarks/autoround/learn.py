@@ -1,6 +1,6 @@
 """AutoRound's own quantizer on a model and token rows from files, for quantize.py: run by a Python that has auto-round.
 
-    PYTHON benchmarks/autoround/peer.py FOLDER BITS GROUP_SIZE BATCH STEPS
+    PYTHON benchmarks/autoround/learn.py FOLDER BITS GROUP_SIZE BATCH STEPS
 
 FOLDER holds the model, in Hugging Face's format, and `rows.json`, token rows of one length. It writes there what the
 quantized weights stand for (`<bits>bit.safetensors`), and then its seconds and the growth of its memory
