@@ -209,11 +209,8 @@ def measure(args: Any) -> list[dict[str, Any]]:
             rows.append(row | {"python ms": ms["model"] - sum(known) if known else ""})
             show(rows[-1])
             if args.functions:
-                functions(
-                    f"{form}, ratio {ratio:g}, batch {batch}",
-                    contenders[form, ratio, "model"],
-                    args.functions,
-                )
+                run = contenders[form, ratio, way, "model"]
+                functions(f"{form}, ratio {ratio:g}, {way}, batch {batch}", run, args.functions)
     return rows
 
 
