@@ -176,9 +176,12 @@ def absent(like: Mapping[str, Any], lacking: Mapping[str, str]) -> list[dict[str
 def claims_of(rows: Sequence[Mapping[str, Any]], isa: str) -> list[dict[str, Any]]:
     """Ours in decode against the fastest peer, at the ratios that there is a goal for."""
     goals = {1.0: 1.0, 0.5: 1.5}
-    column, what = "decode, of the fastest peer", f"decode, {isa}: over the fastest peer, ours at ratio"
+    column = "decode, of the fastest peer"
     return [
-        claim(f"{what} {row['ratio']:g}", row[column], goals[row["ratio"]], "higher")
+        claim(
+            f"decode, {isa}: over the fastest peer, ours, {row['weights']}, at ratio {row['ratio']:g}",
+            row[column], goals[row["ratio"]], "higher",
+        )
         for row in rows
         if row["engine"] == "ours" and row["ratio"] in goals and row[column] != ""
     ]  # fmt: skip

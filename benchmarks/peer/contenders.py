@@ -72,7 +72,8 @@ class Contender:
 def pytorch(
     python: Path, model: str, ratios: Sequence[float], group: int, environment: dict[str, str]
 ) -> Iterator[Contender]:
-    """Hugging Face's model in either precision, and ours at 4 bits at each ratio."""
+    """Hugging Face's model in either precision, and ours at 4 bits at each ratio: with the head of the paper's setting,
+    in 16 bits, and with one of 8 bits, as peers have it, and tokens in 8 bits where that is faster."""
     facts: dict[str, Any]
     path = install.unpacked(model)
     config = {"model": model, "path": str(path) if path else None, "group size": group}
@@ -83,12 +84,16 @@ def pytorch(
             "Q4_1", environment=environment,
         )  # fmt: skip
     dtypes = ["float32", "bfloat16"] if environment else ["bfloat16", "float32"]
-    for ratio in ratios:
-        facts = {"bits": 4 + (16 + 8) / group, "types": "int4", "group": group, "head": None, "ratio": ratio}
-        yield Contender(
-            "ours", "int4", "peer.ours", python, config | {"ratio": ratio}, {"dtype": dtypes}, facts,
-            f"int4 at {ratio}", code(), environment,
-        )  # fmt: skip
+    heads: list[tuple[str, int, dict[str, list[Any]]]]
+    heads = [("int4", 16, {}), ("int4, head in 8", 8, {"tokens": [8, 16]})]
+    for weights, head, choices in heads:
+        for ratio in ratios:
+            facts = {"bits": 4 + (16 + 8) / group, "types": "int4", "group": group, "ratio": ratio}
+            yield Contender(
+                "ours", weights, "peer.ours", python, config | {"ratio": ratio, "head bits": head},
+                {"dtype": dtypes} | choices, facts | {"head": None if head == 16 else "int8"},
+                f"{weights} at {ratio}", code(), environment,
+            )  # fmt: skip
 
 
 def code() -> str:

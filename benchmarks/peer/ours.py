@@ -17,6 +17,7 @@ from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.models import RoutedCache, Routing
 from qtale_lightning.models.sources import load_base
 from qtale_lightning.quantization.checkpoint import quantize_model
+from qtale_lightning.quantization.lighter import lighten
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import round_to_nearest
@@ -38,6 +39,7 @@ class PyTorch(Engine):
             self._model = routed_model(self._model, config["model"])
             shapes = linear_shapes(self._model)
             quantize_model(self._model, round_to_nearest(uniform(shapes, 4, {}), config["group size"]))
+            lighten(self._model, self.settings["decode"].get("tokens", 16), config["head bits"])
             layers = self._model.config.num_hidden_layers
             self._routings = [decisions(ratio, layers, 1, 1, seed) for seed in range(self.warm + self.steps)]
             self._whole = decisions(ratio, layers, 1, len(self.prompt), 0)

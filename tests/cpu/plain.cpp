@@ -7,11 +7,20 @@
 #include <vector>
 
 #include "attention.h"
+#include "decoder.h"
+#include "dense.h"
 #include "int4_8.h"
 #include "layer.h"
+#include "rounding.h"
 #include "router.h"
 
 using namespace qtale;
+
+// A whole step is compiled; what it is composed of is checked here, and the whole in tests/models/test_decoding.py.
+template void qtale::decode(const Team&, const Sizes&, const std::vector<Layer<float>>&, const Step<float>&, Shared<float>&,
+                            Private<float>&, float*);
+template void qtale::decode(const Team&, const Sizes&, const std::vector<Layer<BFloat16>>&, const Step<BFloat16>&,
+                            Shared<BFloat16>&, Private<BFloat16>&, BFloat16*);
 
 namespace {
 
@@ -194,6 +203,59 @@ void int4() {
       check("int4_dequantize", wide(matrix[i * outputs + o]), stored<T>(level(o, i)), 0);
 }
 
+template <typename T>
+void dense() {
+  constexpr int64_t inputs = 144, outputs = 48;
+  const auto weight = numbers<T>(outputs * inputs), bias = numbers<T>(outputs);
+  for (int64_t tokens = 1; tokens <= DENSE_TOKENS + 2; tokens++) {
+    const auto x = numbers<T>(tokens * inputs);
+    std::vector<DenseInput<T>> values(x.size());
+    for (size_t i = 0; i < x.size(); i++) {
+      if constexpr (TAKES_PAIRS<T>) values[i] = x[i];
+      else values[i] = wide(x[i]);
+    }
+    std::vector<T> y(tokens * outputs);
+    dense_linear(weight.data(), bias.data(), values.data(), tokens, inputs, outputs, 0, 16, y.data());  // in two parts
+    dense_linear(weight.data(), bias.data(), values.data(), tokens, inputs, outputs, 16, outputs, y.data());
+    for (int64_t t = 0; t < tokens; t++)
+      for (int64_t o = 0; o < outputs; o++) {
+        double expected = wide(bias[o]);
+        for (int64_t i = 0; i < inputs; i++) expected += double{wide(x[t * inputs + i])} * wide(weight[o * inputs + i]);
+        check("dense_linear", wide(y[t * outputs + o]), expected, LOOSE<T> * (4 + std::fabs(expected)));
+      }
+  }
+}
+
+template <typename T>
+void rounding() {
+  constexpr int64_t count = 3, size = 32;
+  constexpr float top = 7, rate = 0.01f;
+  const float scales[count] = {0.3f, 0.5f, 0.07f}, zeros[count] = {3, 4, 2};
+  const auto groups = numbers<float>(count * size);
+  auto values = numbers<float>(count * size, 0.5);
+  const auto before = values;
+  auto slopes = numbers<T>(count * size);
+  set(slopes[5], 0);
+  std::vector<T> weight(count * size);
+  float held[count], of_scale[count];
+  round_groups(groups.data(), values.data(), scales, zeros, top, count, size, weight.data());
+  round_step(groups.data(), values.data(), scales, zeros, top, slopes.data(), rate, count, size, held, of_scale);
+  for (int64_t g = 0; g < count; g++) {
+    double sum_held = 0, sum_scale = 0;
+    for (int64_t i = g * size; i < (g + 1) * size; i++) {
+      const float plain = groups[i] / scales[g], free = std::nearbyint(plain + before[i]);
+      const float within = std::min(std::max(free, -zeros[g]), top - zeros[g]), slope = wide(slopes[i]);
+      check("round_groups", wide(weight[i]), stored<T>(within * scales[g]), 0);
+      sum_scale += double{slope} * (free == within ? within - plain : within);
+      if (free != within) sum_held += slope;
+      const float step = free == within ? (slope > 0) - (slope < 0) : 0;
+      check("a step of rounding", values[i], std::min(std::max(before[i] - step * rate, -0.5f), 0.5f), 0);
+    }
+    check("gradients of held weights", held[g], sum_held, 1e-5);
+    check("gradient of the scale", of_scale[g], sum_scale, 1e-5 * (1 + std::fabs(sum_scale)));
+  }
+}
+
 void registers() {
   float x[LANES], y[LANES];
   for (double from = -87.3; from < 88.3; from += 0.01) {
@@ -231,6 +293,8 @@ int main() {
   attention<float>(), attention<BFloat16>();
   router<float>(), router<BFloat16>();
   int4<float>(), int4<BFloat16>();
+  dense<float>(), dense<BFloat16>();
+  rounding<float>(), rounding<BFloat16>();
   registers();
   std::printf("%d failures\n", failures);
   return std::min(failures, 100);

@@ -9,7 +9,7 @@ import pytest
 from qtale_lightning.cpu import build
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"  # Debian's g++-aarch64-linux-gnu and qemu-user
-FLAGS = ("-O2", "-ffp-contract=off", "-std=c++20", "-static", "-Wall", "-Werror")
+FLAGS = ("-O2", "-ffp-contract=off", "-std=c++20", "-fopenmp", "-static", "-Wall", "-Werror")
 
 
 @pytest.mark.slow
