@@ -172,6 +172,7 @@ def test_weights_in_the_cache(tmp_path: Path) -> None:
     assert (found.mark, "in the hub's cache" in found.found) == ("ok", True)
 
 
+@pytest.mark.slow
 def test_weights_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering() as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)

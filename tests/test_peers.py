@@ -198,7 +198,14 @@ def test_ours_decodes_greedily_and_again(peers: ModuleType) -> None:
 
     from qtale_lightning.models.sources import load_base
 
-    config: dict[str, Any] = {"model": "tiny", "path": None, "ratio": None, "group size": 32, "head bits": 16}
+    config: dict[str, Any] = {
+        "model": "tiny",
+        "path": None,
+        "ratio": None,
+        "group size": 32,
+        "head bits": 16,
+        "token bits": 16,
+    }
     config |= {"context": [5, 6, 7], "prompt": [1, 2, 3, 4], "warm": 1, "steps": 3}
     config |= {"settings": {measure: {"dtype": "float32"} for measure in peers.MEASURES}}
     with torch.inference_mode():

@@ -72,8 +72,10 @@ class Contender:
 def pytorch(
     python: Path, model: str, ratios: Sequence[float], group: int, environment: dict[str, str]
 ) -> Iterator[Contender]:
-    """Hugging Face's model in either precision, and ours at 4 bits at each ratio: with the head of the paper's setting,
-    in 16 bits, and with one of 8 bits, as peers have it, and tokens in 8 bits where that is faster."""
+    """Hugging Face's model in either precision, and ours at 4 bits at each ratio.
+
+    With the head and tokens of the paper's setting, in 16 bits; with the head, and with both, in 8, as peers have them.
+    """
     facts: dict[str, Any]
     path = install.unpacked(model)
     config = {"model": model, "path": str(path) if path else None, "group size": group}
@@ -84,15 +86,14 @@ def pytorch(
             "Q4_1", environment=environment,
         )  # fmt: skip
     dtypes = ["float32", "bfloat16"] if environment else ["bfloat16", "float32"]
-    heads: list[tuple[str, int, dict[str, list[Any]]]]
-    heads = [("int4", 16, {}), ("int4, head in 8", 8, {"tokens": [8, 16]})]
-    for weights, head, choices in heads:
+    forms = (("int4", 16, 16), ("int4, head in 8", 8, 16), ("int4, head and tokens in 8", 8, 8))
+    for weights, head, tokens in forms:
         for ratio in ratios:
             facts = {"bits": 4 + (16 + 8) / group, "types": "int4", "group": group, "ratio": ratio}
             yield Contender(
-                "ours", weights, "peer.ours", python, config | {"ratio": ratio, "head bits": head},
-                {"dtype": dtypes} | choices, facts | {"head": None if head == 16 else "int8"},
-                f"{weights} at {ratio}", code(), environment,
+                "ours", weights, "peer.ours", python,
+                config | {"ratio": ratio, "head bits": head, "token bits": tokens}, {"dtype": dtypes},
+                facts | {"head": None if head == 16 else "int8"}, f"{weights} at {ratio}", code(), environment,
             )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class PyTorch(Engine):
             self._model = routed_model(self._model, config["model"])
             shapes = linear_shapes(self._model)
             quantize_model(self._model, round_to_nearest(uniform(shapes, 4, {}), config["group size"]))
-            lighten(self._model, self.settings["decode"].get("tokens", 16), config["head bits"])
+            lighten(self._model, config["token bits"], config["head bits"])
             layers = self._model.config.num_hidden_layers
             self._routings = [decisions(ratio, layers, 1, 1, seed) for seed in range(self.warm + self.steps)]
             self._whole = decisions(ratio, layers, 1, len(self.prompt), 0)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +34,7 @@ lettered = st.builds(
 tasks = st.sampled_from(sorted(TASKS))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(tasks, rows | lettered)
 def test_a_row_is_a_question_or_a_value_error(task: str, row: dict[str, Any]) -> None:

@@ -169,6 +169,7 @@ def test_outputs_in_several_blocks(outputs: int, monkeypatch: pytest.MonkeyPatch
     check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
 
 
+@pytest.mark.slow
 @needs_ours
 def test_threads_do_not_change_ours() -> None:
     """Each computes whole outputs."""
