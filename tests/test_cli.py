@@ -570,6 +570,7 @@ def test_a_checkpoint_that_isnt_there(fit: Refusal, tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere.ckpt") in fit("--ckpt_path", str(tmp_path / "nowhere.ckpt"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_architecture(fit: Refusal, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "out" / RUN, router_width=16)
     message = fit()

@@ -119,6 +119,7 @@ def test_training_goes_on_where_nothing_works(tmp_path: Path, monkeypatch: pytes
     assert wandb_logger(tmp_path, "online", "qtale") is None
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_identity(tmp_path: Path) -> None:
     versions = []
     for _ in range(2):

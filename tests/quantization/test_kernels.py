@@ -97,6 +97,7 @@ def test_the_reference_is_the_definition(bits: int, symmetric: bool) -> None:
 # Both for the CPU ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @on_the_cpu
 @pytest.mark.parametrize(("outputs", "inputs", "group"), CASES)
 def test_the_presets_shapes(kernel_of: KernelOf, outputs: int, inputs: int, group: int) -> None:

@@ -67,6 +67,7 @@ def test_figure_has_a_column_per_precision_and_a_line_per_run(qtale: Results) ->
         assert len(axes.containers) == len(runs)
 
 
+@pytest.mark.slow
 def test_files_are_written_and_other_protocols_refused(tmp_path: Path, qtale: Results) -> None:
     one, other = two_runs(qtale)
     for name, run in (("a", one), ("b", other)):

@@ -107,6 +107,7 @@ def test_figures_are_the_same_twice(arguments: Arguments, commands: Any, tmp_pat
     assert drawn() == first
 
 
+@pytest.mark.slow
 def test_figures_of_nothing_say_what_to_do(arguments: Arguments) -> None:
     with pytest.raises(FileNotFoundError, match="`make table TABLE=csqa` makes them"):
         figures(arguments("csqa"))
