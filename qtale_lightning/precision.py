@@ -19,13 +19,12 @@ Origin = Literal["given", "kept", "chosen"]
 
 PRECISIONS: tuple[Precision, Precision] = ("bf16-mixed", "32-true")
 
+_AVX2 = ("avx2", "fma3", "f16c")
+_AVX512 = (*_AVX2, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 INSTRUCTION_SETS = {
-    "avx2": ("avx2", "fma3", "f16c"),
-    "avx512": ("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
-    "avx512_bf16": (
-        *("avx2", "fma3", "f16c", "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl"),
-        *("avx512_vnni", "avx512_bf16"),
-    ),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "avx512_vnni", "avx512_bf16"),
     "neon": ("neon",),
 }
 """What processors differ in, each by what `torch.cpu.get_capabilities` calls it; better ones behind lesser ones."""

@@ -324,7 +324,7 @@ QTALE_INLINE Lanes sums(const Lanes* x) {
 #if defined(__AVX512BF16__)
 constexpr bool PAIRS = true;
 QTALE_INLINE Lanes add_pairs(const BFloat16* a, const BFloat16* b, Lanes c) {
-  return _mm512_dpbf16_ps(c, bytes_at<__m512bh>(a), bytes_at<__m512bh>(b));
+  return add_pair(c, bytes_at<Bits>(a), bytes_at<Bits>(b));
 }
 #else
 constexpr bool PAIRS = false;

@@ -194,11 +194,9 @@ def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
     if not isinstance(model.norm, FusedRMSNorm) or not all(isinstance(layer, FusedLayer) for layer in layers):
         return None
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
-    sizes = (
-        config.hidden_size,
-        config.intermediate_size,
-        *(config.router_width for _ in model.config.routed_layers),
-    )
+    sizes = [config.hidden_size, config.intermediate_size]
+    if config.routed_layers:
+        sizes.append(config.router_width)
     if config.hidden_act != "silu" or any(size % lanes for size in sizes):
         return None
     if width % (2 * lanes) or width > cpu.WIDEST_HEAD or model.norm.weight.dtype != dtype:
