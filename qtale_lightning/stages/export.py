@@ -13,7 +13,7 @@ from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import inference_dtype
-from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.quantization.engines import DEFAULT, find
 from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.loading import load_model
@@ -106,10 +106,12 @@ def load_exported(
 
     Raises:
         FileNotFoundError: That precision isn't there; the message says which stage makes it.
+        ValueError: The engine's folder holds others.
     """
     folder = run.model(bits, engine)
     if not folder.is_dir():
         raise missing(run, bits, engine)
+    width = int(bits) if bits != 16 and find(engine).holds else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if as_stored else inference_dtype(device)
-    return load_model(run, folder, dtype).eval().to(device)
+    return load_model(run, folder, dtype, width).eval().to(device)
