@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, PositiveInt
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.commands.parser import PROG
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.values import BatchSize, Bits, Floats, Numbers, Positive, UserPath
@@ -83,6 +84,7 @@ def evaluate(
     theta: Floats[ClosedUnitInterval] | None = None,
     activation_bits: Literal[16, 8] = 16,
     head_bits: Literal[16, 8, 4] = 16,
+    bits_schedule: str | None = None,
 ) -> None:
     """One precision and threshold on the validation questions.
 
@@ -92,13 +94,17 @@ def evaluate(
         theta: Threshold, or one for each routed layer; by default the model's own.
         activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32.
         head_bits: Of the head's weights: 8 and 4 round them to nearest, in groups of 32.
+        bits_schedule: Precisions of answers in writing by tokens written, of an engine whose codes are nested: 0:4,32:3
+            writes at 4 bits until there are 32 tokens, then at 3; a third number is θ from there on; --bits is 4 then.
     """
+    schedule = None if bits_schedule is None else Schedule.read(bits_schedule)
+    bits = bits if schedule is None else schedule[0].bits
     with _configured(run, options, "evaluate") as (directory, cli):
         from qtale_lightning import stages
         from qtale_lightning.quantization.lighter import lighten
 
         engine = cli.quantization.engine
-        model = stages.load_exported(directory, bits, engine)
+        model = stages.load_exported(directory, bits, engine, schedule=schedule)
         lighten(model, activation_bits, head_bits)
         at: float | list[float] | None = None
         if model.config.has_theta:

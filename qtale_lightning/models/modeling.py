@@ -1,6 +1,8 @@
 """The routed model: a family's own of Hugging Face, whose decoder layers have routers."""
 
+import json
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -8,13 +10,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.compat.loading import misshaped
 from qtale_lightning.models import decoding
 from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.packing import branch_mask
-from qtale_lightning.models.phases import Phases, read_schedule
+from qtale_lightning.models.phases import Phases
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.routing import method_of
 
@@ -223,6 +226,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the weights in {path} don't match its config.json (start_layer "
                 f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
             )
+        # Of a generation configuration that came from the model's, transformers reads nothing that it doesn't know.
+        file = Path(path or "") / "generation_config.json"
+        if file.is_file() and (schedule := json.loads(file.read_bytes()).get("bits_schedule")) is not None:
+            model.generation_config.bits_schedule = schedule  # type: ignore[union-attr]
         return loaded if wants_info else model  # type: ignore[return-value]
 
     def forward(
@@ -258,7 +265,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if schedule is None:
             return generate(*args, generation_config=generation_config, **kwargs)
         routing = kwargs["routing"] = kwargs.get("routing") or Routing()
-        phases = Phases(self, read_schedule(schedule), routing)
+        phases = Phases(self, Schedule.read(schedule), routing)
         processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), phases])
         try:
             return generate(*args, generation_config=generation_config, logits_processor=processors, **kwargs)

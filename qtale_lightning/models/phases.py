@@ -1,69 +1,22 @@
 """Precision that falls while a text is written (progressive mixed-precision decoding; Chen et al., ICLR 2025).
 
-A schedule, `bits_schedule` of a generation configuration, says by how many tokens are written which precision computes
-the next ones: `[[0, 4], [32, 3]]` are 4 bits for the prompt and until 32 tokens are written, then 3. A third number is
-θ from there on. A model whose codes are nested computes all of them from the same memory.
+By a schedule, `bits_schedule` of a generation configuration (see `qtale_lightning.bits_schedule`). A model whose codes
+are nested computes all of its precisions from the same memory.
 """
 
-from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from qtale_lightning.bits_schedule import Phase, Schedule
 from qtale_lightning.models.routing import Routing
-
-
-class Phase(NamedTuple):
-    """From how many written tokens on which precision computes, and with which θ; None: the call's."""
-
-    tokens: int
-    bits: int
-    threshold: float | None
-
-
-def read_schedule(schedule: Any) -> list[Phase]:
-    """A schedule's phases.
-
-    Args:
-        schedule: [tokens, bits] or [tokens, bits, θ] each.
-
-    Raises:
-        ValueError: It isn't such a list, doesn't begin at 0, tokens don't rise, bits do, or a θ is no probability.
-    """
-    example = "give [tokens written, bits] by phase, such as [[0, 4], [32, 3]]"
-    rows = schedule if isinstance(schedule, Sequence) and not isinstance(schedule, str) else []
-    if not rows or not all(_is_phase(row) for row in rows):
-        raise ValueError(f"bits_schedule {schedule!r} is no schedule: {example}")
-    phases = [Phase(row[0], row[1], row[2] if len(row) == 3 else None) for row in rows]
-    if phases[0].tokens != 0:
-        raise ValueError(f"bits_schedule {schedule!r} says nothing of the first token: begin with [0, bits]")
-    for before, after in pairwise(phases):
-        if after.tokens <= before.tokens:
-            raise ValueError(
-                f"bits_schedule {schedule!r}: {after.tokens} tokens come after {before.tokens}, but numbers of tokens "
-                "must rise"
-            )
-        if after.bits > before.bits:
-            raise ValueError(
-                f"bits_schedule {schedule!r} rises from {before.bits} to {after.bits} bits: precision can only fall "
-                "while a text is written, since what was computed at less stays so"
-            )
-    return phases
-
-
-def _is_phase(row: Any) -> bool:
-    if not isinstance(row, Sequence) or isinstance(row, str) or len(row) not in (2, 3):
-        return False
-    whole = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in row[:2])
-    return whole and (len(row) == 2 or (isinstance(row[2], int | float) and 0 <= row[2] <= 1))
 
 
 class Phases(LogitsProcessor):
     """Switches a model's precision as tokens are written; transformers asks it once a token, behind its logits."""
 
-    def __init__(self, model: PreTrainedModel, phases: Sequence[Phase], routing: Routing) -> None:
+    def __init__(self, model: PreTrainedModel, phases: Schedule, routing: Routing) -> None:
         """Begins with the first phase.
 
         Args:
@@ -77,7 +30,7 @@ class Phases(LogitsProcessor):
         self.threshold = routing.threshold
         if any(phase.threshold is not None for phase in phases) and not model.config.has_theta:
             raise ValueError(
-                f"bits_schedule names a θ, and the model has none, by its method {model.config.method}"
+                f"the schedule {phases} names a θ, and the model has none, by its method {model.config.method}"
             )
         for bits in dict.fromkeys(phase.bits for phase in reversed(phases)):  # the first one last
             self._read_at(bits)
@@ -105,7 +58,7 @@ class Phases(LogitsProcessor):
     def _read_at(self, bits: int) -> None:
         if not self.linears:
             raise ValueError(
-                f"bits_schedule asks for {bits} bits of a model that isn't quantized: load a folder with nested codes "
+                f"the schedule asks for {bits} bits of a model that isn't quantized: load a folder with nested codes "
                 "(--quantize.engine nested)"
             )
         for linear in self.linears:
@@ -113,5 +66,6 @@ class Phases(LogitsProcessor):
                 linear.read_at(bits)
             except ValueError as error:
                 raise ValueError(
-                    f"bits_schedule: {error}. Load a folder with nested codes (--quantize.engine nested) without `bits`"
+                    f"the schedule {self.phases}: {error}. Load a folder with nested codes (--quantize.engine nested) "
+                    "without `bits`"
                 ) from None

@@ -31,7 +31,9 @@ from qtale_lightning.quantization.recipe import Recipe, scale_vectors
 from qtale_lightning.quantization.replay import unwatched
 from qtale_lightning.quantization.rounding import REACH, Rounding
 
-NESTED_REACH = 2.0  # of a value where codes' highest bits are learned, too, which are 4 codes wide
+# Where codes' highest bits are learned, too: the reach of a value, since of the highest 2 one is 4 codes wide; and the
+# rate of steps for fewer than all bits, at which these gain nearly as much and all of them lose less.
+NESTED_REACH, NARROWER_RATE = 2.0, 0.5
 
 
 class Window:
@@ -121,7 +123,8 @@ def fit(
                 raise ValueError(
                     f"{window.name} has no finite output error: its weights or activations are too large"
                 )
-            window.step(rate * (1 - step / steps), bits)
+            share = 1 if bits is None else NARROWER_RATE
+            window.step(share * rate * (1 - step / steps), bits)
 
 
 def shuffled(batches: Sequence[Batch], rows: int, seed: int) -> list[Batch]:
@@ -226,16 +229,21 @@ def search_nested(
 ) -> list[Recipe]:
     """`search` for codes whose highest bits are learned as well, down to `lowest`: see `engines.nested`.
 
-    Where that is the codes' own width, these are those that `search` finds.
+    It starts from AWQ's scales and clips for the middle one of these widths. Where there is none but the codes' own,
+    these are those that `search` finds.
+
+    Args:
+        precisions: each of one width for all linears.
     """
-    started = awq.search(model, batches, precisions, group_size, symmetric, min_tokens=min_tokens)
     some, found = shuffled(batches, how.pop("batch"), how["seed"]), []
-    for recipe in started:
-        widest = max(recipe.bits.values())
-        narrower = [*range(lowest, widest + 1)]
-        turns: list[int | None] = [None, *reversed(narrower[:-1])]
-        learned = _learned(model, some, recipe, turns, sequential, progress, **how)
-        found.append(replace(learned, nested=narrower if len(narrower) > 1 else []))
+    for bits in precisions:
+        widest = max(bits.values())
+        widths = [*range(lowest, widest + 1)]
+        middle = dict.fromkeys(bits, widths[len(widths) // 2])
+        (start,) = awq.search(model, batches, [middle], group_size, symmetric, min_tokens=min_tokens)
+        turns: list[int | None] = [None, *reversed(widths[:-1])]
+        learned = _learned(model, some, replace(start, bits=dict(bits)), turns, sequential, progress, **how)
+        found.append(replace(learned, nested=widths if len(widths) > 1 else []))
     return found
 
 

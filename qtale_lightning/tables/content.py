@@ -128,6 +128,9 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
             return row["average_nll"], row["average_nll_stderr"]
         case "weight_mb":
             return row["weight_bytes"] / 1e6, None
+        case "tokens_per_second":
+            tokens = row.get("writing_tokens")
+            return (tokens / row["writing_seconds"] if tokens else None), None
         case "kv_kib":
             return _kv_bytes(answer, row) / 1024, None
         case kind:

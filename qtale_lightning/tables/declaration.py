@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.experiments import find, names
 from qtale_lightning.quantization import engines
 from qtale_lightning.results.fields import Bits, Fraction
@@ -34,7 +35,8 @@ SYMBOLS = {"model.lambda_entropy": "λ₂", "model.lambda_ratio": "λ₁", "mode
 
 Option = bool | int | float | str
 Column = Literal[
-    "theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll"
+    *("theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll"),
+    "tokens_per_second",
 ]
 
 
@@ -98,6 +100,7 @@ class Cell(_Declared):
     bits: list[Bits] = Field([16, 4, 3], min_length=1)
     engine: list[EngineName] = Field([engines.DEFAULT], min_length=1)
     theta: Theta | None = None
+    bits_schedule: Annotated[str, AfterValidator(lambda text: str(Schedule.read(text)))] = ""
     data: list[str] = Field(default_factory=list)
     group: str = ""
 
@@ -106,6 +109,13 @@ class Cell(_Declared):
         if (self.theta is not None) != method_of(self.method).theta:
             why = "needs 'theta'" if self.theta is None else "has no θ: leave 'theta' out"
             raise ValueError(f"the method {self.method} {why}")
+        if self.bits_schedule:
+            first = Schedule.read(self.bits_schedule)[0].bits
+            fixed = self.theta is None or isinstance(self.theta, int | float)
+            if self.bits != [first] or not fixed:
+                raise ValueError(
+                    f"bits_schedule {self.bits_schedule}: its line is of the first precision, bits: [{first}], at one θ"
+                )
         for key, value in self.options.items():
             if key.split(".")[0] not in ("model", "data", "trainer"):
                 raise ValueError(
@@ -146,6 +156,7 @@ class Line:
     theta: LineTheta
     data: tuple[str, ...]
     group: str
+    bits_schedule: str = ""
 
     @property
     def setting(self) -> str:
@@ -161,6 +172,7 @@ class Line:
             self.bits,
             self.engine,
             self.theta if isinstance(self.theta, float) else None,
+            self.bits_schedule,
         )
 
 
@@ -264,6 +276,7 @@ def _lines(cell: Cell) -> list[Line]:
                         theta=float(theta) if isinstance(theta, int | float) else theta,
                         data=tuple(cell.data),
                         group=cell.group,
+                        bits_schedule=cell.bits_schedule,
                     )
                 )
     return lines

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.models import RoutedForCausalLM, Routing
-from qtale_lightning.models.phases import read_schedule
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
@@ -119,19 +119,26 @@ def test_a_schedule_is_saved_with_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("schedule", "said"),
     [
-        ("0:4", "is no schedule"),
+        ("0:4,", "is no schedule"),
+        ("0:four", "is no schedule"),
         ([], "is no schedule"),
         ([[0]], "is no schedule"),
         ([[0, 4.5]], "is no schedule"),
         ([[0, 4, 1.5]], "is no schedule"),
-        ([[2, 4]], "begin with"),
+        ([[2, 4]], "begin with 0:4"),
         ([[0, 4], [0, 3]], "must rise"),
         ([[0, 3], [4, 4]], "rises from 3 to 4 bits"),
     ],
 )
 def test_what_is_no_schedule_is_refused(schedule: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        read_schedule(schedule)
+        Schedule.read(schedule)
+
+
+def test_both_forms_are_the_same() -> None:
+    schedule = Schedule.read("0:4,16:3:0.25")
+    assert schedule.rows() == [[0, 4], [16, 3, 0.25]]
+    assert str(Schedule.read(schedule.rows())) == "0:4,16:3:0.25"
 
 
 def test_a_precision_that_isnt_held_is_refused(tmp_path: Path) -> None:
