@@ -2,10 +2,11 @@
 
     python benchmarks/planes.py [--model smollm2-135m] [--tokens 1 4] [--cpu-seconds] [--repeats 15] [--json FILE]
 
-A linear of LLaMA-2-7B's widths, in groups of 128, as many copies in turn as no cache holds: int4 as models of 4 bits run
-it, the same for tokens that are rounded to 8 bits, and planes of bits (`cpu/planes.h`), which models of 3 and 2 bits run
-from, and nested ones at 4, too. "limit" is bytes of int4 weights over those that are read. A decoded token is one of the
-model, rounded to nearest, all layers executed, behind 64 others (as in latency.py): its head is in bfloat16.
+A linear of LLaMA-2-7B's widths, in groups of 128, as many copies in turn as no cache holds: int4 as models of 4 bits
+run it, the same for tokens that are rounded to 8 bits, and planes of bits (`cpu/planes.h`), which models of 3 and 2
+bits run from, and nested ones that can be switched at 4, too. "limit": bytes of int4 weights over those that are read.
+A decoded token is one of the model, rounded to nearest, all layers executed, behind 64 others (as in latency.py): its
+head is in bfloat16, and counts in the limit.
 """
 
 import statistics

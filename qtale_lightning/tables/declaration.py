@@ -35,8 +35,16 @@ SYMBOLS = {"model.lambda_entropy": "λ₂", "model.lambda_ratio": "λ₁", "mode
 
 Option = bool | int | float | str
 Column = Literal[
-    *("theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll"),
+    "theta",
+    "execution_ratio",
+    "flops_ratio",
+    "weight_mb",
+    "kv_kib",
+    "seconds",
     "tokens_per_second",
+    "tasks",
+    "average",
+    "nll",
 ]
 
 
