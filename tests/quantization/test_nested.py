@@ -90,8 +90,12 @@ def test_all_widths_are_learned(make_model: MakeModel, rows: Tensor) -> None:
         exact = model(rows).logits.log_softmax(-1)
         for layer in decoder_layers(model):
             for name, linear in layer.linears.items():
-                own = recipe.codes[layer.path(name)].quantized()
-                linear.weight.copy_(narrowed(own, 4 - bits).dequantize())
+                full = layer.path(name)
+                weight = narrowed(recipe.codes[full].quantized(), 4 - bits)
+                if bits in recipe.terms:
+                    scales, zeros = (term.float()[..., None] for term in recipe.terms[bits][full])
+                    weight = Quantized(weight.codes, scales, zeros)
+                linear.weight.copy_(weight.dequantize())
             scale_vectors(layer, recipe)
         found = model(rows).logits.log_softmax(-1)
         return torch.nn.functional.kl_div(found, exact, log_target=True, reduction="batchmean").item()
@@ -102,7 +106,7 @@ def test_all_widths_are_learned(make_model: MakeModel, rows: Tensor) -> None:
     assert nested.held == [2, 3, 4]
     assert damage(nested, 2) < 0.7 * damage(plain, 2)
     assert damage(nested, 3) < damage(plain, 3)
-    assert damage(nested, 4) < 0.5 * damage(nested, 3)
+    assert damage(nested, 4) < 0.8 * damage(nested, 3)
 
 
 # ------------------------------------------------------------------------------------------------ in a folder
@@ -142,15 +146,36 @@ def test_one_folder_gives_every_precision(folder: Path, rows: Tensor) -> None:
 def test_only_the_bits_that_are_read_are_loaded(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     names = {name.rpartition(".")[2] for name in stored if "q_proj" in name}
-    assert names == {"qweight", "plane3", "plane4", "qzeros", "scales"}
+    terms = {f"{kind}{width}" for kind in ("scales", "zeros") for width in (2, 3)}
+    assert names == {"qweight", "plane3", "plane4", "qzeros", "scales"} | terms
     for bits in (2, 3):
         model = RoutedForCausalLM.from_pretrained(folder, bits=bits)
-        planes = {
-            name for part in linears(model).values() for name, _ in part.named_buffers() if "plane" in name
-        }
-        assert planes == {f"plane{width}" for width in range(3, bits + 1)}
+        found = {name for part in linears(model).values() for name, _ in part.named_buffers()}
+        planes = {f"plane{width}" for width in range(3, bits + 1)}
+        assert found == {"qweight", "qzeros", "scales", f"scales{bits}", f"zeros{bits}"} | planes
         with pytest.raises(ValueError, match="not serializable"):  # a part of it
             model.save_pretrained(folder / "again")
+
+
+@torch.no_grad()
+def test_a_widths_own_scales_and_zeros_are_kept(
+    make_routed: MakeRouted, rows: Tensor, tmp_path: Path
+) -> None:
+    """From the search's file to a linear that reads 2 bits."""
+    model = make_routed(kv_heads=2)
+    found = found_by("nested", model, rows, **FEW)
+    found.save(tmp_path / "recipe.safetensors")
+    kept = Recipe.load(tmp_path / "recipe.safetensors")
+    quantize_model(model, kept)
+    model.save_pretrained(tmp_path)
+    alone = linears(RoutedForCausalLM.from_pretrained(tmp_path, bits=2))
+    for name, (scales, zeros) in found.terms[2].items():
+        part = alone[name].quantized()
+        assert torch.equal(part.codes.flatten(1), (found.codes[name].codes >> 2).float())
+        assert torch.equal(part.scales.squeeze(-1), scales.float())
+        assert torch.equal(part.zeros.squeeze(-1), zeros.float())
+    derived = narrowed(found.codes["model.layers.1.mlp.up_proj"].quantized(), 2).scales.squeeze(-1)
+    assert not torch.equal(derived.half(), found.terms[2]["model.layers.1.mlp.up_proj"][0])  # they are fitted
 
 
 @torch.no_grad()
@@ -225,7 +250,10 @@ def test_a_run_has_one_folder_for_all(
     a_bit = (
         6 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256) // 8
     )  # bytes of one bit of each of tiny's weights
-    assert size[4, "nested"] - size[3, "nested"] == size[3, "nested"] - size[2, "nested"] == a_bit
+    assert size[3, "nested"] - size[2, "nested"] == a_bit
+    assert (
+        size[4, "nested"] - size[3, "nested"] == a_bit / 2
+    )  # 4 bits have no terms but the codes' own, in groups of 64
     assert all(row["writing_tokens"] > 0 for row in rows)
     for wrong, said in (
         (["--bits", "5"], "holds no model at 5 bits"),
