@@ -307,7 +307,7 @@ def kernels_for(
         return {bits: choose_kernel(weight, rounded)}
     if PlaneStrips.supports(weight):
         planes = PlaneStrips(weight, bits)
-        return {bits: planes} | {width: planes.at(width, *terms) for width, terms in narrower.items()}
+        return {bits: planes, **{width: planes.at(width, *terms) for width, terms in narrower.items()}}
     found = {bits: choose_kernel(weight, rounded)}
     for width, (scales, zeros) in narrower.items():
         codes = narrowed(weight, bits - width).codes
