@@ -206,7 +206,9 @@ def _differences(
                 if column.kind in ("average", "nll") and there:
                     ours, theirs = (_sides(table, column, i, answers) for i in (index, first))
                     apart = difference(ours, theirs, None, _score(column))
-                    values[column.key] = asdict(apart) if apart else None
+                    values[column.key] = (
+                        {**asdict(apart), "significant": apart.significant} if apart else None
+                    )
             found.append({"row": index, "against": first, "values": values})
     return found
 
