@@ -75,11 +75,15 @@ class Subject:
         return fingerprint(self._model_digest, self._made, self.data.digest(split), self.protocol(split))
 
     def known(self, theta: Theta, split: Split) -> Evaluation | None:
-        """The row of an earlier evaluation of the same model on the same questions by the same protocol."""
+        """The row of an earlier evaluation of the same model on the same questions by the same protocol.
+
+        What older validation rows don't say, the paths that were taken, is measured again.
+        """
+        paths = split == "validation" and bool(self.model.config.routed_layers)
         key = (self.bits, self.row_engine, split, self.fingerprint(split))
         for row in load_or_new(self.run.root)["evaluation"]:
             found = (row["bits"], row["engine"], row["split"], row.get("fingerprint"))
-            if found == key and same_theta(row["theta"], theta):
+            if found == key and same_theta(row["theta"], theta) and ("paths" in row or not paths):
                 return row
         return None
 

@@ -24,12 +24,17 @@ Kind = Literal["fit", "quantize", "thresholds", "evaluate"]
 
 @dataclass(frozen=True)
 class Demand:
-    """What a line asks of its run; a budget that is like another line's is a number here, or not known yet."""
+    """What a line asks of its run; a budget that is like another line's is a number here, or not known yet.
+
+    Attributes:
+        paths: Of a row, too: those of before there were any don't answer it.
+    """
 
     bits: float
     engine: str
     theta: LineTheta
     perturbation: Perturbation = UNPERTURBED
+    paths: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
         split: [
             row
             for row in own_rows(results, split, demand.perturbation.record)
-            if (row["bits"], row["engine"]) == (demand.bits, demand.engine) and _of(row, model)
+            if (row["bits"], row["engine"]) == (demand.bits, demand.engine)
+            and _of(row, model)
+            and ("paths" in row or not demand.paths or split == "calibration")
         ]
         for split in _SPLITS
     }

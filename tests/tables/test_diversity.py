@@ -8,7 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from qtale_lightning.results.series import other_rows, own_rows
-from qtale_lightning.results.store import load_results
+from qtale_lightning.results.store import load_results, save_results
 from qtale_lightning.tables.diversity import MEASURES
 from qtale_lightning.tables.figures import DRAWN
 from qtale_lightning.tables.plots import Related, plot_relations
@@ -49,6 +49,12 @@ def test_perturbed_rows_are_asked_for_and_stand_for_nothing_else(
     table(given, commands)
     assert len(commands.started) == started, "all of it is known again"
 
+    for row in results["evaluation"]:
+        if row["bits"] == 16 and not row["protocol"].get("perturbation"):
+            del row["paths"]
+    save_results(tmp_path / "out" / "tiny-qtale-facts-s0", results)
+    table(given, commands)
+    assert commands.kinds()[started:] == ["thresholds"], "rows that don't say their paths are measured again"
     check_what_quantization_adds(given)
 
 
