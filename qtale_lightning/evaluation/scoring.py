@@ -16,7 +16,6 @@ from qtale_lightning.metrics import ExecutionRatio
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
-from qtale_lightning.paths import PathDiversity
 
 Threshold = float | Sequence[float] | None
 """θ: one for all layers, or one a routed layer; None is the model's own."""
@@ -32,14 +31,12 @@ class Scores:
             questions, share is computed, and counted, once.
         tokens: Number of computed tokens.
         seconds: Measured time. Thresholds that are scored together share it: theirs add up to the whole.
-        paths: How diverse the paths of the tokens that are decided about are, as `path_statistics`; None: of none.
     """
 
     loglikelihoods: list[np.ndarray]
     execution: list[float]
     tokens: int
     seconds: float
-    paths: dict[str, float] | None = None
 
 
 def score(
@@ -90,7 +87,6 @@ def score_thresholds(
         )
         for _ in thresholds
     ]
-    paths = [PathDiversity(sync_on_compute=False) for _ in thresholds]
     results = [[np.zeros(len(question.contexts)) for question in questions] for _ in thresholds]
     seconds = [0.0] * count
     batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 8192)
@@ -107,8 +103,6 @@ def score_thresholds(
             routing.threshold, routing.resume = thresholds[i], first
             values = branches.loglikelihoods(model, routing)
             ratios[i].update(routing)
-            if routing.gates:
-                paths[i].update(routing.stacked_gates()[:, routing.free] > 0.5)
             observe(routing)
             if not np.isfinite(values).all():
                 raise NonFiniteError(
@@ -120,14 +114,8 @@ def score_thresholds(
             seconds[i] += time.perf_counter() - started
         on_progress(len({q for q, _ in branches.pairs}))
     return [
-        Scores(
-            found,
-            ratio.compute().tolist(),
-            int(ratio.tokens),
-            time_spent,
-            taken.compute() if taken.update_called else None,
-        )
-        for found, ratio, taken, time_spent in zip(results, ratios, paths, seconds, strict=True)
+        Scores(found, ratio.compute().tolist(), int(ratio.tokens), time_spent)
+        for found, ratio, time_spent in zip(results, ratios, seconds, strict=True)
     ]
 
 

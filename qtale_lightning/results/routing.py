@@ -23,16 +23,6 @@ class PathStatistics(TypedDict):
     entropy_of_500: NotRequired[Quantity]
 
 
-def diversity(paths: PathStatistics) -> float | None:
-    """The one measure that diversities are compared by: the entropy of execution paths in nats, expected of 500 tokens.
-
-    A path is what a token makes of all layers together, so that a layer which every token executes adds nothing, nor do
-    layers that always agree; rarefaction (Hurlbert, 1971) makes different numbers of tokens comparable. It is 0 where
-    all tokens have one path, and ln 500 = 6.2 where no two do. None: of fewer tokens.
-    """
-    return paths.get("entropy_of_500")
-
-
 class HistogramCounts(TypedDict):
     """Counts in bins between `edges`, one more; the outer bins hold what lies beyond them, too."""
 

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from qtale_lightning.results.fields import Bits, Count, Fraction, Number, Quantity, Thresholds
 from qtale_lightning.results.fingerprints import Fingerprint
-from qtale_lightning.results.routing import Changes, PathStatistics, Routing
+from qtale_lightning.results.routing import Changes, Routing
 from qtale_lightning.results.scores import TaskScores
 from qtale_lightning.results.selection import Search, Selected
 
@@ -73,10 +73,9 @@ class Evaluation(TypedDict):
     `execution_ratio` is executed layers over all layers, `flops_ratio` counted FLOPs over the base model's
     (routers included, so it can pass 1), `seconds` the measured time of this evaluation, and `engine` the
     quantizer ("none" at 16 bits; "+a8+h4" behind it: tokens in 8 bits, the head in 4).
-    `execution_ratio_per_layer` has shape `(layers,)`, and `paths` are those of the tokens that are decided about; a
-    model that decides nothing has none, nor have older rows. Evaluations made together share the time of what can't
-    differ between them; written answers take `writing_seconds` more. `dtype` is what the model computed in. What was
-    answered to each question lies in `predictions/`, and what was written in `generations/`.
+    `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share the time of what can't differ
+    between them; written answers take `writing_seconds` more. `dtype` is what the model computed in. What was answered
+    to each question lies in `predictions/`, and what was written in `generations/`.
     `fingerprint` says which model answered which questions; older rows have none, and are measured again where they
     are asked for.
     """
@@ -95,7 +94,6 @@ class Evaluation(TypedDict):
     average_nll: Number
     average_nll_stderr: Quantity
     execution_ratio_per_layer: list[Fraction]
-    paths: NotRequired[PathStatistics]
     weight_bytes: Count
     seconds: Quantity
     dtype: NotRequired[str]

@@ -75,15 +75,11 @@ class Subject:
         return fingerprint(self._model_digest, self._made, self.data.digest(split), self.protocol(split))
 
     def known(self, theta: Theta, split: Split) -> Evaluation | None:
-        """The row of an earlier evaluation of the same model on the same questions by the same protocol.
-
-        What older validation rows don't say, the paths that were taken, is measured again.
-        """
-        paths = split == "validation" and bool(self.model.config.routed_layers)
+        """The row of an earlier evaluation of the same model on the same questions by the same protocol."""
         key = (self.bits, self.row_engine, split, self.fingerprint(split))
         for row in load_or_new(self.run.root)["evaluation"]:
             found = (row["bits"], row["engine"], row["split"], row.get("fingerprint"))
-            if found == key and same_theta(row["theta"], theta) and ("paths" in row or not paths):
+            if found == key and same_theta(row["theta"], theta):
                 return row
         return None
 
@@ -128,7 +124,6 @@ class Subject:
             "examples": len(questions),
             "execution_ratio": sum(scores.execution) / len(scores.execution),
             "execution_ratio_per_layer": scores.execution,
-            **({} if scores.paths is None else {"paths": scores.paths}),  # type: ignore[typeddict-item]
             "flops_ratio": cost.flops_ratio(self.model.config, scores.execution, _mean_context(questions)),
             "accuracy": accuracy,
             **average(accuracy),  # type: ignore[typeddict-item]

@@ -30,7 +30,7 @@ KINDS = {
     "average": Kind("average %", "higher", 100, 2),
     "nll": Kind("nll ↓", "lower"),
     "added_nll": Kind("added nll"),
-    "diversity": Kind("path entropy, nats", digits=2),
+    "path_distance": Kind("path distance"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qtale_lightning.evaluation import cost
 from qtale_lightning.manifest import read_object
+from qtale_lightning.paths import path_distance
 from qtale_lightning.report.notes import quantization_lines
 from qtale_lightning.results.fingerprints import comparable
 from qtale_lightning.results.schema import Evaluation
@@ -16,7 +17,7 @@ from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.columns import ColumnOf, columns_of, heading
 from qtale_lightning.tables.declaration import Line
-from qtale_lightning.tables.diversity import added_nll, diversity_of
+from qtale_lightning.tables.diversity import added_nll
 from qtale_lightning.tables.table import Answer, Table, commit_of
 
 Failures = dict[Any, str]
@@ -138,8 +139,8 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
             return row["average"], row["average_stderr"]
         case "nll":
             return row["average_nll"], row["average_nll_stderr"]
-        case "diversity":
-            return diversity_of(answer, row), None
+        case "path_distance":
+            return path_distance(row["execution_ratio_per_layer"]), None
         case "weight_mb":
             return row["weight_bytes"] / 1e6, None
         case "kv_kib":

@@ -33,7 +33,7 @@ SYMBOLS = {
 Option = bool | int | float | str
 Column = Literal[
     "theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll",
-    "added_nll", "diversity",
+    "added_nll", "path_distance",
 ]  # fmt: skip
 EngineName = Annotated[str, AfterValidator(lambda name: engines.find(name).name)]
 

@@ -4,32 +4,23 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qtale_lightning.results.routing import diversity
-from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.paths import path_distance
+from qtale_lightning.results.schema import Results
 from qtale_lightning.routing import method_of
 from qtale_lightning.tables.bold import Difference, Side, difference
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.plots import Related
-from qtale_lightning.tables.table import Answer, Table
+from qtale_lightning.tables.table import Table
 
-MEASURES = ("path entropy at inference, nats", "path entropy in training, nats", "nll at 16 bits, nats")
+MEASURES = ("path distance at inference", "path distance in training", "nll at 16 bits, nats")
 """What is held against the nll that quantization adds; the last one is what it may depend on instead."""
 
 
-def diversity_of(answer: Answer, row: Evaluation) -> float | None:
-    """Of the paths that a row's tokens take, as `qtale_lightning.results.routing.diversity`; None: unknown."""
-    if not method_of(answer.results["run"]["method"]).decides:
+def trained_distance(results: Results) -> float | None:
+    """Of the paths that tokens took at the end of training, noise included; None: what decided isn't known."""
+    if not method_of(results["run"]["method"]).decides:
         return 0.0  # all tokens have one path
-    return diversity(row["paths"]) if "paths" in row else None
-
-
-def trained_diversity(answer: Answer) -> float | None:
-    """Of the paths that tokens took while the run was trained, noise included, at its end; None: unknown."""
-    if not method_of(answer.results["run"]["method"]).decides:
-        return 0.0
-    routing = answer.results.get("routing", {})
-    paths = routing.get("noisy_paths", routing.get("paths"))
-    return diversity(paths) if paths else None
+    return path_distance(results["routing"]["execution_ratio_per_layer"]) if "routing" in results else None
 
 
 def unquantized(table: Table, line: Line) -> Line | None:
@@ -70,8 +61,8 @@ def related(table: Table, data: str, bits: float) -> list[Related]:
         answers = [table.answer(base, data, seed) for seed in table.request.seeds]
         rows = [(answer, answer.row) for answer in answers if answer.row is not None]
         values = (
-            _mean([diversity_of(answer, row) for answer, row in rows]),
-            _mean([trained_diversity(answer) for answer, _ in rows]),
+            _mean([path_distance(row["execution_ratio_per_layer"]) for _, row in rows]),
+            _mean([trained_distance(answer.results) for answer, _ in rows]),
             _mean([row["average_nll"] for _, row in rows]),
         )
         measures = dict(zip(MEASURES, values, strict=True))

@@ -237,10 +237,10 @@ DRAWN: dict[str, tuple[Draw, str]] = {
     ),
     "diversity": (
         _diversity,
-        "The nll that quantization adds, paired by question, at equal execution ratio, against the entropy of "
-        "execution paths, expected of 500 tokens: of those that the 16-bit model takes on the validation questions, "
-        "and of those that training took at its end, noise included. On the right against the nll of the 16-bit model, "
-        "which it may depend on instead. ρ is Spearman's, over all points of a panel; they share runs and questions, "
+        "The nll that quantization adds, paired by question, at equal execution ratio, against the share of layers in "
+        "which two tokens' paths differ on average: of the 16-bit model on the validation questions, and at the end of "
+        "training, noise included. On the right against the nll of the 16-bit model, which it may depend on instead. "
+        "ρ is Spearman's, over all points of a panel, which share runs and questions, "
         "so that its p is too small rather than too large.",
     ),
 }  # fmt: skip

@@ -24,17 +24,12 @@ Kind = Literal["fit", "quantize", "thresholds", "evaluate"]
 
 @dataclass(frozen=True)
 class Demand:
-    """What a line asks of its run; a budget that is like another line's is a number here, or not known yet.
-
-    Attributes:
-        paths: Of a row, too: those of before there were any don't answer it.
-    """
+    """What a line asks of its run; a budget that is like another line's is a number here, or not known yet."""
 
     bits: float
     engine: str
     theta: LineTheta
     perturbation: Perturbation = UNPERTURBED
-    paths: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,9 +72,7 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
         split: [
             row
             for row in own_rows(results, split, demand.perturbation.record)
-            if (row["bits"], row["engine"]) == (demand.bits, demand.engine)
-            and _of(row, model)
-            and ("paths" in row or not demand.paths or split == "calibration")
+            if (row["bits"], row["engine"]) == (demand.bits, demand.engine) and _of(row, model)
         ]
         for split in _SPLITS
     }

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from qtale_lightning.experiments import names
 from qtale_lightning.results.schema import Evaluation, Results
-from qtale_lightning.routing import method_of
 from qtale_lightning.tables.declaration import Declaration, Line
 from qtale_lightning.tables.request import Request
 from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands
@@ -90,7 +89,7 @@ class Table:
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""
-        demand = self._demand(line)
+        demand = Demand(line.bits, line.engine, line.theta, line.perturbation)
         other = self.declaration.like(line)
         if other is None:
             return demand
@@ -102,10 +101,6 @@ class Table:
         budget = min(1.0, round(row["execution_ratio"], 3))
         return replace(demand, theta=BudgetRule(rule=line.theta.rule, budget=budget))
 
-    def _demand(self, line: Line) -> Demand:
-        paths = "diversity" in self.declaration.columns and method_of(line.method).decides
-        return Demand(line.bits, line.engine, line.theta, line.perturbation, paths)
-
     def demands(self, run: TableRun, unknown: bool = False) -> list[Demand]:
         """What all lines ask of a run; with budgets that aren't known yet, if they are to be counted."""
         found: dict[Demand, None] = {}
@@ -115,7 +110,7 @@ class Table:
                     continue
                 demand = self.demand(line, data, run.seed)
                 if demand is None and unknown:
-                    demand = self._demand(line)
+                    demand = Demand(line.bits, line.engine, line.theta, line.perturbation)
                 if demand is not None:
                     found[demand] = None
         return list(found)

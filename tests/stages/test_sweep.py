@@ -11,6 +11,7 @@ import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
+from qtale_lightning.paths import path_distance
 from qtale_lightning.report import write_markdown
 from qtale_lightning.results.predictions import compare_predictions, load_predictions, predictions_file
 from qtale_lightning.results.series import own_rows
@@ -425,6 +426,6 @@ def test_perturbed_decisions_take_no_ones_place(swept: Path, capsys: pytest.Capt
     (row,) = (row for row in load_results(swept)["evaluation"] if "random_gates" in str(row["protocol"]))
     assert row["protocol"]["perturbation"] == {"random_gates": 0.2, "random_ratio": 0.7}
     (plain,) = (row for row in own_rows(before) if (row["bits"], row["theta"]) == (16, 0.3))
-    assert row["paths"]["entropy"] != plain["paths"]["entropy"]
+    assert path_distance(row["execution_ratio_per_layer"]) > path_distance(plain["execution_ratio_per_layer"])
     write_markdown(swept)
     assert "16-bit, 20 % random gates" in (swept / "results.md").read_text(encoding="utf-8")

@@ -212,10 +212,6 @@ class FakeCommands:
             | ({"perturbation": perturbation} if perturbation else {}),
             "fingerprint": self._fingerprint(run, bits, engine, perturbation),
         }  # fmt: skip
-        if METHODS[method].decides:
-            entropy = 3.0 + sum(perturbation.values())
-            row["paths"] = {"tokens": 900, "distinct": 80, "entropy": entropy + 0.1, "entropy_share": 0.8}
-            row["paths"] |= {"distinct_of_500": 60.0, "entropy_of_500": entropy}
         outcomes = [
             Prediction(task, i, 0, (-1.0, -2.0), {"value": float(r), "nll": 3.0 - r, "acc": r, "acc_norm": r})
             for i, r in enumerate(right.astype(float))
