@@ -6,11 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from qtale_lightning.commands.parser import PROG
+from qtale_lightning.routing.perturbation import Perturbation, perturb
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.values import BatchSize, Bits, Floats, Numbers, Positive, UserPath
+from qtale_lightning.values import (
+    BatchSize,
+    Bits,
+    Floats,
+    NonNegative,
+    Numbers,
+    Positive,
+    ShareAboveZero,
+    UserPath,
+)
 
 if TYPE_CHECKING:
     from qtale_lightning.cli import QTALECLI
@@ -54,14 +64,26 @@ def quantize(run: UserPath, options: tuple[str, ...]) -> None:
         stages.quantize(directory, data, cli.quantization)
 
 
-def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
+def thresholds(
+    run: UserPath,
+    options: tuple[str, ...],
+    noise: NonNegative = 0.0,
+    random_gates: ClosedUnitInterval = 0.0,
+    random_ratio: ShareAboveZero | None = None,
+    draw: NonNegativeInt = 0,
+) -> None:
     """Accuracy and cost over θ at each precision that is there, and θ by --sweep.rule.
 
     The rule chooses from the grid --sweep.thresholds, or searches θ for each of --sweep.budgets.
 
     Args:
         run: A run's directory.
+        noise: Perturbs decisions: so many times a draw of Gumbel noise on each of a router's logits; 1 is training's.
+        random_gates: Perturbs decisions: the share of them that random ones take the place of.
+        random_ratio: Share of all layers that random gates alone would execute.
+        draw: Number of the draw of noise and random gates.
     """
+    perturbation = Perturbation(noise, random_gates, random_ratio, draw)
     with _configured(run, options, "thresholds") as (directory, cli):
         from qtale_lightning import stages
         from qtale_lightning.evaluation.budget import UnmetBudgetError
@@ -69,7 +91,7 @@ def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
 
         quantization, data = cli.quantization, cli.prepare_data()
         try:
-            stages.sweep(directory, data, quantization.bits, quantization.engine, cli.sweep)
+            stages.sweep(directory, data, quantization.bits, quantization.engine, cli.sweep, perturbation)
         except UnmetBudgetError:  # said last, behind the report of all that was met
             write_report(directory.root)
             raise
@@ -83,6 +105,10 @@ def evaluate(
     theta: Floats[ClosedUnitInterval] | None = None,
     activation_bits: Literal[16, 8] = 16,
     head_bits: Literal[16, 8, 4] = 16,
+    noise: NonNegative = 0.0,
+    random_gates: ClosedUnitInterval = 0.0,
+    random_ratio: ShareAboveZero | None = None,
+    draw: NonNegativeInt = 0,
 ) -> None:
     """One precision and threshold on the validation questions.
 
@@ -92,7 +118,12 @@ def evaluate(
         theta: Threshold, or one for each routed layer; by default the model's own.
         activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32.
         head_bits: Of the head's weights: 8 and 4 round them to nearest, in groups of 32.
+        noise: Perturbs decisions: so many times a draw of Gumbel noise on each of a router's logits; 1 is training's.
+        random_gates: Perturbs decisions: the share of them that random ones take the place of.
+        random_ratio: Share of all layers that random gates alone would execute.
+        draw: Number of the draw of noise and random gates.
     """
+    perturbation = Perturbation(noise, random_gates, random_ratio, draw)
     with _configured(run, options, "evaluate") as (directory, cli):
         from qtale_lightning import stages
         from qtale_lightning.quantization.lighter import lighten
@@ -100,6 +131,7 @@ def evaluate(
         engine = cli.quantization.engine
         model = stages.load_exported(directory, bits, engine)
         lighten(model, activation_bits, head_bits)
+        perturb(model, perturbation)
         at: float | list[float] | None = None
         if model.config.has_theta:
             given = None if theta is None else [*theta]

@@ -72,7 +72,7 @@ def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapp
         and not routing.resume
         and routing.branch is None
         and routing.asked is None
-        and (not routing.thresholds or routing.method.compares)
+        and (not routing.thresholds or (routing.method.compares and routing.perturber is None))
         and not any(value is not None and value is not False for value in options.values())
         and not (config.output_hidden_states or config.output_attentions)
         and cpu.ready(hidden_states)

@@ -16,6 +16,7 @@ from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.packing import branch_mask
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.routing import method_of
+from qtale_lightning.routing.perturbation import Perturber
 
 # The name under which `quantization.checkpoint` registers its quantizer with transformers.
 PACKED = "qtale"
@@ -31,6 +32,7 @@ class RoutedModel(PreTrainedModel):
     embed_tokens: Any
     layers: Any  # of routed layers
     rotary_emb: Any
+    perturber: Perturber | None = None
 
     def forward(
         self,
@@ -59,6 +61,7 @@ class RoutedModel(PreTrainedModel):
         """
         routing = Routing() if routing is None else routing
         self._complete(routing)
+        routing.ids = input_ids
         if routing.resume:
             input_ids, inputs_embeds = None, routing.states[routing.resume]
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -79,7 +82,6 @@ class RoutedModel(PreTrainedModel):
                 )
             if routing.branch is not None:
                 raise ValueError("branches of a prompt are computed in one call: leave the cache out")
-        routing.ids = input_ids
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
@@ -110,7 +112,7 @@ class RoutedModel(PreTrainedModel):
             routing.threshold = self.config.threshold
         routing.thresholds = self.config.thresholds(routing.threshold)
         routing.method, routing.seed = method_of(self.config.method), self.config.routing_seed
-        routing.keep_kv = self.config.keep_kv
+        routing.keep_kv, routing.perturber = self.config.keep_kv, self.perturber
         if routing.rate is None:
             routing.rate = self.config.rate
         if routing.sample is None:

@@ -1,7 +1,8 @@
 """Which rows of a run's results stand together: those of its own questions, by precision, and which one is selected."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 from qtale_lightning.digests import of_split
 from qtale_lightning.results.fingerprints import same_questions
@@ -10,16 +11,23 @@ from qtale_lightning.results.selection import Selected
 from qtale_lightning.results.store import place, same_theta
 
 Split = Literal["calibration", "validation"]
+NOT_PERTURBED: Mapping[str, Any] = MappingProxyType({})
 
 
-def own_rows(results: Results, split: Split = "validation") -> list[Evaluation]:
+def own_rows(
+    results: Results, split: Split = "validation", perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> list[Evaluation]:
     """The rows of the run's own questions, in order; of the most questions, where the run doesn't say which they are.
 
-    A look at a few of them, or at others, never takes their place.
+    A look at a few of them, or at others, never takes their place; nor do rows of decisions that were perturbed
+    otherwise than asked for, which is not at all.
     """
     own = own_questions(results, split)
     groups: list[list[Evaluation]] = []
-    for row in sorted((row for row in results["evaluation"] if row["split"] == split), key=place):
+    rows = [
+        row for row in results["evaluation"] if row["split"] == split and perturbation_of(row) == perturbation
+    ]
+    for row in sorted(rows, key=place):
         group = next((group for group in groups if same_questions(group[0], row)), None)
         if group is None:
             groups.append([row])
@@ -35,6 +43,11 @@ def own_rows(results: Results, split: Split = "validation") -> list[Evaluation]:
         )
 
     return max(groups, key=rank, default=[])
+
+
+def perturbation_of(row: Evaluation) -> Mapping[str, Any]:
+    """How a row's decisions were perturbed, as `qtale_lightning.routing.perturbation` says it; empty: not at all."""
+    return row["protocol"].get("perturbation", NOT_PERTURBED)
 
 
 def own_questions(results: Results, split: Split) -> str | None:

@@ -29,6 +29,8 @@ KINDS = {
     "seconds": Kind("measured s", digits=1),
     "average": Kind("average %", "higher", 100, 2),
     "nll": Kind("nll ↓", "lower"),
+    "added_nll": Kind("added nll"),
+    "path_distance": Kind("path distance"),
 }
 
 
