@@ -97,7 +97,7 @@ class RunDirectory:
 
     def model(self, bits: float = 16, engine: str = DEFAULT) -> Path:
         """The exported model at a precision, quantized by an engine below 16 bits."""
-        return self.root / ("model" if bits == 16 else f"model-{folder(find(engine))}-{bits:g}bit")
+        return self.root / ("model" if bits == 16 else f"model-{self._precision(bits, engine, '-')}")
 
     def remedy(self, model: Path) -> str:
         """What to do about a damaged folder of :meth:`model`."""
@@ -107,7 +107,15 @@ class RunDirectory:
 
     def search(self, bits: float, engine: str = DEFAULT) -> Path:
         """What an engine's search found."""
-        return self.root / f"{folder(find(engine))}-search-{bits:g}bit.safetensors"
+        return self.root / f"{self._precision(bits, engine, '-search-')}.safetensors"
+
+    @staticmethod
+    def _precision(bits: float, engine: str, between: str) -> str:
+        """What files of an engine are called: without a precision where they hold all that it has."""
+        declared = find(engine)
+        if declared.holds:
+            return f"{folder(declared)}{between.removesuffix('-')}"
+        return f"{folder(declared)}{between}{bits:g}bit"
 
     def quantization_config(self, bits: float = 16, engine: str = DEFAULT) -> dict[str, Any] | None:
         """What the folder of :meth:`model` says of its quantization; None at 16 bits.
@@ -123,11 +131,16 @@ class RunDirectory:
         return dict(config["quantization_config"])
 
     def weight_bytes(self, bits: float = 16, engine: str = DEFAULT) -> int:
-        """Bytes of the tensors that :meth:`model` holds on disk (the files' headers not counted)."""
+        """Bytes of the tensors of a precision that :meth:`model` holds on disk."""
         total = 0
         for file in self.model(bits, engine).glob("*.safetensors"):
             with file.open("rb") as opened:
-                total += file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+                tensors = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+            for name, tensor in tensors.items():
+                _, _, completes = name.rpartition(".plane")
+                if name != "__metadata__" and not (completes.isdecimal() and int(completes) > bits):
+                    first, last = tensor["data_offsets"]
+                    total += last - first
         return total
 
     def claim(

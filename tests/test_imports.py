@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "allocator": set(),
     "architectures": set(),
     "batching": set(),
+    "bits_schedule": set(),
     "checks": {"schedule"},
     "checkpoints": {"files", "finite", "manifest", "run"},
     "configuration": {
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "lazy": set(),
     "launching": {"experiments", "files", "locks", "yaml_files"},
     "locks": set(),
-    "models": {"architectures", "compat", "cpu", "files", "hub", "lazy", "routing"},
+    "models": {"architectures", "bits_schedule", "compat", "cpu", "files", "hub", "lazy", "routing"},
     "losses": set(),
     "digests": {"manifest"},
     "manifest": {"files"},

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.commands.parser import PROG
 from qtale_lightning.routing.perturbation import Perturbation, perturb
 from qtale_lightning.run import RunDirectory
@@ -109,6 +110,7 @@ def evaluate(
     random_gates: ClosedUnitInterval = 0.0,
     random_ratio: ShareAboveZero | None = None,
     draw: NonNegativeInt = 0,
+    bits_schedule: str | None = None,
 ) -> None:
     """One precision and threshold on the validation questions.
 
@@ -122,14 +124,18 @@ def evaluate(
         random_gates: Perturbs decisions: the share of them that random ones take the place of.
         random_ratio: Share of all layers that random gates alone would execute.
         draw: Number of the draw of noise and random gates.
+        bits_schedule: Precisions of answers in writing by tokens written, of an engine whose codes are nested: 0:4,32:3
+            writes at 4 bits until there are 32 tokens, then at 3; a third number is θ from there on; --bits is 4 then.
     """
     perturbation = Perturbation(noise, random_gates, random_ratio, draw)
+    schedule = None if bits_schedule is None else Schedule.read(bits_schedule)
+    bits = bits if schedule is None else schedule[0].bits
     with _configured(run, options, "evaluate") as (directory, cli):
         from qtale_lightning import stages
         from qtale_lightning.quantization.lighter import lighten
 
         engine = cli.quantization.engine
-        model = stages.load_exported(directory, bits, engine)
+        model = stages.load_exported(directory, bits, engine, schedule=schedule)
         lighten(model, activation_bits, head_bits)
         perturb(model, perturbation)
         at: float | list[float] | None = None

@@ -1,10 +1,11 @@
-"""Operations that PyTorch has no fast form of on a CPU, in C++: of inference, see layer.h, attention.h and int4.h,
-and of rounding that is learned, see rounding.h.
+"""Operations that PyTorch has no fast form of on a CPU, in C++: of inference, see layer.h, attention.h, int4.h and
+planes.h, and of rounding that is learned, see rounding.h.
 
 They are an addition: where `ready` says no, callers take PyTorch's own operations. What a model computes is defined
 there; here it is only computed in fewer passes over memory, with roundings at the same places.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,8 @@ __all__ = [
     "int4_linear_rounded",
     "multiplies_in_tiles",
     "operations",
+    "plane_dequantize",
+    "plane_linear",
     "ready",
     "rms_norm",
     "rotate",
@@ -173,22 +176,58 @@ def int4_dequantize(
     return operations().int4_dequantize.default(packed, scales, zeros, first, count, like)
 
 
+def plane_linear(
+    x: Tensor, high: Tensor, scales: Tensor, zeros: Tensor, bits: Sequence[Tensor] = ()
+) -> Tensor:
+    """``(…, out)`` from tokens ``(…, in)`` and a weight in planes, see planes.h; its time grows with every token.
+
+    Args:
+        x: Contiguous.
+        high: Each code's highest 2 bits, ``(out / 16, in / 16, 64)`` uint8.
+        scales, zeros: ``(out / 16, groups, 16)`` float16; of groups of a multiple of 32.
+        bits: Planes of each further bit, the highest one first, ``(out / 16, in / 32, 64)`` uint8; 2 at most.
+    """
+    return operations().plane_linear.default(x, high, scales, zeros, bits)
+
+
+def plane_dequantize(
+    high: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: Sequence[Tensor],
+    first: int,
+    count: int,
+    like: Tensor,
+) -> Tensor:
+    """`int4_dequantize` of a weight in planes."""
+    return operations().plane_dequantize.default(high, scales, zeros, bits, first, count, like)
+
+
 def round_groups(
-    groups: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, top: int, weight: Tensor
+    groups: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, top: int, step: int, weight: Tensor
 ) -> None:
-    """Writes (clamp(round(w/s + v) + z, 0, top) - z) · s into a weight ``(out, in)``, float32 or bfloat16.
+    """Writes (kept(clamp(round(w/s + v) + z, 0, top)) - z) · s into a weight ``(out, in)``, float32 or bfloat16.
 
     Args:
         groups, values: w and v, ``(out, n, g)``, float32; g is a multiple of `LANES`.
         scales, zeros: s and z, ``(out, n, 1)``, float32.
+        step: A power of 2, of as many neighbouring codes kept gives the middle; 1 keeps all.
     """
-    operations().round_groups.default(groups, values, scales, zeros, top, weight)
+    operations().round_groups.default(groups, values, scales, zeros, top, step, weight)
 
 
 def round_step(
-    groups: Tensor, values: Tensor, scales: Tensor, zeros: Tensor, top: int, gradient: Tensor, rate: float
+    groups: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    top: int,
+    step: int,
+    gradient: Tensor,
+    rate: float,
+    reach: float,
 ) -> tuple[Tensor, Tensor]:
-    """Moves v by `rate` against the sign of its gradient, within [-1/2, 1/2], in place.
+    """Moves v by `rate` against the sign of its gradient, within [-reach, reach], in place.
 
     Args:
         gradient: Of what `round_groups` writes, ``(out, in)``, float32 or bfloat16, contiguous.
@@ -197,4 +236,4 @@ def round_step(
         Sums over each group, ``(out, n, 1)``: of the gradients of weights that 0 or top holds, and that of s where z is
         constant.
     """
-    return operations().round_step.default(groups, values, scales, zeros, top, gradient, rate)
+    return operations().round_step.default(groups, values, scales, zeros, top, step, gradient, rate, reach)

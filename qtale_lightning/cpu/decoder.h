@@ -13,13 +13,14 @@
 #include "int4.h"
 #include "int4_8.h"
 #include "layer.h"
+#include "planes.h"
 #include "router.h"
 #include "team.h"
 
 namespace qtale {
 
-// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits;
-// with a bias (outputs), or nullptr.
+// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits,
+// or planes (whose highest bits aren't nullptr); with a bias (outputs), or nullptr.
 template <typename T>
 struct Linear {
   const T* dense;
@@ -27,6 +28,7 @@ struct Linear {
   bool rounded;
   const T* bias;
   int64_t inputs, outputs;
+  PlaneWeight planes{};
 };
 
 template <typename T>
@@ -99,14 +101,16 @@ struct Private {
   std::vector<int64_t> rows;
 
   Private(const Sizes& s, int64_t batch, int64_t longest)
-      : tokens(batch * s.hidden), gate(batch * s.inner), inputs(batch * std::max({s.hidden, s.inner, s.heads * s.width})),
+      : tokens(batch * s.hidden), gate(batch * s.inner),
+        inputs(2 * batch * std::max({s.hidden, s.inner, s.heads * s.width})),  // twice for planes
         sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
     rows.reserve(batch);
   }
 };
 
 // Outputs `begin` to `end` of a linear, in multiples of LANES, for tokens whose form `ready` says it has in `inputs`
-// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups).
+// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups), or of
+// planes in so many groups (2 + groups).
 template <typename T>
 inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_t begin, int64_t end, Private<T>& mine,
                      int64_t& ready, T* y) {
@@ -125,7 +129,13 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
     return;
   }
   const Int4Weight& weight = linear.int4;
-  if (linear.rounded) {
+  if (linear.planes.high != nullptr) {
+    using Inputs = PlaneInputs<T>;
+    const Inputs inputs{reinterpret_cast<typename Inputs::Input*>(mine.inputs.data()), mine.sums.data()};
+    if (ready != 2 + linear.planes.groups) plane_inputs(x, tokens, linear.planes, inputs);
+    ready = 2 + linear.planes.groups;
+    plane_linear(linear.planes, inputs, tokens, begin / STRIP, end / STRIP, y);
+  } else if (linear.rounded) {
     const int64_t blocks = weight.inputs / ROUNDED_BLOCK;
     const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
     if (ready != 2) round_inputs(x, tokens, weight.inputs, inputs);

@@ -11,6 +11,7 @@
 #include "dense.h"
 #include "int4_8.h"
 #include "layer.h"
+#include "planes.h"
 #include "rounding.h"
 #include "stack.h"
 #include "tensors.h"
@@ -224,6 +225,37 @@ Tensor int4_linear_rounded(const Tensor& x, const Tensor& packed, const Tensor& 
   return output;
 }
 
+// The same from planes.
+Tensor plane_linear(const Tensor& x, const Tensor& high, const Tensor& scales, const Tensor& zeros,
+                    at::TensorList bits) {
+  const qtale::PlaneWeight weight = plane_weight(high, scales, zeros, bits);
+  const int64_t tokens = x.numel() / weight.inputs;
+  TORCH_CHECK(x.is_contiguous() && x.size(-1) == weight.inputs, "plane_linear takes contiguous tokens of ", weight.inputs,
+              " inputs");
+  at::DimVector shape(x.sizes());
+  shape.back() = weight.strips * qtale::STRIP;
+  Tensor output = at::empty(shape, x.options());
+  dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using Inputs = qtale::PlaneInputs<T>;
+    const int64_t width = Inputs::width(weight), of_sums = weight.groups * Inputs::SUMS_OF;
+    std::vector<typename Inputs::Input> values(tokens * width);
+    std::vector<float> sums(tokens * of_sums);
+    const T* in = read<T>(x);
+    T* out = write<T>(output);
+    at::parallel_for(0, tokens, grain(weight.inputs), [&](int64_t begin, int64_t end) {
+      const Inputs part{values.data() + begin * width, sums.data() + begin * of_sums};
+      qtale::plane_inputs(in + begin * weight.inputs, end - begin, weight, part);
+    });
+    const int64_t work = qtale::STRIP * weight.inputs * tokens / 2;  // as of int4 weights
+    at::parallel_for(0, (weight.strips + 1) / 2, grain(work), [&](int64_t begin, int64_t end) {
+      qtale::plane_linear(weight, Inputs{values.data(), sums.data()}, tokens, 2 * begin, std::min(2 * end, weight.strips),
+                          out);
+    });
+  });
+  return output;
+}
+
 // Tokens x (…, inputs) give (…, outputs), from dense weights (outputs, inputs).
 Tensor dense_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const int64_t inputs = weight.size(1), outputs = weight.size(0), tokens = x.numel() / inputs;
@@ -268,6 +300,25 @@ Tensor int4_dequantize(const Tensor& packed, const Tensor& scales, const Tensor&
   return output.narrow(1, 0, count).t();
 }
 
+// The same from planes.
+Tensor plane_dequantize(const Tensor& high, const Tensor& scales, const Tensor& zeros, at::TensorList bits, int64_t first,
+                        int64_t count, const Tensor& like) {
+  constexpr int64_t strip = qtale::STRIP;
+  const qtale::PlaneWeight weight = plane_weight(high, scales, zeros, bits);
+  TORCH_CHECK(first % strip == 0 && count % strip == 0 && first + count <= weight.strips * strip,
+              "plane_dequantize takes whole strips of ", strip, " outputs");
+  const int64_t stride = count + 32;  // see int4_dequantize
+  Tensor output = at::empty({weight.inputs, stride}, like.options());
+  dispatch(like, [&](auto type) {
+    using T = decltype(type);
+    T* out = write<T>(output);
+    at::parallel_for(0, count / strip, grain(strip * weight.inputs), [&](int64_t begin, int64_t end) {
+      qtale::plane_dequantize(weight, first / strip + begin, first / strip + end, stride, out + begin * strip);
+    });
+  });
+  return output.narrow(1, 0, count).t();
+}
+
 void check_groups(const Tensor& groups, const Tensor& values, const Tensor& scales, const Tensor& zeros,
                   const Tensor& weight) {
   const int64_t numbers = groups.numel(), size = groups.size(-1);
@@ -279,7 +330,7 @@ void check_groups(const Tensor& groups, const Tensor& values, const Tensor& scal
 
 // Groups (out, n, g) into a weight (out, n * g); scales and zeros are (out, n, 1).
 void round_groups(const Tensor& groups, const Tensor& values, const Tensor& scales, const Tensor& zeros, int64_t top,
-                  const Tensor& weight) {
+                  int64_t step, const Tensor& weight) {
   check_groups(groups, values, scales, zeros, weight);
   const int64_t size = groups.size(-1);
   const float *from = read<float>(groups), *value = read<float>(values), *scale = read<float>(scales),
@@ -289,14 +340,15 @@ void round_groups(const Tensor& groups, const Tensor& values, const Tensor& scal
     at::parallel_for(0, scales.numel(), grain(size), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * size;
       qtale::round_groups(from + first, value + first, scale + begin, zero + begin, static_cast<float>(top),
-                          end - begin, size, to + first);
+                          static_cast<float>(step), end - begin, size, to + first);
     });
   });
 }
 
 // Values (out, n, g) by the gradient (out, n * g); the sums are (out, n, 1).
 std::tuple<Tensor, Tensor> round_step(const Tensor& groups, const Tensor& values, const Tensor& scales,
-                                      const Tensor& zeros, int64_t top, const Tensor& gradient, double rate) {
+                                      const Tensor& zeros, int64_t top, int64_t step,
+                                      const Tensor& gradient, double rate, double reach) {
   check_groups(groups, values, scales, zeros, gradient);
   const int64_t size = groups.size(-1);
   const float *from = read<float>(groups), *scale = read<float>(scales), *zero = read<float>(zeros);
@@ -308,8 +360,8 @@ std::tuple<Tensor, Tensor> round_step(const Tensor& groups, const Tensor& values
     at::parallel_for(0, scales.numel(), grain(size), [&](int64_t begin, int64_t end) {
       const int64_t first = begin * size;
       qtale::round_step(from + first, value + first, scale + begin, zero + begin, static_cast<float>(top),
-                        slopes + first, static_cast<float>(rate), end - begin, size, held_at + begin,
-                        of_scale_at + begin);
+                        static_cast<float>(step), slopes + first, static_cast<float>(rate), static_cast<float>(reach),
+                        end - begin, size, held_at + begin, of_scale_at + begin);
     });
   });
   return {held, of_scale};
@@ -339,11 +391,15 @@ QTALE_DEFINE(QTALE_LIBRARY, library) {
   library.def("int4_linear_rounded(Tensor x, Tensor packed, Tensor scales, Tensor zeros) -> Tensor");
   library.def(
       "int4_dequantize(Tensor packed, Tensor scales, Tensor zeros, int first, int count, Tensor like) -> Tensor");
+  library.def("plane_linear(Tensor x, Tensor high, Tensor scales, Tensor zeros, Tensor[] bits) -> Tensor");
   library.def(
-      "round_groups(Tensor groups, Tensor values, Tensor scales, Tensor zeros, int top, Tensor(a!) weight) -> ()");
+      "plane_dequantize(Tensor high, Tensor scales, Tensor zeros, Tensor[] bits, int first, int count, Tensor like) "
+      "-> Tensor");
   library.def(
-      "round_step(Tensor groups, Tensor(a!) values, Tensor scales, Tensor zeros, int top, Tensor gradient, float rate) "
-      "-> (Tensor, Tensor)");
+      "round_groups(Tensor groups, Tensor values, Tensor scales, Tensor zeros, int top, int step, Tensor(a!) weight) -> ()");
+  library.def(
+      "round_step(Tensor groups, Tensor(a!) values, Tensor scales, Tensor zeros, int top, int step, Tensor gradient, float rate, "
+      "float reach) -> (Tensor, Tensor)");
 }
 
 QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
@@ -357,6 +413,8 @@ QTALE_IMPLEMENT(QTALE_LIBRARY, library) {
   library.impl("int4_linear", int4_linear);
   library.impl("int4_linear_rounded", int4_linear_rounded);
   library.impl("int4_dequantize", int4_dequantize);
+  library.impl("plane_linear", plane_linear);
+  library.impl("plane_dequantize", plane_dequantize);
   library.impl("round_groups", round_groups);
   library.impl("round_step", round_step);
 }

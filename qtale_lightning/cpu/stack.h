@@ -14,8 +14,8 @@ using qtale::Step;
 using at::Tensor;
 
 // Tensors of one layer: linears are dense (weight), int4 (codes, scales, zero points), or
-// that and an empty tensor, for tokens that are rounded to 8 bits; in the order of
-// `qtale::Layer`; a router is (down, its bias in float32, norm, out, out's bias), or nothing.
+// that and an empty tensor, for tokens that are rounded to 8 bits, or planes (the highest bits, scales, zero points in
+// float16, single bits); in the order of `qtale::Layer`; a router is (down, its bias in float32, norm, out, out's bias), or nothing.
 struct LayerTensors {
   std::vector<Tensor> norms, head_norms, router;
   std::vector<std::vector<Tensor>> linears;
@@ -26,6 +26,10 @@ template <typename T>
 qtale::Linear<T> linear_of(const std::vector<Tensor>& weight, const std::optional<Tensor>& bias) {
   const T* added = bias ? read<T>(*bias) : nullptr;
   if (weight.size() == 1) return {read<T>(weight[0]), {}, false, added, weight[0].size(1), weight[0].size(0)};
+  if (weight[2].scalar_type() == at::kHalf) {
+    const auto planes = plane_weight(weight[0], weight[1], weight[2], at::TensorList(weight).slice(3));
+    return {nullptr, {}, false, added, planes.inputs, planes.strips * qtale::STRIP, planes};
+  }
   const qtale::Int4Weight int4 = int4_weight(weight[0], weight[1], weight[2]);
   return {nullptr, int4, weight.size() == 4, added, int4.inputs, int4.strips * qtale::STRIP};
 }

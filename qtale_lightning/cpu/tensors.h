@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "int4.h"
+#include "planes.h"
 #include "router.h"
 
 namespace {
@@ -44,6 +45,17 @@ qtale::RouterEnd router_end(const Tensor& norm, double eps, const Tensor& out, c
 qtale::Int4Weight int4_weight(const Tensor& packed, const Tensor& scales, const Tensor& zeros) {
   return {read<uint8_t>(packed), read<qtale::Half>(scales), read<uint8_t>(zeros),
           packed.size(0), packed.size(1) * qtale::STEP, scales.size(1)};
+}
+
+// Of the highest bits (strips, inputs / 16, 64), and of planes of single ones (strips, inputs / 32, 64).
+qtale::PlaneWeight plane_weight(const Tensor& high, const Tensor& scales, const Tensor& zeros, at::TensorList bits) {
+  qtale::PlaneWeight weight{read<uint8_t>(high), {}, static_cast<int>(bits.size()), read<qtale::Half>(scales),
+                            read<qtale::Half>(zeros), high.size(0), high.size(1) * qtale::PLANE_INPUTS / 2,
+                            scales.size(1)};
+  TORCH_CHECK(weight.count <= qtale::MOST_BITS && weight.group() % qtale::PLANE_INPUTS == 0,
+              "planes are of 2 to 4 bits, in groups of a multiple of ", qtale::PLANE_INPUTS);
+  for (int k = 0; k < weight.count; k++) weight.bits[k] = read<uint8_t>(bits[k]);
+  return weight;
 }
 
 }  // namespace

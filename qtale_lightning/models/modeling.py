@@ -1,19 +1,23 @@
 """The routed model: a family's own of Hugging Face, whose decoder layers have routers."""
 
+import json
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.compat.loading import misshaped
 from qtale_lightning.models import decoding
 from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.packing import branch_mask
+from qtale_lightning.models.phases import Phases
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.routing import method_of
 from qtale_lightning.routing.perturbation import Perturber
@@ -168,19 +172,27 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | PathLike[str] | None = None, *args: Any, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | PathLike[str] | None = None,
+        *args: Any,
+        bits: int | None = None,
+        **kwargs: Any,
     ) -> Self:
         """Load, and refuse a folder whose weights don't match its routing configuration.
 
         Args:
-            pretrained_model_name_or_path: A folder or hub id; all arguments are those of transformers.
+            pretrained_model_name_or_path: A folder or hub id; all other arguments are those of transformers.
+            bits: Of those that the folder holds; by default its widest, and where its codes are nested others, too, for
+                a schedule (`phases`).
 
         Raises:
-            ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says.
+            ValueError: Routers are missing from, left over in, or shaped otherwise than the configuration says, or the
+                folder doesn't hold that precision.
         """
         if cls is RoutedForCausalLM:  # of whichever family it is
             auto: Any = AutoModelForCausalLM
-            return auto.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            more = kwargs if bits is None else {**kwargs, "bits": bits}
+            return auto.from_pretrained(pretrained_model_name_or_path, *args, **more)
         path, wants_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         config = kwargs.get("config")
         source = path if config is None else config
@@ -189,6 +201,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             assert cls.config_class is not None
             config = kwargs["config"] = cls.config_class.from_pretrained(source, **where)
         packed = getattr(config, "quantization_config", None)
+        if bits is not None and isinstance(packed, dict):  # whose quantizer says what else it holds
+            packed = config.quantization_config = packed | {"read": bits}
+        elif bits not in (None, 16):
+            raise ValueError(f"{path} holds a model that isn't quantized, and none at {bits} bits")
         if config is not None and isinstance(packed, dict) and packed.get("quant_method") == "awq":
             # transformers gives this format to another package; the suite's quantizer runs it by PyTorch's kernels.
             config.quantization_config = packed | {"quant_method": PACKED}
@@ -212,6 +228,10 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
                 f"the weights in {path} don't match its config.json (start_layer "
                 f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
             )
+        # Of a generation configuration that came from the model's, transformers reads nothing that it doesn't know.
+        file = Path(path or "") / "generation_config.json"
+        if file.is_file() and (schedule := json.loads(file.read_bytes()).get("bits_schedule")) is not None:
+            model.generation_config.bits_schedule = schedule  # type: ignore[union-attr]
         return loaded if wants_info else model  # type: ignore[return-value]
 
     def forward(
@@ -234,6 +254,25 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
                 asked = torch.arange(length, device=inputs.device) >= length - kept
                 routing.asked = asked.expand(inputs.shape[:2])
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, routing=routing, **kwargs)
+
+    def generate(self, *args: Any, generation_config: Any = None, **kwargs: Any) -> Any:
+        """Hugging Face's; where the generation configuration has a `bits_schedule`, precision falls by it: `phases`.
+
+        Raises:
+            ValueError: The schedule is none, rises, or asks for a precision that the model doesn't hold.
+        """
+        chosen = self.generation_config if generation_config is None else generation_config
+        schedule = kwargs.pop("bits_schedule", getattr(chosen, "bits_schedule", None))
+        generate: Any = super().generate
+        if schedule is None:
+            return generate(*args, generation_config=generation_config, **kwargs)
+        routing = kwargs["routing"] = kwargs.get("routing") or Routing()
+        phases = Phases(self, Schedule.read(schedule), routing)
+        processors = LogitsProcessorList([*(kwargs.pop("logits_processor", None) or []), phases])
+        try:
+            return generate(*args, generation_config=generation_config, logits_processor=processors, **kwargs)
+        finally:
+            phases.end()
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any

@@ -1,6 +1,6 @@
 """Quantized models as transformers loads and saves them: `from_pretrained` on a packed folder runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qtale_lightning.quantization.linear import Layout, QuantizedLinear
+from qtale_lightning.quantization.linear import PLANE, Layout, QuantizedLinear
 from qtale_lightning.quantization.mappings import decoder_layers
 from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_weight, scale_vectors
 from qtale_lightning.quantization.rtn import check_quantizable
@@ -31,6 +31,11 @@ class PackedConfig(QuantizationConfigMixin):
         engine: that searched the scales and clips, for the record.
         refit_norm: whether the final norm was fitted to them, for the record.
         made_from: the model, the calibration sequences and all options that the folder was made from.
+        nested: rising widths of which the folder holds a model each, `bits` the last of them; empty: `bits` alone.
+        read: the one of them that is loaded; by default all are, to be switched between, from `bits` on.
+
+    Raises:
+        ValueError: nothing is held at the precision that is to be read.
     """
 
     def __init__(
@@ -41,6 +46,8 @@ class PackedConfig(QuantizationConfigMixin):
         engine: str | None = None,
         refit_norm: bool = False,
         made_from: Mapping[str, Any] | None = None,
+        nested: Sequence[int] = (),
+        read: int | None = None,
         **_: Any,  # what AWQ's own format says besides
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # an enumeration of transformers' own methods
@@ -48,6 +55,14 @@ class PackedConfig(QuantizationConfigMixin):
         self.group_size, self.zero_point = group_size, zero_point
         self.engine, self.refit_norm = engine, refit_norm
         self.made_from = made_from
+        self.nested, self.read = [*nested], read
+        held: Sequence[Any] = self.nested or [self.bits]
+        if read not in (None, *held):
+            said = ", ".join(map(str, held)) if isinstance(self.bits, int) else "several widths, mixed"
+            raise ValueError(
+                f"the folder holds no model at {read} bits, but at {said}: leave `bits` out, or quantize by an engine "
+                "whose codes are nested (--quantize.engine nested)"
+            )
 
     @classmethod
     def of(
@@ -56,12 +71,13 @@ class PackedConfig(QuantizationConfigMixin):
         """The configuration of a model under a recipe."""
         widths = set(recipe.bits.values())
         bits = widths.pop() if len(widths) == 1 else recipe.bits
-        return cls(bits, recipe.group_size, not recipe.symmetric, recipe.engine, refit_norm, made_from)
+        zero_point, nested = not recipe.symmetric, recipe.nested
+        return cls(bits, recipe.group_size, zero_point, recipe.engine, refit_norm, made_from, nested)
 
     @property
     def layout(self) -> Layout:
         """How the codes are stored."""
-        return "gemm" if self.bits == 4 and self.zero_point else "tight"
+        return "gemm" if self.bits == 4 and self.zero_point and not self.nested else "tight"
 
     def bits_of(self, name: str) -> int:
         """Bits of the linear of a full name.
@@ -81,6 +97,8 @@ class PackedConfig(QuantizationConfigMixin):
         known |= {"zero_point": self.zero_point, "engine": self.engine, "refit_norm": self.refit_norm}
         if self.made_from is not None:
             known["made_from"] = dict(self.made_from)
+        if self.nested:
+            known["nested"] = self.nested
         if self.layout == "gemm":
             kept = ["lm_head", "router"]
             return known | {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": kept}
@@ -100,6 +118,8 @@ class PackedQuantizer(HfQuantizer):
                 full, shape = layer.path(name), (linear.out_features, linear.in_features)
                 bits = config.bits_of(full)
                 check_quantizable({full: shape}, bits, config.group_size)
+                if config.nested and config.read:
+                    bits = config.read
                 with torch.device("meta"):
                     packed = QuantizedLinear(
                         linear.in_features,
@@ -109,8 +129,14 @@ class PackedQuantizer(HfQuantizer):
                         config.layout,
                         linear.bias is not None,
                         linear.weight.dtype,
+                        config.nested,
                     )
+                packed.switches = packed.switches and config.read is None
                 layer.module.set_submodule(name, packed)
+        if left := [width for width in config.nested if width > (config.read or width)]:
+            names = rf"\.{PLANE}({'|'.join(map(str, left))})$"
+            known = model._keys_to_ignore_on_load_unexpected or ()
+            model._keys_to_ignore_on_load_unexpected = {*known, names}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -119,8 +145,8 @@ class PackedQuantizer(HfQuantizer):
         return None if stored in ("F16", "torch.float16") else super().get_new_dtype(converter, param, dtype)
 
     def is_serializable(self) -> bool:
-        """Until it runs: see `QuantizedLinear`."""
-        return True
+        """Until it runs (see `QuantizedLinear`), where all that the folder holds was loaded."""
+        return self.quantization_config.read in (None, self.quantization_config.bits)
 
     @property
     def is_trainable(self) -> bool:
@@ -156,7 +182,9 @@ def quantize_model(
             full = layer.path(name)
             try:
                 weight = quantized_weight(layer, name, recipe)
-                packed[name] = QuantizedLinear.of(weight, recipe.bits[full], config.layout, linear.bias)
+                packed[name] = QuantizedLinear.of(
+                    weight, recipe.bits[full], config.layout, linear.bias, config.nested
+                )
             except ValueError as error:
                 raise ValueError(f"{full}: {error}") from error
         for name, module in packed.items():

@@ -5,6 +5,7 @@
 A kernel is prepared once for a weight and a device, and keeps the weight in its own layout.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
@@ -14,17 +15,15 @@ from torch.nn.functional import linear
 
 from qtale_lightning import cpu
 from qtale_lightning.compat.kernels import has_bfloat16_kernels
+from qtale_lightning.quantization.nested import narrowed
+from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips, by_blocks
 from qtale_lightning.quantization.rtn import Quantized
 
 # Inputs of a group that PyTorch's int4 kernels take.
 INT4_GROUP_SIZES = (32, 64, 128, 256)
-# With this many tokens or more, dequantizing and a dense product are faster than a kernel for the CPU, whose time
-# grows with every token: benchmarks/linear.py measures both ways of ours (where dense products are by AMX; else our
-# kernel is as fast for any number), and of PyTorch's kernel.
-OUR_CROSSOVER_TOKENS, CROSSOVER_TOKENS = 32, 64
-# Outputs dequantized at a time by our operations. With fewer than 1024, products of some numbers of tokens take oneDNN
-# twice the time; with more, blocks leave the caches.
-BLOCK_OUTPUTS = 2048
+# With this many tokens or more, dequantizing and a dense product are faster than PyTorch's kernel for the CPU, whose
+# time grows with every token: benchmarks/linear.py measures both ways, and those of ours (`planes`).
+CROSSOVER_TOKENS = 64
 # Weights dequantized at a time by PyTorch's, 8 MB in bfloat16. Smaller blocks stay in nearer caches, but make the
 # products narrow.
 TILE_WEIGHTS = 2**22
@@ -105,6 +104,7 @@ class Int4Strips:
         return (
             weight.codes.device.type == "cpu"
             and outputs % 16 == group_size % 16 == groups * group_size % 32 == 0
+            and _whole(weight.zeros)
             and bool(
                 weight.codes.max() < 16 or weight.scales.max() < 2**11
             )  # 16 times that is a float16, too
@@ -143,14 +143,13 @@ class Int4Strips:
 
     def by_blocks(self, x: Tensor) -> Tensor:
         """Dense products of tokens `(M, in)` with blocks of outputs, each dequantized just before."""
-        x = self._of_planes(x)
-        output = x.new_empty(len(x), self.outputs)
-        strips, blocks = self.outputs // 16, -(-self.outputs // BLOCK_OUTPUTS)
-        for block in range(blocks):
-            first, end = (16 * (strips * place // blocks) for place in (block, block + 1))
-            weight = cpu.int4_dequantize(self.packed, self.scales, self.zeros, first, end - first, x)
-            torch.mm(x, weight.T, out=output[:, first:end])
-        return output
+        return by_blocks(
+            self._of_planes(x),
+            self.outputs,
+            lambda first, count, like: cpu.int4_dequantize(
+                self.packed, self.scales, self.zeros, first, count, like
+            ),
+        )
 
 
 class Int4CPU:
@@ -282,12 +281,34 @@ def _inner_tiles(inputs: int) -> int:
     return next((tiles for tiles in (8, 4, 2) if inputs % (16 * tiles) == 0), 0)
 
 
-def choose_kernel(weight: Quantized) -> Kernel:
-    """The fastest kernel that takes a weight where it lies."""
+def choose_kernel(weight: Quantized, rounded: bool = False) -> Kernel:
+    """The fastest kernel that takes a weight where it lies, for tokens as they are or `rounded` to 8 bits."""
+    few = bool(weight.codes.max() < 8) and not (rounded and _whole(weight.zeros))
+    if (few or not _whole(weight.zeros)) and PlaneStrips.supports(weight):
+        return PlaneStrips(weight)
     for kernel in (Int4Strips, Int4CPU, Int4CUDA):
         if kernel.supports(weight):
             return kernel(weight)
     return Dequantize(weight)
+
+
+def kernels_for(weight: Quantized, widths: Sequence[int], rounded: bool = False) -> dict[int, Kernel]:
+    """Kernels for a weight's codes, and for their highest bits, by rising widths of which the last is the codes' own.
+
+    On a CPU of which our operations were built they share memory.
+    """
+    *narrower, bits = widths
+    if not narrower:
+        return {bits: choose_kernel(weight, rounded)}
+    if PlaneStrips.supports(weight):
+        planes = PlaneStrips(weight, bits)
+        return {width: planes.at(width) for width in widths}
+    return {width: choose_kernel(narrowed(weight, bits - width), rounded) for width in widths}
+
+
+def _whole(zeros: Tensor) -> bool:
+    """Whether zero points are whole numbers: those of codes that are the highest bits of others are not."""
+    return torch.equal(zeros, zeros.round())
 
 
 @cache

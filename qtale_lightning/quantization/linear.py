@@ -1,19 +1,26 @@
 """The quantized linear: how it is stored, and by which kernel it runs."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Int4Strips, Kernel, choose_kernel, rounded_product
+from qtale_lightning.quantization.kernels import Int4Strips, Kernel, kernels_for, rounded_product
+from qtale_lightning.quantization.nested import of_highest, pack_planes, unpack_planes
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
+from qtale_lightning.quantization.planes import PlaneStrips
 from qtale_lightning.quantization.rtn import Quantized
 
 log = logging.getLogger(__name__)
 
 Layout = Literal["gemm", "tight"]
-"""`gemm`: AutoAWQ's, 4 bits. `tight`: any width, without gaps."""
+"""`gemm`: AutoAWQ's, 4 bits. `tight`: any width, without gaps; of nested codes the highest bits, and a plane for each
+further one."""
+
+PLANE = "plane"
+"""What buffers of nested codes' lower bits are called, with the width that they complete behind it."""
 
 ActivationBits = Literal[16, 8]
 """8: tokens are rounded, and multiplied by integer instructions where there are some; 16: as they are."""
@@ -31,11 +38,15 @@ class QuantizedLinear(nn.Module):
     that the module is on; from then on the weight is kept in the kernel's layout alone.
 
     Args:
-        bits: of a code.
+        bits: of a code, of those that are in memory.
         group_size: inputs that share a scale.
+        nested: rising widths whose highest bits are stored by themselves (`plane3`, …, see `quantization.nested`), of
+            which the last is that of scales and zero points; those above `bits` are left where they are. Empty: one
+            width alone.
 
     Attributes:
         activation_bits: Of the tokens in its products; not stored.
+        switches: Whether its precision may change while it runs, see `read_at`; by default where several are held.
     """
 
     qweight: Tensor | None
@@ -51,29 +62,47 @@ class QuantizedLinear(nn.Module):
         layout: Layout,
         bias: bool = False,
         dtype: torch.dtype | None = None,
+        nested: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.layout = bits, group_size, layout
+        self.nested = tuple(nested) or (bits,)
+        self.switches = len(self.widths) > 1
         groups = in_features // group_size
         if layout == "gemm":
             self.register_buffer("qweight", torch.zeros(in_features, out_features // 8, dtype=torch.int32))
             self.register_buffer("qzeros", torch.zeros(groups, out_features // 8, dtype=torch.int32))
             self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         else:
-            self.register_buffer(
-                "qweight", torch.zeros(out_features, in_features * bits // 8, dtype=torch.uint8)
-            )
-            self.register_buffer("qzeros", torch.zeros(out_features * groups * bits // 8, dtype=torch.uint8))
+            first, *more = self.widths
+            columns = in_features // 8
+            self.register_buffer("qweight", torch.zeros(out_features, columns * first, dtype=torch.uint8))
+            for width in more:
+                plane = torch.zeros(out_features, columns, dtype=torch.uint8)
+                self.register_buffer(f"{PLANE}{width}", plane)
+            zeros = out_features * groups * self.nested[-1] // 8
+            self.register_buffer("qzeros", torch.zeros(zeros, dtype=torch.uint8))
             self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), False) if bias else None
         self.activation_bits: ActivationBits = 16
         self.kernel: Kernel | None = None
+        self.kernels: dict[int, Kernel] = {}  # by width
         self.device: torch.device | None = None  # of the kernel
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Of nested codes those that are in memory, rising."""
+        return tuple(width for width in self.nested if width <= self.bits)
 
     @classmethod
     def of(
-        cls, weight: Quantized, bits: int, layout: Layout, bias: Tensor | None = None
+        cls,
+        weight: Quantized,
+        bits: int,
+        layout: Layout,
+        bias: Tensor | None = None,
+        nested: Sequence[int] = (),
     ) -> "QuantizedLinear":
         """Packs codes, shape `(out, in / group_size, group_size)`, with their scales and zero points.
 
@@ -90,13 +119,16 @@ class QuantizedLinear(nn.Module):
                 "a group's scale leaves the range of float16: the weights are too large or small"
             )
         with torch.device("meta"):  # every tensor is replaced below
-            module = cls(groups * group_size, outputs, bits, group_size, layout, bias is not None)
+            inputs = groups * group_size
+            module = cls(inputs, outputs, bits, group_size, layout, bias is not None, nested=nested)
         codes, zeros = weight.codes.flatten(1), weight.zeros.squeeze(-1)
         if layout == "gemm":
             module.qweight, module.qzeros = pack_gemm(codes), pack_gemm(zeros)
             module.scales = scales.T.contiguous()
         else:
-            module.qweight = pack_tight(codes, bits)
+            module.qweight, *more = pack_planes(codes, module.widths)
+            for width, plane in zip(module.widths[1:], more, strict=True):
+                setattr(module, f"{PLANE}{width}", plane)
             module.qzeros = pack_tight(zeros.flatten(), bits)
             module.scales = scales.contiguous()
         if bias is not None:
@@ -113,10 +145,12 @@ class QuantizedLinear(nn.Module):
         if self.layout == "gemm":
             codes, zeros, scales = unpack_gemm(qweight), unpack_gemm(qzeros), scales.T
         else:
-            codes = unpack_tight(qweight, self.bits)
-            zeros = unpack_tight(qzeros, self.bits).view(self.out_features, -1)
+            planes = [qweight, *(getattr(self, f"{PLANE}{width}") for width in self.widths[1:])]
+            codes = unpack_planes(planes, self.widths[0])
+            zeros = unpack_tight(qzeros, self.nested[-1]).view(self.out_features, -1)
         groups = codes.unflatten(1, (-1, self.group_size))
-        return Quantized(groups, scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1))
+        terms = scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1)
+        return Quantized(groups, *of_highest(*terms, self.nested[-1] - self.bits))
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, shape `(out, in)`, float32."""
@@ -125,11 +159,27 @@ class QuantizedLinear(nn.Module):
     def prepare(self) -> None:
         """Chooses a kernel for the device that the module is on, and gives up the storage for its layout."""
         weight = self.quantized()
-        self.kernel, self.device = choose_kernel(weight), weight.codes.device
+        widths = self.widths if self.switches else [self.bits]
+        self.kernels = kernels_for(weight, widths, self.activation_bits == 8)
+        self.kernel, self.device = self.kernels[self.bits], weight.codes.device
         if self.kernel.name not in _logged:
             _logged.add(self.kernel.name)
             log.info("quantized linears on %s (%d bits first): %s", self.device, self.bits, self.kernel.name)
         self.qweight = self.qzeros = self.scales = None
+        for width in self.widths[1:]:
+            setattr(self, f"{PLANE}{width}", None)
+
+    def read_at(self, bits: int) -> None:
+        """Computes with the codes' highest `bits` from now on, of those that are in memory.
+
+        Raises:
+            ValueError: they aren't, or it was loaded for one precision alone.
+        """
+        if self.kernel is None:
+            self.prepare()
+        if bits not in self.kernels:
+            raise ValueError(f"there is no model at {bits} bits in memory, but at {sorted(self.kernels)}")
+        self.kernel = self.kernels[bits]
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape `(..., out)` in the input's dtype, from `(..., in)`; no gradient passes, whatever the kernel."""
@@ -142,7 +192,7 @@ class QuantizedLinear(nn.Module):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The kernel's tensors, as `cpu.decoder` takes them; None where it can't."""
-        if not isinstance(self.kernel, Int4Strips):
+        if not isinstance(self.kernel, Int4Strips | PlaneStrips):
             return None
         return self.kernel.operands(rounded=self.activation_bits == 8)
 

@@ -79,6 +79,11 @@ class QuantizationOptions:
     def _own(self) -> dict[str, Any]:
         return {**self.declared.options, **(self.options or {})}
 
+    @property
+    def lowest(self) -> int:
+        """The narrowest width that can be had: where one folder holds several, by its options."""
+        return int(self._own["lowest"]) if self.declared.holds else min(self.declared.widths)
+
     def of_engine(self, name: str) -> "QuantizationOptions":
         """The same of another engine, as far as it has them: its own options are as declared."""
         if name == self.engine:
@@ -90,7 +95,7 @@ class QuantizationOptions:
         """What a model at one of the precisions depends on besides the exported model and the sequences."""
         return {
             **self.search_settings(),
-            "bits": bits,
+            "bits": self.declared.held(bits),
             "patterns": dict(self.patterns or {}) if bits == int(bits) else {},
             "refit_norm": self.refits,
             "refit_routers": self.refit_routers,
@@ -141,6 +146,12 @@ class QuantizationOptions:
             raise ValueError(
                 f"--quantize.sequential: the engine {engine.name} looks at no sequences, leave it out"
             )
+        if engine.holds and (self.patterns or self.refit_routers):
+            option = "patterns" if self.patterns else "refit_routers"
+            raise ValueError(
+                f"--quantize.{option} is of one precision, and a folder of the engine {engine.name} holds several: "
+                "leave it out, or choose another engine"
+            )
         if self.sequences < 1:
             raise ValueError(f"--quantize.sequences {self.sequences} must be positive")
         if reserved_tokens < 1:
@@ -183,6 +194,10 @@ class QuantizationOptions:
         if width not in widths:
             raise ValueError(
                 f"the engine {self.engine} works at {', '.join(map(str, widths))} bits, not at {width}"
+            )
+        if width < self.lowest:
+            raise ValueError(
+                f"--quantize.options has lowest {self.lowest}, so that nothing is held at {width} bits"
             )
 
     def _check_budget(self, bits: float) -> None:

@@ -24,6 +24,7 @@ from qtale_lightning.quantization.rtn import Scheme
 
 ROWS = 64  # outputs taken at a time: little memory, and a working set that a core's cache holds;
 ROWS_ELSEWHERE = 4096  # on a GPU as many as keep it busy
+REACH = 0.5  # of v: a weight goes to one of its two neighbours
 
 
 class Rounding:
@@ -34,14 +35,17 @@ class Rounding:
         shares: α and β, shape `(2, out, n_groups, 1)`, float32.
     """
 
-    def __init__(self, weight: Tensor, scheme: Scheme, clips: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, scheme: Scheme, clips: Tensor | None = None, reach: float = REACH
+    ) -> None:
         """Rounds to nearest, first.
 
         Args:
             weight: shape `(out, in)`; kept in float32.
             clips: steps of `CLIP_STEP` of each group's largest magnitude, shape `(out, n_groups)`; None clips nothing.
+            reach: largest magnitude of v.
         """
-        self.scheme = scheme
+        self.scheme, self.reach = scheme, reach
         self.groups = weight.float().unflatten(1, (-1, scheme.group_size))
         low, high = self.groups.aminmax(dim=-1, keepdim=True)
         self.ends = torch.stack([low.clamp_(max=0), high.clamp_(min=0)])
@@ -56,6 +60,10 @@ class Rounding:
     def _top(self) -> int:
         return 2**self.scheme.bits - 1
 
+    def _step_of(self, bits: int | None) -> int:
+        """How many neighbouring codes have the same highest `bits`."""
+        return 2 ** (self.scheme.bits - (bits or self.scheme.bits))
+
     def _grid(self) -> tuple[Tensor, Tensor]:
         """Scales and zero points, each of shape `(out, n_groups, 1)`."""
         low, high = (self.ends * self.shares).unbind()
@@ -67,28 +75,36 @@ class Rounding:
         return scales, (low / scales).round_().neg_()
 
     @torch.no_grad()
-    def write(self, weight: Tensor) -> None:
-        """Writes what the weight is rounded to into a tensor, shape `(out, in)`."""
+    def write(self, weight: Tensor, bits: int | None = None) -> None:
+        """Writes what the weight is rounded to into a tensor, `(out, in)`: by its codes' highest `bits`, or all."""
         scales, zeros = self._grid()
         if self._fast:
-            cpu.round_groups(self.groups, self.values, scales, zeros, self._top, weight)
+            cpu.round_groups(self.groups, self.values, scales, zeros, self._top, self._step_of(bits), weight)
             return
         for w, v, s, z, to in self._by_rows(scales, zeros, weight):
-            to.copy_((w / s).add_(v).round_().clamp_(-z, self._top - z).mul_(s).flatten(1))
+            levels = (w / s).add_(v).round_().clamp_(-z, self._top - z)
+            to.copy_(_kept(levels, z, self._step_of(bits)).mul_(s).flatten(1))
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, rate: float) -> None:
+    def step(self, gradient: Tensor, rate: float, bits: int | None = None) -> None:
         """Moves v, α and β by `rate` against the sign of their gradients, given that of the rounded weight.
 
         Args:
-            gradient: shape `(out, in)`.
+            gradient: of what `write` wrote, shape `(out, in)`.
+            bits: as `write` took it.
         """
         scales, zeros = self._grid()
+        top, step = self._top, self._step_of(bits)
         if self._fast:
             slopes = gradient.contiguous()
-            parts = [cpu.round_step(self.groups, self.values, scales, zeros, self._top, slopes, rate)]
+            parts = [
+                cpu.round_step(self.groups, self.values, scales, zeros, top, step, slopes, rate, self.reach)
+            ]
         else:
-            parts = [_step_rows(self._top, rate, *rows) for rows in self._by_rows(scales, zeros, gradient)]
+            parts = [
+                _step_rows(top, step, rate, self.reach, *rows)
+                for rows in self._by_rows(scales, zeros, gradient)
+            ]
         held, of_scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self._move_ends(scales, held, of_scale, rate)
 
@@ -130,8 +146,23 @@ class Rounding:
         return Codes(torch.cat(codes), scales.squeeze(-1), zeros.squeeze(-1).byte())
 
 
+def _kept(levels: Tensor, zeros: Tensor, step: int) -> Tensor:
+    """Levels, code - z, without their codes' lowest bits: of `step` neighbours the middle."""
+    if step == 1:
+        return levels
+    return (levels + zeros).div_(step).floor_().mul_(step).add_((step - 1) / 2).sub_(zeros)
+
+
 def _step_rows(
-    top: int, rate: float, w: Tensor, v: Tensor, scales: Tensor, zeros: Tensor, gradient: Tensor
+    top: int,
+    step: int,
+    rate: float,
+    reach: float,
+    w: Tensor,
+    v: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    gradient: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`cpu.round_step` by PyTorch."""
     slope = gradient.float().view_as(w)
@@ -140,6 +171,6 @@ def _step_rows(
     within = levels.clamp(-zeros, top - zeros)
     free = slope * (levels == within)  # of weights that no end of the grid holds
     held = slope.sum(-1, keepdim=True).sub_(free.sum(-1, keepdim=True))
-    of_scale = within.mul_(slope).sub_(plain.mul_(free)).sum(-1, keepdim=True)
-    v.sub_(free.sign_().mul_(rate)).clamp_(-0.5, 0.5)
+    of_scale = _kept(within, zeros, step).mul_(slope).sub_(plain.mul_(free)).sum(-1, keepdim=True)
+    v.sub_(free.sign_().mul_(rate)).clamp_(-reach, reach)
     return held, of_scale

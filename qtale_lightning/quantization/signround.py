@@ -15,7 +15,7 @@ What this adds to the published method:
 - Only tokens that execute a layer count, and they do what they did in the model: its decisions are taken as they are.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,14 +29,18 @@ from qtale_lightning.quantization.options import MIN_TOKENS
 from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import Recipe, scale_vectors
 from qtale_lightning.quantization.replay import unwatched
-from qtale_lightning.quantization.rounding import Rounding
+from qtale_lightning.quantization.rounding import REACH, Rounding
+
+# Where codes' highest bits are learned, too: the reach of a value, since of the highest 2 one is 4 codes wide; and the
+# rate of steps for fewer than all bits, at which these gain nearly as much and all of them lose less.
+NESTED_REACH, NARROWER_RATE = 2.0, 0.5
 
 
 class Window:
     """Decoder layers whose roundings are learned together: copies, with the scales that a recipe has for them."""
 
-    def __init__(self, layers: Sequence[DecoderLayer], recipe: Recipe) -> None:
-        """Copies the layers and lets their linears' weights be learned."""
+    def __init__(self, layers: Sequence[DecoderLayer], recipe: Recipe, reach: float = REACH) -> None:
+        """Copies the layers and lets their linears' weights be learned, within a `reach` (see `Rounding`)."""
         self.layers = [replace(layer, module=unwatched(layer.module)) for layer in layers]
         self.roundings: dict[str, Rounding] = {}
         self.weights: dict[str, nn.Parameter] = {}
@@ -46,21 +50,21 @@ class Window:
             for name in layer.linears:
                 full = layer.path(name)
                 weight = layer.scaled_weight(name, recipe.scales)
-                self.roundings[full] = Rounding(weight, recipe.scheme(full), recipe.clips.get(full))
+                self.roundings[full] = Rounding(weight, recipe.scheme(full), recipe.clips.get(full), reach)
                 self.weights[full] = mine.module.get_parameter(f"{name}.weight")
                 self.weights[full].requires_grad_(True)
 
-    def write(self) -> None:
-        """Gives the copies the weights that are rounded to."""
+    def write(self, bits: int | None = None) -> None:
+        """Gives the copies the weights that are rounded to, by their codes' highest `bits`, or all."""
         for name, rounding in self.roundings.items():
-            rounding.write(self.weights[name].detach())
+            rounding.write(self.weights[name].detach(), bits)
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, bits: int | None = None) -> None:
         """Moves the roundings against the gradients of the weights that they gave, and forgets these."""
         for name, rounding in self.roundings.items():
             gradient = self.weights[name].grad
             if gradient is not None:  # nobody executed the layer
-                rounding.step(gradient, rate)
+                rounding.step(gradient, rate, bits)
             self.weights[name].grad = None
 
     def __call__(self, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
@@ -70,9 +74,11 @@ class Window:
         return hidden
 
     @torch.no_grad()
-    def outputs(self, calls: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
-        """The hidden states behind the window as it is rounded now, by batch."""
-        self.write()
+    def outputs(
+        self, calls: Sequence[tuple[Tensor, dict[str, Any]]], bits: int | None = None
+    ) -> list[Tensor]:
+        """The hidden states behind the window as it is rounded now, by batch; `bits` as `write` takes them."""
+        self.write(bits)
         return [self(*call) for call in calls]
 
     @property
@@ -83,19 +89,21 @@ class Window:
 
 def fit(
     window: Window,
-    calls: Sequence[tuple[Tensor, dict[str, Any]]],
+    calls: Mapping[int | None, Sequence[tuple[Tensor, dict[str, Any]]]],
     wanted: Sequence[Tensor],
     shares: Sequence[Tensor],
     steps: int,
     rate: float,
     seed: int,
 ) -> None:
-    """Learns a window's roundings, by Σ_t share_t · ‖window(x_t) - y_t‖² of one batch a step.
+    """Learns a window's roundings, by Σ_t share_t · ‖window(x_t) - y_t‖² of one batch a step, for each width in turn.
 
     Args:
-        calls: hidden states x before the window, `(B, T, D)`, and the layers' other arguments, by batch.
+        calls: hidden states x before the window, `(B, T, D)`, and the layers' other arguments, by batch: by how many of
+            the codes' highest bits, None for all.
         wanted: y, behind it, `(B, T, D)`.
         shares: of each token, `(B, T)`.
+        steps: of each width.
         rate: of the first step.
 
     Raises:
@@ -103,18 +111,20 @@ def fit(
     """
     generator, order = torch.Generator().manual_seed(seed), list[int]()
     for step in range(steps):
-        order = order or torch.randperm(len(calls), generator=generator).tolist()
+        order = order or torch.randperm(len(wanted), generator=generator).tolist()
         i = order.pop()
-        window.write()
-        with torch.enable_grad():
-            delta = window(*calls[i]).float() - wanted[i].float()
-            error = (delta.square().sum(-1) * shares[i]).sum()
-            error.backward()
-        if not error.isfinite():
-            raise ValueError(
-                f"{window.name} has no finite output error: its weights or activations are too large"
-            )
-        window.step(rate * (1 - step / steps))
+        for bits, seen in calls.items():
+            window.write(bits)
+            with torch.enable_grad():
+                delta = window(*seen[i]).float() - wanted[i].float()
+                error = (delta.square().sum(-1) * shares[i]).sum()
+                error.backward()
+            if not error.isfinite():
+                raise ValueError(
+                    f"{window.name} has no finite output error: its weights or activations are too large"
+                )
+            share = 1 if bits is None else NARROWER_RATE
+            window.step(share * rate * (1 - step / steps), bits)
 
 
 def shuffled(batches: Sequence[Batch], rows: int, seed: int) -> list[Batch]:
@@ -167,24 +177,73 @@ def search(
     """
     started = awq.search(model, batches, precisions, group_size, symmetric, min_tokens=min_tokens)
     some = shuffled(batches, batch, seed)
-    layers, found = decoder_layers(model), []
-    for recipe in started:
-        learned = replace(recipe, clips={}, errors={}, damage={})
-        exact, arguments = first_calls(model, some)
-        seen = exact
-        for first in range(0, len(layers), window):
-            here = layers[first : first + window]
-            exact = [_decided(here, *call) for call in zip(exact, arguments, strict=True)]
-            shares = [token_shares(*one) for one in zip(some, exact, strict=True)]
-            learner = Window(here, recipe)
-            calls = [*zip(seen, arguments, strict=True)]
-            fit(learner, calls, exact, shares, steps, lr / steps, seed)
-            learned.codes.update({name: own.codes().cpu() for name, own in learner.roundings.items()})
-            seen = learner.outputs(calls) if sequential else exact
-            for layer in here:
-                if progress:
-                    progress(layer.name, recipe.tokens[layer.name])
-        found.append(learned)
+    how: Any = {"steps": steps, "lr": lr, "window": window, "seed": seed}
+    return [_learned(model, some, recipe, [None], sequential, progress, **how) for recipe in started]
+
+
+def _learned(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    start: Recipe,
+    widths: Sequence[int | None],
+    sequential: bool,
+    progress: Callable[[str, int], None] | None,
+    steps: int,
+    lr: float,
+    window: int,
+    seed: int,
+) -> Recipe:
+    """A recipe's scales with learned codes, whose highest bits are learned, too, at each of some widths (None: all)."""
+    learned = replace(start, clips={}, errors={}, damage={})
+    layers, reach = decoder_layers(model), REACH if len(widths) == 1 else NESTED_REACH
+    exact, arguments = first_calls(model, batches)
+    seen = dict.fromkeys(widths, exact)
+    for first in range(0, len(layers), window):
+        here = layers[first : first + window]
+        exact = [_decided(here, *call) for call in zip(exact, arguments, strict=True)]
+        shares = [token_shares(*one) for one in zip(batches, exact, strict=True)]
+        learner = Window(here, start, reach)
+        calls = {bits: [*zip(inputs, arguments, strict=True)] for bits, inputs in seen.items()}
+        fit(learner, calls, exact, shares, steps, lr / steps, seed)
+        learned.codes.update({name: own.codes().cpu() for name, own in learner.roundings.items()})
+        seen = {bits: learner.outputs(calls[bits], bits) if sequential else exact for bits in widths}
+        for layer in here:
+            if progress:
+                progress(layer.name, start.tokens[layer.name])
+    return learned
+
+
+@torch.inference_mode(False)
+def search_nested(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    precisions: Sequence[Bits],
+    group_size: int,
+    symmetric: bool = False,
+    *,
+    lowest: int,
+    sequential: bool = False,
+    min_tokens: int = MIN_TOKENS,
+    progress: Callable[[str, int], None] | None = None,
+    **how: Any,
+) -> list[Recipe]:
+    """`search` for codes whose highest bits are learned as well, down to `lowest`: see `engines.nested`.
+
+    It starts from AWQ's scales and clips for the middle one of these widths. Where there is none but the codes' own,
+    these are those that `search` finds.
+
+    Args:
+        precisions: each of one width for all linears.
+    """
+    some, found = shuffled(batches, how.pop("batch"), how["seed"]), []
+    for bits in precisions:
+        widest = max(bits.values())
+        widths = [*range(lowest, widest + 1)]
+        middle = dict.fromkeys(bits, widths[len(widths) // 2])
+        (start,) = awq.search(model, batches, [middle], group_size, symmetric, min_tokens=min_tokens)
+        turns: list[int | None] = [None, *reversed(widths[:-1])]
+        learned = _learned(model, some, replace(start, bits=dict(bits)), turns, sequential, progress, **how)
+        found.append(replace(learned, nested=widths if len(widths) > 1 else []))
     return found
 
 

@@ -72,10 +72,11 @@ class Evaluation(TypedDict):
 
     `execution_ratio` is executed layers over all layers, `flops_ratio` counted FLOPs over the base model's
     (routers included, so it can pass 1), `seconds` the measured time of this evaluation, and `engine` the
-    quantizer ("none" at 16 bits; "+a8+h4" behind it: tokens in 8 bits, the head in 4).
+    quantizer ("none" at 16 bits; "+a8+h4" behind it: tokens in 8 bits, the head in 4; "+0:4,32:3": answers written at 4
+    bits, which `bits` says, until they have 32 tokens, then at 3).
     `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share the time of what can't differ
-    between them; written answers take `writing_seconds` more. `dtype` is what the model computed in. What was answered
-    to each question lies in `predictions/`, and what was written in `generations/`.
+    between them; written answers, of `writing_tokens`, take `writing_seconds` more. `dtype` is what the model computed
+    in. What was answered to each question lies in `predictions/`, and what was written in `generations/`.
     `fingerprint` says which model answered which questions; older rows have none, and are measured again where they
     are asked for.
     """
@@ -98,6 +99,7 @@ class Evaluation(TypedDict):
     seconds: Quantity
     dtype: NotRequired[str]
     writing_seconds: NotRequired[Quantity]
+    writing_tokens: NotRequired[Count]
     protocol: dict[str, Any]
     fingerprint: NotRequired[Fingerprint]
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.digests import of_model
@@ -49,9 +50,16 @@ class Subject:
 
     @property
     def row_engine(self) -> str:
-        """The engine, and in how many bits tokens (a) and head (h) are computed where that isn't 16: "rtn+a8+h4"."""
+        """The engine, in how many bits tokens (a) and head (h) are computed where that isn't 16, "rtn+a8+h4", and by
+        which schedule answers are written, "nested+0:4,32:3"."""
         lighter = sorted(f"{name[0]}{bits}" for name, bits in lightened(self.model).items())
-        return "+".join([self.engine, *lighter])
+        return "+".join([self.engine, *lighter, *([self.schedule] if self.schedule else [])])
+
+    @property
+    def schedule(self) -> str:
+        """By which precision falls while answers are written; empty: it doesn't."""
+        schedule = getattr(self.model.generation_config, "bits_schedule", None)
+        return "" if schedule is None else str(Schedule.read(schedule))
 
     def protocol(self, split: Split) -> dict[str, Any]:
         """What the scores depend on besides the model."""
@@ -110,9 +118,10 @@ class Subject:
         """Write a row of scores into ``results.json``, after what was answered to each question."""
         questions, protocol = self.data.questions(split), self.protocol(split)
         theta_said = "" if theta is None else f", θ = {theta_text(theta)}"
-        started, texts = time.perf_counter(), dict[int, str]()
+        started, texts, tokens = time.perf_counter(), dict[int, str](), list[int]()
         if split == "validation":
-            texts = write_answers(self.data, self.model, theta, f"{self}{theta_said}")
+            what = f"{self}{theta_said}"
+            texts = write_answers(self.data, self.model, theta, what, on_tokens=tokens.append)
         writing_seconds = time.perf_counter() - started
         accuracy = accuracy_by_task(questions, scores.loglikelihoods, protocol["metrics"], texts)
         outcomes = predictions.predictions(questions, scores.loglikelihoods, protocol["metrics"], texts)
@@ -137,7 +146,7 @@ class Subject:
             row["average_stderr"] = statistics.average(predictions.by_task(outcomes, "value")).stderr
             row["average_nll_stderr"] = statistics.average(predictions.by_task(outcomes, "nll")).stderr
         if texts:
-            row["writing_seconds"] = writing_seconds
+            row["writing_seconds"], row["writing_tokens"] = writing_seconds, sum(tokens)
             save_answers(self.run.root, row, questions, texts, self.data)
         predictions.save_predictions(self.run.root, row, outcomes)
         upsert_evaluation(self.run.root, row)

@@ -6,14 +6,16 @@ from typing import Any
 import torch
 
 import qtale_lightning.quantization.checkpoint  # noqa: F401  # registers packed weights with transformers
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.finite import check_finite
 from qtale_lightning.manifest import writing
 from qtale_lightning.models.modeling import RoutedForCausalLM
+from qtale_lightning.models.phases import Phases
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import source_name
 from qtale_lightning.module import QTALEModule
 from qtale_lightning.precision import inference_dtype
-from qtale_lightning.quantization.engines import DEFAULT
+from qtale_lightning.quantization.engines import DEFAULT, find
 from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.loading import load_model
@@ -97,19 +99,30 @@ def missing(run: RunDirectory, bits: float = 16, engine: str = DEFAULT) -> FileN
 
 
 def load_exported(
-    run: RunDirectory, bits: float = 16, engine: str = DEFAULT, as_stored: bool = False
+    run: RunDirectory,
+    bits: float = 16,
+    engine: str = DEFAULT,
+    as_stored: bool = False,
+    schedule: Schedule | None = None,
 ) -> RoutedForCausalLM:
     """The run's model at a precision, in evaluation mode, on a GPU where there is one.
 
     Args:
         as_stored: In the dtype of its folder, for another folder made from it; else in one that is fast here.
+        schedule: By which its precision is to fall while it writes, from `bits` on.
 
     Raises:
         FileNotFoundError: That precision isn't there; the message says which stage makes it.
+        ValueError: The engine's folder holds others, or not all of the schedule's.
     """
     folder = run.model(bits, engine)
     if not folder.is_dir():
         raise missing(run, bits, engine)
+    alone = int(bits) if bits != 16 and find(engine).holds and schedule is None else None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = "auto" if as_stored else inference_dtype(device)
-    return load_model(run, folder, dtype).eval().to(device)
+    model = load_model(run, folder, dtype, alone).eval().to(device)
+    if schedule is not None:
+        Phases(model, schedule, Routing()).end()  # refuses what it doesn't hold
+        model.generation_config.bits_schedule = schedule.rows()  # type: ignore[union-attr]
+    return model

@@ -10,6 +10,7 @@ from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.digests import of
 from qtale_lightning.evaluation.trace import Text, Trace, document, measure_changes, trace
 from qtale_lightning.manifest import writing
+from qtale_lightning.quantization.engines import find
 from qtale_lightning.report.notes import run_title
 from qtale_lightning.report.page import render_page
 from qtale_lightning.results.routing import Changes
@@ -107,6 +108,9 @@ def _common_theta(threshold: float | list[float]) -> float:
 
 def there(run: RunDirectory, engine: str) -> list[float]:
     """The precisions below 16 bits that an engine has made."""
+    if find(engine).holds:
+        made = run.quantization_config(4, engine) if run.model(4, engine).is_dir() else None
+        return [] if made is None else [*(made.get("nested") or [made["bits"]])]
     before, after = run.model(4, engine).name.split("4")
     widths = [
         float(folder.name.removeprefix(before).removesuffix(after))

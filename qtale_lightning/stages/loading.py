@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import qtale_lightning.models.families  # noqa: F401  # registers routed models with transformers
 from qtale_lightning.manifest import DamagedFileError, parse_object, verify
@@ -24,19 +24,20 @@ _PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_model(run: RunDirectory, folder: Path, dtype: Any) -> RoutedForCausalLM:
+def load_model(run: RunDirectory, folder: Path, dtype: Any, bits: int | None = None) -> RoutedForCausalLM:
     """A model of the run, from its folder.
 
     Args:
         dtype: As `from_pretrained` takes it.
+        bits: Of the precisions that the folder holds, where it holds several.
 
     Raises:
         DamagedFileError: A file of it isn't what the run wrote, or can't be read; the message names it.
-        ValueError: Its weights don't match its configuration.
+        ValueError: Its weights don't match its configuration, or it doesn't hold that precision.
     """
     check_folder(run, folder)
     with _naming(run, folder):
-        return cast(RoutedForCausalLM, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype))
+        return RoutedForCausalLM.from_pretrained(folder, dtype=dtype, bits=bits)
 
 
 def load_tokenizer(run: RunDirectory, folder: Path) -> PreTrainedTokenizerBase:

@@ -60,8 +60,9 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             len(sequences),
         )
     made_from = _ingredients(run, data, options, sequences)
-    ingredients = {bits: made_from | options.settings(bits) for bits in options.bits}
-    missing = [bits for bits in options.bits if not _is_there(run, bits, options.engine, ingredients[bits])]
+    precisions = dict.fromkeys(map(options.declared.held, options.bits))
+    ingredients = {bits: made_from | options.settings(bits) for bits in precisions}
+    missing = [bits for bits in precisions if not _is_there(run, bits, options.engine, ingredients[bits])]
     if not missing:
         said = ", ".join(f"{bits:g}" for bits in options.bits)
         console.print(f"{options.engine}, {said} bits: there already, of this model, rows and options")
@@ -89,14 +90,15 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         with writing(run.root, run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
-            _forget(
-                run, bits, options.engine
-            )  # not before the other model is on the disk, not after it is read
-        size = run.weight_bytes(bits, options.engine)
-        console.print(
-            f"{options.engine}, {bits:g} bits in groups of {options.group_size}: {size / 1e6:,.1f} MB "
-            f"({size / run.weight_bytes():.2f} of the exported model's)"
-        )
+            # Not before the other model is on the disk, not after it is read.
+            for width in recipe.nested or [bits]:
+                _forget(run, width, options.engine)
+        for width in recipe.nested or [bits]:
+            size = run.weight_bytes(width, options.engine)
+            console.print(
+                f"{options.engine}, {width:g} bits in groups of {options.group_size}: {size / 1e6:,.1f} MB "
+                f"({size / run.weight_bytes():.2f} of the exported model's)"
+            )
     console.print(f"quantized in {time.perf_counter() - started:.0f} s")
 
 

@@ -1,7 +1,7 @@
 """Written answers to a run's validation questions, kept as `<run>/generations/*.jsonl`, one file an evaluation row."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,17 @@ FOLDER = "generations"
 
 
 def write_answers(
-    data: CommonsenseDataModule, model: RoutedForCausalLM, threshold: Threshold, what: str
+    data: CommonsenseDataModule,
+    model: RoutedForCausalLM,
+    threshold: Threshold,
+    what: str,
+    on_tokens: Callable[[int], None] = lambda tokens: None,
 ) -> dict[int, str]:
     """What the model writes to the questions that are to be answered so, by their index among validation questions.
 
     Args:
         what: Which model at which θ, in words, for the progress bar.
+        on_tokens: As of `generate`.
 
     Raises:
         ValueError: as `generate`.
@@ -40,6 +45,7 @@ def write_answers(
                 data.asking.new_tokens(task),
                 threshold,
                 on_progress=advance,
+                on_tokens=on_tokens,
             )
         texts |= dict(zip(chosen, found, strict=True))
     return texts

@@ -27,6 +27,7 @@ KINDS = {
     "weight_mb": Kind("weights, MB", digits=1),
     "kv_kib": Kind("KV, KiB a token", digits=2),
     "seconds": Kind("measured s", digits=1),
+    "tokens_per_second": Kind("tokens written / s", digits=1),
     "average": Kind("average %", "higher", 100, 2),
     "nll": Kind("nll ↓", "lower"),
     "added_nll": Kind("added nll"),

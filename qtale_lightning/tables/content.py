@@ -143,6 +143,9 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
             return path_distance(row["execution_ratio_per_layer"]), None
         case "weight_mb":
             return row["weight_bytes"] / 1e6, None
+        case "tokens_per_second":
+            tokens = row.get("writing_tokens")
+            return (tokens / row["writing_seconds"] if tokens else None), None
         case "kv_kib":
             return _kv_bytes(answer, row) / 1024, None
         case kind:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.experiments import find, names
 from qtale_lightning.quantization import engines
 from qtale_lightning.results.fields import Bits
@@ -33,7 +34,7 @@ SYMBOLS = {
 Option = bool | int | float | str
 Column = Literal[
     "theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll",
-    "added_nll", "path_distance",
+    "added_nll", "path_distance", "tokens_per_second",
 ]  # fmt: skip
 EngineName = Annotated[str, AfterValidator(lambda name: engines.find(name).name)]
 
@@ -52,6 +53,7 @@ class Cell(Declared):
     engine: list[EngineName] = Field([engines.DEFAULT], min_length=1)
     theta: Theta | None = None
     perturb: dict[str, float | list[float]] = Field(default_factory=dict)
+    bits_schedule: Annotated[str, AfterValidator(lambda text: str(Schedule.read(text)))] = ""
     data: list[str] = Field(default_factory=list)
     group: str = ""
 
@@ -60,6 +62,13 @@ class Cell(Declared):
         if (self.theta is not None) != method_of(self.method).theta:
             why = "needs 'theta'" if self.theta is None else "has no θ: leave 'theta' out"
             raise ValueError(f"the method {self.method} {why}")
+        if self.bits_schedule:
+            first = Schedule.read(self.bits_schedule)[0].bits
+            fixed = self.theta is None or isinstance(self.theta, int | float)
+            if self.bits != [first] or not fixed:
+                raise ValueError(
+                    f"bits_schedule {self.bits_schedule}: its line is of the first precision, bits: [{first}], at one θ"
+                )
         for key, value in self.options.items():
             if key.split(".")[0] not in ("model", "data", "trainer"):
                 raise ValueError(
@@ -111,6 +120,7 @@ class Line:
     perturbation: Perturbation
     data: tuple[str, ...]
     group: str
+    bits_schedule: str = ""
 
     @property
     def setting(self) -> str:
@@ -128,6 +138,7 @@ class Line:
             self.engine,
             self.theta if isinstance(self.theta, float) else None,
             self.perturbation,
+            self.bits_schedule,
         )
 
 
@@ -241,6 +252,7 @@ def _lines(cell: Cell) -> list[Line]:
                         perturbation=perturbation,
                         data=tuple(cell.data),
                         group=cell.group,
+                        bits_schedule=cell.bits_schedule,
                     )
                 )
     return lines

@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
+from qtale_lightning.evaluation.statistics import Estimate
 from qtale_lightning.paths import path_distance
 from qtale_lightning.results.schema import Results
 from qtale_lightning.routing import method_of
-from qtale_lightning.tables.bold import Difference, Side, difference
+from qtale_lightning.tables.bold import Side, difference
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.plots import Related
 from qtale_lightning.tables.table import Table
@@ -31,7 +32,7 @@ def unquantized(table: Table, line: Line) -> Line | None:
     return next((one for one in table.lines if one == wanted), None)
 
 
-def added_nll(table: Table, line: Line, data: str) -> Difference | None:
+def added_nll(table: Table, line: Line, data: str) -> Estimate | None:
     """What the nll of a line has above that of the same at 16 bits, paired by question, in nats a token.
 
     θ of each is found by itself, so that both execute as much as is asked for. None where either isn't measured.

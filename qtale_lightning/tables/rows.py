@@ -30,6 +30,12 @@ class Demand:
     engine: str
     theta: LineTheta
     perturbation: Perturbation = UNPERTURBED
+    bits_schedule: str = ""
+
+    @property
+    def row_engine(self) -> str:
+        """As rows of results say it."""
+        return "+".join(part for part in (self.engine, self.bits_schedule) if part)
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
         split: [
             row
             for row in own_rows(results, split, demand.perturbation.record)
-            if (row["bits"], row["engine"]) == (demand.bits, demand.engine) and _of(row, model)
+            if (row["bits"], row["engine"]) == (demand.bits, demand.row_engine) and _of(row, model)
         ]
         for split in _SPLITS
     }
@@ -195,7 +201,7 @@ def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
 def _answered(run: TableRun, demand: Demand, first: str, fresh: bool) -> bool:
     if not fresh:
         return find_row(run, demand) is not None
-    by_fit = demand.engine in ("none", first) and not demand.perturbation.record
+    by_fit = demand.engine in ("none", first) and not (demand.perturbation.record or demand.bits_schedule)
     if not by_fit or isinstance(demand.theta, BudgetRule):
         return False
     if isinstance(demand.theta, GridRule):
@@ -210,6 +216,8 @@ def _sweeps(run: TableRun, demands: Sequence[Demand], first: str) -> list[Comman
     for demand in demands:
         engine = first if demand.engine == "none" else demand.engine
         theta, perturbed = demand.theta, demand.perturbation
+        if demand.bits_schedule:  # an evaluation
+            continue
         if isinstance(theta, GridRule):
             wanted.setdefault((engine, theta.rule, theta.margin, perturbed), []).append(demand)
         elif theta is None:
@@ -236,12 +244,16 @@ def _sweeps(run: TableRun, demands: Sequence[Demand], first: str) -> list[Comman
 
 
 def _evaluations(run: TableRun, demands: Sequence[Demand], first: str) -> list[Command]:
-    """One evaluation for each fixed θ."""
+    """One evaluation for each fixed θ, and for each schedule of bits."""
     commands = []
     for demand in demands:
-        if isinstance(demand.theta, float):
+        if isinstance(demand.theta, float) or demand.bits_schedule:
             engine = first if demand.engine == "none" else demand.engine
-            options = ["--bits", f"{demand.bits:g}", "--theta", f"{demand.theta:g}"]
+            options = ["--bits", f"{demand.bits:g}"]
+            if demand.theta is not None:
+                options += ["--theta", f"{demand.theta:g}"]
+            if demand.bits_schedule:
+                options += ["--bits_schedule", demand.bits_schedule]
             options += demand.perturbation.arguments
             commands.append(_stage("evaluate", run, None, engine, options, 1))
     return commands

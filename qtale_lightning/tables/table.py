@@ -89,7 +89,7 @@ class Table:
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""
-        demand = Demand(line.bits, line.engine, line.theta, line.perturbation)
+        demand = Demand(line.bits, line.engine, line.theta, line.perturbation, line.bits_schedule)
         other = self.declaration.like(line)
         if other is None:
             return demand
@@ -110,7 +110,7 @@ class Table:
                     continue
                 demand = self.demand(line, data, run.seed)
                 if demand is None and unknown:
-                    demand = Demand(line.bits, line.engine, line.theta, line.perturbation)
+                    demand = Demand(line.bits, line.engine, line.theta, line.perturbation, line.bits_schedule)
                 if demand is not None:
                     found[demand] = None
         return list(found)

@@ -11,6 +11,7 @@
 #include "dense.h"
 #include "int4_8.h"
 #include "layer.h"
+#include "planes.h"
 #include "rounding.h"
 #include "router.h"
 
@@ -204,6 +205,54 @@ void int4() {
 }
 
 template <typename T>
+void planes() {
+  constexpr int64_t strips = 3, inputs = 128, groups = 2, outputs = strips * STRIP, many = PLANE_TOKENS + 3;
+  std::vector<uint8_t> high(strips * inputs / 16 * BYTES), bits[MOST_BITS];
+  std::vector<Half> scales(strips * groups * STRIP), zeros(scales.size());
+  for (auto& plane : bits) plane.resize(high.size() / 2);
+  for (auto* plane : {&high, &bits[0], &bits[1]})
+    for (uint8_t& byte : *plane) byte = static_cast<uint8_t>(std::rand() >> 8);
+  for (Half& scale : scales) scale.bits = static_cast<uint16_t>(0x2000 + (std::rand() >> 8) % 1024);  // 2⁻⁷ (1 + n / 1024)
+  for (Half& zero : zeros) zero.bits = static_cast<uint16_t>(0x3c00 + (std::rand() >> 8) % 8 * 128);  // 1 + n / 8
+  for (int count = 0; count <= MOST_BITS; count++) {
+    const PlaneWeight weight{high.data(), {bits[0].data(), bits[1].data()}, count, scales.data(), zeros.data(),
+                             strips, inputs, groups};
+    const auto field = [&](const std::vector<uint8_t>& plane, int width, int64_t output, int64_t input) {
+      const int64_t of_word = 32 / width, strip = output / STRIP, at = input % of_word * width;
+      const int64_t word = (strip * inputs / of_word + input / of_word) * STRIP + output % STRIP;
+      return plane[4 * word + at / 8] >> at % 8 & ((1 << width) - 1);
+    };
+    const auto level = [&](int64_t output, int64_t input) {
+      int code = field(high, 2, output, input);
+      for (int k = 0; k < count; k++) code = 2 * code + field(bits[k], 1, output, input);
+      const int64_t term = (output / STRIP * groups + input / (inputs / groups)) * STRIP + output % STRIP;
+      return (code - 1 - (zeros[term].bits - 0x3c00) / 1024.0) * std::ldexp(1 + (scales[term].bits - 0x2000) / 1024.0, -7);
+    };
+    for (int64_t tokens = 1; tokens <= many; tokens++) {
+      const auto x = numbers<T>(tokens * inputs);
+      std::vector<typename PlaneInputs<T>::Input> values(2 * tokens * inputs);
+      std::vector<float> sums(tokens * groups * PlaneInputs<T>::SUMS_OF);
+      std::vector<T> y(tokens * outputs);
+      const PlaneInputs<T> prepared{values.data(), sums.data()};
+      plane_inputs(x.data(), tokens, weight, prepared);
+      plane_linear(weight, prepared, tokens, 0, 2, y.data());  // in two parts, as threads do
+      plane_linear(weight, prepared, tokens, 2, strips, y.data());
+      for (int64_t t = 0; t < tokens; t++)
+        for (int64_t o = 0; o < outputs; o++) {
+          double expected = 0;
+          for (int64_t i = 0; i < inputs; i++) expected += wide(x[t * inputs + i]) * level(o, i);
+          check("plane_linear", wide(y[t * outputs + o]), expected, LOOSE<T> * (1 + std::fabs(expected)));
+        }
+    }
+    std::vector<T> matrix(inputs * outputs);
+    plane_dequantize(weight, 0, strips, outputs, matrix.data());
+    for (int64_t o = 0; o < outputs; o++)
+      for (int64_t i = 0; i < inputs; i++)
+        check("plane_dequantize", wide(matrix[i * outputs + o]), stored<T>(level(o, i)), 0);
+  }
+}
+
+template <typename T>
 void dense() {
   constexpr int64_t inputs = 144, outputs = 48;
   const auto weight = numbers<T>(outputs * inputs), bias = numbers<T>(outputs);
@@ -227,9 +276,9 @@ void dense() {
 }
 
 template <typename T>
-void rounding() {
+void rounding(int step) {
   constexpr int64_t count = 3, size = 32;
-  constexpr float top = 7, rate = 0.01f;
+  constexpr float top = 7, rate = 0.01f, reach = 0.75f;
   const float scales[count] = {0.3f, 0.5f, 0.07f}, zeros[count] = {3, 4, 2};
   const auto groups = numbers<float>(count * size);
   auto values = numbers<float>(count * size, 0.5);
@@ -238,18 +287,21 @@ void rounding() {
   set(slopes[5], 0);
   std::vector<T> weight(count * size);
   float held[count], of_scale[count];
-  round_groups(groups.data(), values.data(), scales, zeros, top, count, size, weight.data());
-  round_step(groups.data(), values.data(), scales, zeros, top, slopes.data(), rate, count, size, held, of_scale);
+  round_groups(groups.data(), values.data(), scales, zeros, top, step, count, size, weight.data());
+  round_step(groups.data(), values.data(), scales, zeros, top, step, slopes.data(), rate, reach, count, size, held,
+             of_scale);
   for (int64_t g = 0; g < count; g++) {
     double sum_held = 0, sum_scale = 0;
     for (int64_t i = g * size; i < (g + 1) * size; i++) {
       const float plain = groups[i] / scales[g], free = std::nearbyint(plain + before[i]);
       const float within = std::min(std::max(free, -zeros[g]), top - zeros[g]), slope = wide(slopes[i]);
-      check("round_groups", wide(weight[i]), stored<T>(within * scales[g]), 0);
-      sum_scale += double{slope} * (free == within ? within - plain : within);
+      const int code = static_cast<int>(within + zeros[g]);
+      const float kept = code / step * step + 0.5f * (step - 1) - zeros[g];
+      check("round_groups", wide(weight[i]), stored<T>(kept * scales[g]), 0);
+      sum_scale += double{slope} * (free == within ? kept - plain : kept);
       if (free != within) sum_held += slope;
-      const float step = free == within ? (slope > 0) - (slope < 0) : 0;
-      check("a step of rounding", values[i], std::min(std::max(before[i] - step * rate, -0.5f), 0.5f), 0);
+      const float way = free == within ? (slope > 0) - (slope < 0) : 0;
+      check("a step of rounding", values[i], std::min(std::max(before[i] - way * rate, -reach), reach), 0);
     }
     check("gradients of held weights", held[g], sum_held, 1e-5);
     check("gradient of the scale", of_scale[g], sum_scale, 1e-5 * (1 + std::fabs(sum_scale)));
@@ -294,7 +346,8 @@ int main() {
   router<float>(), router<BFloat16>();
   int4<float>(), int4<BFloat16>();
   dense<float>(), dense<BFloat16>();
-  rounding<float>(), rounding<BFloat16>();
+  planes<float>(), planes<BFloat16>();
+  for (int step : {1, 2, 4}) rounding<float>(step), rounding<BFloat16>(step);
   registers();
   std::printf("%d failures\n", failures);
   return std::min(failures, 100);

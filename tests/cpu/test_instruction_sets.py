@@ -8,6 +8,7 @@ from torch import Tensor
 
 from qtale_lightning import cpu, precision
 from qtale_lightning.quantization.kernels import Int4Strips
+from qtale_lightning.quantization.planes import PlaneStrips
 from qtale_lightning.quantization.rtn import Scheme, quantize
 
 SETS = precision.instruction_sets() if cpu.available() else []
@@ -31,6 +32,8 @@ def results(operations: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     )
     weight = Int4Strips(quantize(numbers(80, 576).float(), Scheme(4, 64)))
     packed = weight.packed, weight.scales, weight.zeros
+    planes = PlaneStrips(quantize(numbers(80, 576).float(), Scheme(3, 64)))
+    laid = planes.high, planes.scales, planes.zeros, planes.single
     found = {
         "rms_norm": operations.rms_norm(tokens, numbers(576), 1e-5),
         "rotate": operations.rotate(tokens.view(1, 4, 9, 64), numbers(1, 4, 64), numbers(1, 4, 64)),
@@ -39,9 +42,12 @@ def results(operations: Any, dtype: torch.dtype) -> dict[str, Tensor]:
         "route": operations.route(tokens, *router),
         "int4_linear_rounded": operations.int4_linear_rounded(tokens, *packed),
         "int4_dequantize": operations.int4_dequantize(*packed, 16, 48, tokens),
+        "plane_dequantize": operations.plane_dequantize(*laid, 16, 48, tokens),
     }
     if dtype == torch.float32:  # bfloat16 is multiplied in pairs where there is an instruction for it
-        found |= {f"int4_linear {n}": operations.int4_linear(tokens[:n], *packed) for n in (1, 2, 4)}
+        for n in (1, 2, 4):
+            found[f"int4_linear {n}"] = operations.int4_linear(tokens[:n], *packed)
+            found[f"plane_linear {n}"] = operations.plane_linear(tokens[:n], *laid)
     return found
 
 

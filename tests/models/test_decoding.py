@@ -189,6 +189,17 @@ def test_tokens_in_8_bits(dtype: torch.dtype, steps: list[bool]) -> None:
     assert not torch.equal(plain[0][0], found[0][0])  # the option is seen to change
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3])
+def test_weights_in_planes(bits: int, dtype: torch.dtype, steps: list[bool]) -> None:
+    model = made("qwen2", dtype)
+    quantize(model, bits)
+    expected = decoded(model, lambda step: False)
+    found = decoded(model, lambda step: True)
+    assert steps == [True] * NEW
+    same(model, found, expected)
+
+
 def test_weights_of_more_bits_are_left_to_the_layers(steps: list[bool]) -> None:
     model = made()
     quantize(model, 6)

@@ -17,10 +17,9 @@ from qtale_lightning import cpu
 from qtale_lightning.architectures import known_models
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.models.sources import base_config
-from qtale_lightning.quantization import kernels
+from qtale_lightning.quantization import kernels, planes
 from qtale_lightning.quantization.kernels import (
     CROSSOVER_TOKENS,
-    OUR_CROSSOVER_TOKENS,
     Dequantize,
     Int4CPU,
     Int4CUDA,
@@ -28,7 +27,10 @@ from qtale_lightning.quantization.kernels import (
     Kernel,
     choose_kernel,
     kernel_block,
+    kernels_for,
 )
+from qtale_lightning.quantization.nested import narrowed
+from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
 from tests.tolerance import close
 
@@ -164,10 +166,55 @@ def test_codes_scales_and_zeros_are_exact_in_ours(dtype: torch.dtype) -> None:
 @needs_ours
 @pytest.mark.parametrize("outputs", [16, 176])
 def test_outputs_in_several_blocks(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "BLOCK_OUTPUTS", 48)
+    monkeypatch.setattr(planes, "BLOCK_OUTPUTS", 48)
     monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda: True)
     weight = make_weight(outputs, 64, Scheme(4, 32))
     check(Int4Strips(weight), weight, torch.float32, torch.bfloat16)
+
+
+# Planes --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@needs_ours
+@pytest.mark.parametrize("bits", [2, 3])
+@pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
+def test_planes_over_the_presets_shapes(outputs: int, inputs: int, bits: int) -> None:
+    weight = make_weight(outputs, inputs, Scheme(bits, 128 if inputs % 128 == 0 else 32))
+    check(PlaneStrips(weight), weight, torch.float32, torch.bfloat16)
+
+
+@needs_ours
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_all_widths_by_planes(bits: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An odd number of strips, in whole and in parts, as kernels for many tokens take them."""
+    weight = make_weight(208, 384, Scheme(bits, 96, symmetric))
+    check(PlaneStrips(weight, bits), weight, torch.float32, torch.bfloat16, torch.float16)
+    monkeypatch.setattr(planes, "BLOCK_OUTPUTS", 48)
+    monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda: True)
+    check(PlaneStrips(weight, bits), weight, torch.bfloat16)
+
+
+@needs_ours
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrower_models_are_read_of_the_same_planes(dtype: torch.dtype) -> None:
+    """Fractions of zero points are exact, too: tokens that choose single inputs give back the weight's columns."""
+    weight, one_hot = make_weight(80, 96, Scheme(4, 32)), torch.eye(96, dtype=dtype)
+    found = kernels_for(weight, (2, 3, 4))
+    for bits, kernel in found.items():
+        assert isinstance(kernel, PlaneStrips)
+        exact = narrowed(weight, 4 - bits).dequantize()
+        assert torch.equal(kernel(one_hot).T, exact.to(dtype)), bits
+        assert torch.equal(kernel.dequantize(0, 80, one_hot), exact.to(dtype)), bits
+        assert kernel.high.data_ptr() == found[4].high.data_ptr()  # type: ignore[attr-defined]
+
+
+def test_narrower_models_without_planes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    weight, x = make_weight(64, 128, Scheme(4, 32)), make_tokens(128)[:3]
+    for bits, kernel in kernels_for(weight, (2, 4)).items():
+        torch.testing.assert_close(kernel(x), x @ narrowed(weight, 4 - bits).dequantize().T)
 
 
 @pytest.mark.slow
@@ -290,7 +337,16 @@ def test_the_choice_on_the_cpu_without_ours(monkeypatch: pytest.MonkeyPatch) -> 
 
 @needs_ours
 def test_the_choice_on_the_cpu() -> None:
-    assert all(isinstance(choose_kernel(make_weight(64, 128, Scheme(b, 32))), Int4Strips) for b in (2, 3, 4))
+    of_bits = {bits: make_weight(64, 128, Scheme(bits, 32)) for bits in (2, 3, 4)}
+    assert [type(choose_kernel(of_bits[bits])) for bits in (2, 3, 4)] == [
+        PlaneStrips,
+        PlaneStrips,
+        Int4Strips,
+    ]
+    assert [type(choose_kernel(of_bits[bits], rounded=True)) for bits in (2, 3)] == [Int4Strips] * 2
+    assert isinstance(
+        choose_kernel(make_weight(64, 128, Scheme(3, 16))), Int4Strips
+    )  # planes take groups of 32
     assert isinstance(choose_kernel(make_weight(64, 128, Scheme(8, 32))), Int4Strips)  # as two weights of 4
     assert isinstance(choose_kernel(make_weight(72, 128, Scheme(4, 32))), Dequantize)
 

@@ -251,7 +251,7 @@ def test_windows_learn_on_quantized_inputs_what_the_model_gives(
     real = signround.fit
 
     def watched(learner: Any, calls: Any, wanted: Any, *more: Any) -> None:
-        fitted.append(([hidden.clone() for hidden, _ in calls], wanted))
+        fitted.append(([hidden.clone() for hidden, _ in calls[None]], wanted))
         real(learner, calls, wanted, *more)
 
     with mock.patch.object(signround, "fit", watched):

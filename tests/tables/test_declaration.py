@@ -90,8 +90,8 @@ def test_an_unknown_table_is_refused_with_those_that_are_there(monkeypatch: pyte
 def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     assert names("tables") == [
-        "ablation", "baselines", "cost", "csqa", "diversity", "fairness", "generality", "low-bit", "quantizers",
-        "sensitivity", "toolbox",
+        "ablation", "baselines", "cost", "csqa", "diversity", "fairness", "generality", "low-bit",
+        "phases", "quantizers", "sensitivity", "toolbox",
     ]  # fmt: skip
     fairness = load_declaration(FOLDER / "fairness.yaml")
     like = [line for line in fairness.lines if isinstance(line.theta, BudgetRule) and line.theta.like]

@@ -29,6 +29,8 @@ class Engine:
         calibrates: It looks at calibration sequences.
         keeps_codes: What it finds are codes; other engines find scales and clips, from which codes follow.
         widths: Bits of a code that it works at.
+        holds: Of the widest of them, where a folder of it holds a model at all of them (`quantization.nested`), so that
+            a run has one; 0: a folder is of one precision.
         refits: The final norm is fitted to what it rounds.
         averages: It measures what each width does to the residual stream, so that an average of bits can be spent.
         mixes: Linears that share an input may have different bits.
@@ -49,6 +51,7 @@ class Engine:
     calibrates: bool = True
     keeps_codes: bool = False
     widths: tuple[int, ...] = WIDTHS
+    holds: int = 0
     refits: bool = False
     averages: bool = False
     mixes: bool = True
@@ -88,6 +91,10 @@ class Engine:
                 check_shared(bits, architecture_of(model.config))
         found = self.load()(model, batches, precisions, group_size, symmetric, **{**self.options, **more})
         return [replace(recipe, engine=self.name) for recipe in found]
+
+    def held(self, bits: float) -> float:
+        """The precision of the folder that a model at one of its precisions lies in."""
+        return self.holds or bits
 
     def passes(self, precisions: int, sequential: bool) -> int:
         """How often it goes through the layers for so many precisions."""
