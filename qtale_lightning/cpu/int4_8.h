@@ -43,10 +43,12 @@ __attribute__((noinline)) void multiply_rounded(const Int4Weight& weight, int64_
   const int64_t of_group = weight.group() / ROUNDED_BLOCK, blocks = weight.inputs / ROUNDED_BLOCK;
   const uint8_t* from[strips];
   for (int s = 0; s < strips; s++) from[s] = weight.strip(first + s);
+  Following<strips> following(weight, first + strips);
   Float total[all_parts][count];
   for (int p = 0; p < all_parts; p++)
     for (int t = 0; t < count; t++) total[p][t] = Float{};
   for (int64_t g = 0; g < weight.groups; g++) {
+    following.terms();
     Float zero[all_parts], group[all_parts][count];
     for (int p = 0; p < all_parts; p++) {
       zero[p] = register_at(weight.zeros + weight.term(first + p / parts, g) + p % parts * WIDE);
@@ -64,10 +66,8 @@ __attribute__((noinline)) void multiply_rounded(const Int4Weight& weight, int64_
           even[p] = codes & 0x0f0f0f0f;
           odd[p] = codes >> 4 & 0x0f0f0f0f;
         }
-        for (int s = 0; s < strips; s++) {
-          __builtin_prefetch(from[s] + AHEAD);
-          from[s] += BYTES;
-        }
+        for (int s = 0; s < strips; s++) from[s] += BYTES;
+        following.piece();
         for (int t = 0; t < count; t++) {
           const int8_t* codes = x.codes + t * weight.inputs + block * ROUNDED_BLOCK + piece * STEP;
           const Bits of_even = bytes_at<uint32_t>(codes) - Bits{}, of_odd = bytes_at<uint32_t>(codes + 4) - Bits{};
