@@ -83,9 +83,10 @@ struct Pairs {
   static QTALE_INLINE Bits factor(Bits piece, int i) { return (piece >> (4 * i) & 0x000f000f) | 0x43004300; }
   static QTALE_INLINE Float add(Float sum, Bits factor, Input input) { return add_pair(sum, factor, Bits{} + input); }
   static QTALE_INLINE void prepare(const BFloat16* x, Input* inputs) {
-    for (int64_t piece = 0; piece < LANES / STEP; piece++)
-      for (int i = 0; i < INPUTS; i++)
-        inputs[piece * INPUTS + i] = x[piece * STEP + i].bits | uint32_t{x[piece * STEP + INPUTS + i].bits} << 16;
+    using Sixteen = uint16_t __attribute__((vector_size(2 * LANES)));
+    const auto bits = bytes_at<Sixteen>(x);
+    const auto pairs = __builtin_shufflevector(bits, bits, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    std::memcpy(inputs, &pairs, sizeof pairs);
   }
 };
 template <typename T>
