@@ -119,7 +119,9 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     def reserve_next(self) -> None:
         """Room for one more token of every sequence."""
-        self._reserve(self.longest + 1, _GROWTH)
+        assert self.keys is not None
+        if max(self.lengths) >= self.keys.shape[2]:
+            self._reserve(self.longest + 1, _GROWTH)
 
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float

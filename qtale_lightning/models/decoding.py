@@ -88,32 +88,30 @@ class _Watch:
     """Sees whether modules are what they were: the same children, weights and kernels, and nothing hooked to them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        tables = [table for module in modules for table in (module._modules, module._parameters) if table]
+        self.tables, self.contents = tables, [dict(table) for table in tables]
         self.owners: list[dict[str, Any]] = []
         self.names: list[str] = []
-        self.values: list[Any] = []
-        self.hooks: list[Any] = []
-        self.attributes: list[dict[str, Any]] = []
         for module in modules:
-            own = {
-                name: vars(module)[name]
-                for name in ("kernel", "activation_bits", "_low")
-                if name in vars(module)
-            }
-            for owner, items in (
-                (module._modules, module._modules),
-                (module._parameters, module._parameters),
-                (vars(module), own),
-            ):
-                self.owners += [owner] * len(items)
-                self.names += items
-                self.values += items.values()
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self.attributes.append(vars(module))
+            own = [name for name in ("kernel", "activation_bits", "_low") if name in vars(module)]
+            self.owners += [vars(module)] * len(own)
+            self.names += own
+        self.values = [*map(dict.get, self.owners, self.names)]
+        self.hooks = [
+            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self.attributes = [vars(module) for module in modules]
 
     def unchanged(self) -> bool:
-        """Whether that is still so."""
+        """Whether that is still so; asked at every token, so that it takes tens of microseconds."""
+        try:
+            same = self.tables == self.contents  # identical objects are equal, and no others but numbers
+        except RuntimeError:  # of other tensors than before, which have no truth
+            return False
         return (
-            all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            same
+            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
             and not _has_any_global_hook()
@@ -159,8 +157,9 @@ class _Stack:
                 layers[index].remember(routing.places, Packing.of(gates[index]))
         for layer, counts in zip(layers, new, strict=True):
             layer.lengths = tuple(map(int.__add__, layer.lengths, counts))
-        routing.logits.update(zip(self.routed, logits.unsqueeze(2), strict=True))
-        routing.gates.update((layer, gates[layer]) for layer in self.routed)
+        routing.logits.update(zip(self.routed, logits.unsqueeze(2).unbind(), strict=True))
+        of_layer = gates.unbind()
+        routing.gates.update((layer, of_layer[layer]) for layer in self.routed)
         return output
 
     def _forced(self, routing: Routing) -> Tensor | None:

@@ -15,6 +15,7 @@ from torch.nn.functional import linear
 
 from qtale_lightning import cpu
 from qtale_lightning.compat.kernels import has_bfloat16_kernels
+from qtale_lightning.huge_pages import placed
 from qtale_lightning.quantization.nested import narrowed
 from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips, by_blocks
 from qtale_lightning.quantization.rtn import Quantized
@@ -93,9 +94,9 @@ class Int4Strips:
         self.takes_rounded = group_size % BLOCK_INPUTS == 0
         # By strip of 16 outputs: 8 inputs of each in 32 bits, the first one lowest.
         nibbles = weight.codes.flatten(1).to(torch.uint8).view(-1, 16, inputs // 8, 4, 2).transpose(1, 2)
-        self.packed = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, inputs // 8, 64)
+        self.packed = placed((nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, inputs // 8, 64))
         scales, zeros = (term.view(-1, 16, groups).transpose(1, 2) for term in (weight.scales, weight.zeros))
-        self.scales, self.zeros = scales.half().contiguous(), zeros.to(torch.uint8).contiguous()
+        self.scales, self.zeros = placed(scales.half()), placed(zeros.to(torch.uint8))
 
     @staticmethod
     def supports(weight: Quantized) -> bool:
