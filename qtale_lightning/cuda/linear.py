@@ -115,8 +115,9 @@ def gated_linear(
 def dequantize(weight: Weight, y: Tensor) -> None:
     """Write the levels of an int4 weight into ``y (out, in)``, rounded once."""
     outputs, inputs = y.shape
-    _dequantize[(outputs, triton.cdiv(inputs // 2, 1024))](
-        weight.values, weight.scales, weight.zeros, y, inputs, weight.group_size, BLOCK=1024
+    grid = triton.cdiv(outputs, 16), triton.cdiv(inputs // 2, 128)
+    _dequantize[grid](
+        weight.values, weight.scales, weight.zeros, y, outputs, inputs, weight.group_size, ROWS=16, BLOCK=128
     )
 
 
@@ -325,23 +326,22 @@ def _gated_linear(
 
 @triton.jit
 def _dequantize(
-    weight: tl.tensor,
-    scales: tl.tensor,
-    zeros: tl.tensor,
-    y: tl.tensor,
-    INPUTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    row, byte = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = byte < INPUTS // 2
+    weight: tl.tensor, scales: tl.tensor, zeros: tl.tensor, y: tl.tensor, outputs: tl.tensor,
+    INPUTS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """A program has a block of rows and inputs."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < outputs) & (byte < INPUTS // 2)
     codes = tl.load(weight + row * (INPUTS // 2) + byte, mask=inside, other=0)
     group = row * (INPUTS // GROUP) + 2 * byte // GROUP
     scale = tl.load(scales + group, mask=inside, other=0.0).to(tl.float32)
     zero = _level(tl.load(zeros + group, mask=inside, other=0))
     levels = tl.interleave((_level(codes & 15) - zero) * scale, (_level(codes >> 4) - zero) * scale)
-    column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
-    tl.store(y + row * INPUTS + column, levels.to(y.dtype.element_ty), mask=column < INPUTS)
+    column = tl.program_id(1) * 2 * BLOCK + tl.arange(0, 2 * BLOCK)[None, :]
+    tl.store(
+        y + row * INPUTS + column, levels.to(y.dtype.element_ty), mask=(row < outputs) & (column < INPUTS)
+    )
 
 
 def from_codes(codes: Tensor, scales: Tensor, zeros: Tensor, bias: Tensor | None = None) -> Weight:
