@@ -8,6 +8,7 @@ make them from states that differ by rounding.
 """
 
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gpu_check.models import LENGTH, dense, gates, padding, routed, tokens
 from gpu_check.stages import Context, StageFailed
+from qtale_lightning.compat import kernels
 from qtale_lightning.models import RoutedCache, Routing, attention
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import padded_batches
@@ -103,7 +105,8 @@ def flat_attention(device: str, quick: bool) -> Iterator[Check]:
             made = [torch.randn(sum(counts), n, 64, device=device, dtype=dtype) for n in (8, groups, groups)]
             query, key, value = made
             exact = attention._one_by_one(query.float(), key.float(), value.float(), counts, 0.125)
-            found = attention._variable_length(query, key, value, counts, 0.125)
+            ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+            found = kernels.variable_length_attention(query, key, value, ends, max(counts), 0.125)
             name = f"variable-length attention, {groups} heads of keys, {dtype}".replace("torch.", "")
             yield Check(name, difference(found, exact), 2e-2)
 

@@ -190,6 +190,7 @@ class RoutedCache(Cache):
 
     Attributes:
         seen: Tokens (padding included) that went through the model, whichever layers they executed.
+        of_one_call: Whether `generate()` made it, so that nobody reads it after.
     """
 
     layers: list[RoutedCacheLayer]  # type: ignore[assignment]
@@ -197,6 +198,7 @@ class RoutedCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=RoutedCacheLayer)
         self.seen = 0
+        self.of_one_call = False
 
     def layer(self, index: int) -> RoutedCacheLayer:
         """The cache of a layer, made on first use."""

@@ -6,7 +6,7 @@ The layers are those of `routed_layer` and `fused`; here is only said when C++ m
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from operator import contains, is_
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -84,7 +84,7 @@ def _holds_all(model: Any, cache: RoutedCache) -> bool:
     return len(cache.layers) == len(model.layers) and all(layer.is_initialized for layer in cache.layers)
 
 
-class _Watch:
+class Watch:
     """Sees whether modules are what they were: the same children, weights and kernels, and nothing hooked to them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -171,7 +171,7 @@ class _Stack:
         return torch.stack([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
 
 
-_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[_Watch, _Stack | None]]]" = WeakKeyDictionary()
+_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Watch, _Stack | None]]]" = WeakKeyDictionary()
 
 
 def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
@@ -179,7 +179,7 @@ def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
     known = _stacks.setdefault(model, {})
     if dtype not in known or not known[dtype][0].unchanged():
         stack = _made(model, dtype)
-        known[dtype] = _Watch(model.modules()), stack
+        known[dtype] = Watch(model.modules()), stack
         if not known[dtype][0].unchanged():  # there are hooks
             return None
     return known[dtype][1]
@@ -187,31 +187,53 @@ def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
 
 def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
     """A model's layers in C++; None where it doesn't know them, or doesn't take their shapes or dtypes."""
+    parts = parts_of(model, dtype)
+    if parts is None:
+        return None
     layers, config, lanes = model.layers, model.config, cpu.LANES
-    if config.keep_kv or config.stand_in_rank:  # skipping a layer isn't leaving it out
-        return None
-    if not isinstance(model.norm, FusedRMSNorm) or not all(isinstance(layer, FusedLayer) for layer in layers):
-        return None
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
     sizes = [config.hidden_size, config.intermediate_size]
     if config.routed_layers:
         sizes.append(config.router_width)
-    if config.hidden_act != "silu" or any(size % lanes for size in sizes):
-        return None
-    if width % (2 * lanes) or width > cpu.WIDEST_HEAD or model.norm.weight.dtype != dtype:
+    if width % (2 * lanes) or width > cpu.WIDEST_HEAD or any(size % lanes for size in sizes):
         return None
     scaling, eps = layers[0].self_attn.scaling, model.norm.variance_epsilon
     decoder = cpu.decoder(config.num_attention_heads, groups, width, scaling, eps, model.norm.weight)
-    for layer in layers:
-        parts = _parts(layer, dtype)
-        if parts is None:
-            return None
-        decoder.add(*parts)
+    for part in parts:
+        decoder.add(*part)
     return _Stack(model, decoder)
 
 
-def _parts(layer: FusedLayer, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What C++ takes of a layer: weights of norms, of heads' norms, of linears and their biases, and of the router."""
+class Parts(NamedTuple):
+    """What a decoded token needs of a layer.
+
+    Attributes:
+        norms: Weights of the norms before attention and MLP.
+        head_norms: Of those of queries and keys, or none.
+        weights: Operands of the linears' products, in the order of `cpu/stack.h`.
+        biases: Of the linears.
+        router: Its operands, or none.
+    """
+
+    norms: list[Tensor]
+    head_norms: list[Tensor]
+    weights: list[tuple[Tensor, ...]]
+    biases: list[Tensor | None]
+    router: list[Tensor]
+
+
+def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
+    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, or skipping isn't leaving out."""
+    config, layers = model.config, model.layers
+    plain = not (config.keep_kv or config.stand_in_rank) and config.hidden_act == "silu"
+    if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
+        return None
+    found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
+    return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]
+
+
+def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
+    """A layer's; None where something about it isn't known."""
     attention: Any = layer.self_attn
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
@@ -224,7 +246,10 @@ def _parts(layer: FusedLayer, dtype: torch.dtype) -> tuple[Any, ...] | None:
     weights = [linear.operands(dtype) if hasattr(linear, "operands") else None for linear in linears]
     biases = [linear.bias if hasattr(linear, "bias") else None for linear in linears]
     others = [norm.weight for norm in norms + head_norms] + [bias for bias in biases if bias is not None]
-    if any(weight is None for weight in weights) or any(other.dtype != dtype for other in others):
+    complete = [operands for operands in weights if operands is not None]
+    if len(complete) < len(weights) or any(other.dtype != dtype for other in others):
         return None
     router = [] if layer.router is None else layer.router.operands(dtype)
-    return [norm.weight for norm in norms], [norm.weight for norm in head_norms], weights, biases, router
+    return Parts(
+        [norm.weight for norm in norms], [norm.weight for norm in head_norms], complete, biases, router
+    )

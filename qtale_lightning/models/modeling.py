@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.compat.loading import misshaped
-from qtale_lightning.models import decoding
+from qtale_lightning.models import decoding, sampling
 from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
@@ -280,7 +280,26 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """generate() asks for its cache here: ours, where it would make a DynamicCache."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RoutedCache()
+            model_kwargs["past_key_values"].of_one_call = True
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """generate() decodes here, greedily or by chance: as one CUDA graph, where `sampling` can."""
+        how = logits_processor, stopping_criteria, generation_config
+        if not synced_gpus:
+            found = sampling.sample(self, input_ids, *how, streamer, model_kwargs)
+            if found is not None:
+                return found
+        return super()._sample(input_ids, *how, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc]
