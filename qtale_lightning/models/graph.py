@@ -280,10 +280,9 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
         how: What ``choose`` does, to be compared.
     """
     capacity = -(-tokens // ROUND) * ROUND
-    state = batch, how, _pointers(model)
     if (kept := _decoders.get(model)) is not None:
         known, watch, decoder = kept
-        if known == state and watch.unchanged() and decoder.capacity >= tokens:
+        if known == (batch, how, _pointers(model)) and watch.unchanged() and decoder.capacity >= tokens:
             return decoder
         del _decoders[model], kept, decoder  # its memory, before the next one's
     stack = stack_of(model, batch, capacity)
@@ -291,7 +290,7 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
     if stack is None or not watch.unchanged():  # there may be hooks, which a graph wouldn't run
         return None
     decoder = GraphDecoder(model, stack, choose)
-    _decoders[model] = state, watch, decoder
+    _decoders[model] = (batch, how, _pointers(model)), watch, decoder  # where weights are now: a stack may move them
     return decoder
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qtale_lightning import cpu
+from qtale_lightning.huge_pages import placed
 from qtale_lightning.quantization.nested import of_highest
 from qtale_lightning.quantization.rtn import Quantized
 
@@ -45,10 +46,10 @@ class PlaneStrips:
         self.outputs, self.inputs = outputs, groups * size
         self.bits = self.held = bits or max(HIGH, int(weight.codes.max().item()).bit_length())
         codes = weight.codes.flatten(1).to(torch.int64)
-        self.high = _plane(codes >> self.held - HIGH, HIGH)
-        self.single = [_plane(codes >> place & 1, 1) for place in reversed(range(self.held - HIGH))]
+        self.high = placed(_plane(codes >> self.held - HIGH, HIGH))
+        self.single = [placed(_plane(codes >> place & 1, 1)) for place in reversed(range(self.held - HIGH))]
         scales, zeros = (
-            term.view(-1, 16, groups).transpose(1, 2).half().contiguous()
+            placed(term.view(-1, 16, groups).transpose(1, 2).half())
             for term in (weight.scales, weight.zeros)
         )
         self.scales, self.zeros = scales, zeros
