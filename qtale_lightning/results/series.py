@@ -63,15 +63,19 @@ def other_rows(results: Results) -> list[Evaluation]:
     return sorted(rows, key=lambda row: (-row["examples"], place(row)))
 
 
-def validation_series(results: Results) -> dict[str, list[Evaluation]]:
+def validation_series(
+    results: Results, perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> dict[str, list[Evaluation]]:
     """The validation rows of each quantized model, θ descending, by a label: "4-bit", or "4-bit native" where
-    several engines share the bits. Only those of the run's own questions."""
-    return series_of([results])[0]
+    several engines share the bits. Only those of the run's own questions, with decisions perturbed so."""
+    return series_of([results], perturbation)[0]
 
 
-def series_of(runs: Sequence[Results]) -> list[dict[str, list[Evaluation]]]:
+def series_of(
+    runs: Sequence[Results], perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> list[dict[str, list[Evaluation]]]:
     """Each run's :func:`validation_series`, with the same label for the same bits and engine in all of them."""
-    of_run = [own_rows(run) for run in runs]
+    of_run = [own_rows(run, "validation", perturbation) for run in runs]
     labels = iter(labels_of(row for rows in of_run for row in rows))
     found: list[dict[str, list[Evaluation]]] = []
     for rows in of_run:
