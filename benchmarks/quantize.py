@@ -13,6 +13,8 @@ Seconds are of the search and, for `native`, of the final norm's fit; `native, n
 runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give;
 `signround`, whose published form that is, on what the model's own give.
 
+With `--nested`, the engine of that name searches its folder of 4 bits once, and each of the widths in it is judged.
+
 AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only, as `signround` does at `--signround-bits`. At those
 widths they and `native` search on each of `--sets` disjoint sets of calibration sequences: what a search finds, and so
 its errors, hangs on the sequences. A fraction among `--bits` is an average that the engine native spends where its
@@ -60,6 +62,7 @@ from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import find
 from qtale_lightning.quantization.final_norm import refit_final_norm
+from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import allocate, neighbours, uniform
@@ -164,7 +167,8 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="*", default=[8, 4, 3.5, 3, 2])
     parser.add_argument("--autoawq-bits", type=int, nargs="*", default=[4])
     parser.add_argument("--signround-bits", type=int, nargs="*", default=[])
-    parser.add_argument("--steps", type=int, default=200, help="of signround and auto-round")
+    parser.add_argument("--nested", action="store_true", help="the engine nested, too, at all of its widths")
+    parser.add_argument("--steps", type=int, default=200, help="of signround, nested and auto-round")
     parser.add_argument("--auto-round", help="a Python that has auto-round")
     parser.add_argument("--peers", type=Path, help="folder that keeps what auto-round finds")
     parser.add_argument("--peer-sets", type=int, default=1, help="calibration sets that auto-round runs on")
@@ -179,7 +183,7 @@ def main() -> None:
     if args.quick:
         args.model, args.tasks, args.group_size, args.sequences, args.questions = "tiny", "facts", 32, 32, 20
         args.memory_model, args.sets = "tiny", 2
-        args.signround_bits, args.steps = [4], 5
+        args.signround_bits, args.steps, args.nested = [4], 5, True
     elif args.data is None:
         print("skipped: give the folder of the real rows with --data or QTALE_DATA")
         return
@@ -269,6 +273,21 @@ def main() -> None:
                     quantize_model(quantized, recipe, norm)
                     rows.append(row(quantized, bits, said, number, seconds, grown))
                     show(rows[-1])
+    if args.nested:
+        options = QuantizationOptions(
+            group_size=args.group_size, engine="nested", options={"steps": args.steps}
+        )
+        (recipe, _), seconds, grown = measured(
+            partial(search, model, sets[0], options, options.declared.holds)
+        )
+        quantized = load()
+        quantize_model(quantized, recipe)
+        for bits in recipe.nested:
+            for linear in quantized.modules():
+                if isinstance(linear, QuantizedLinear):
+                    linear.read_at(bits)
+            rows.append(row(quantized, bits, "nested", 0, seconds, grown))
+            show(rows[-1])
     for number, part in enumerate(range(0, args.peer_sets * args.sequences, args.sequences)):
         for bits in args.signround_bits if args.auto_round or args.peers else []:
             made_there = auto_round(

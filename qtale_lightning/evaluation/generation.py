@@ -86,7 +86,7 @@ def _continue(
     """New tokens ``(B, new)`` after ``ids`` and ``mask (B, T)``; a model's own sampling settings are left aside."""
     own, model.generation_config = model.generation_config, settings
     try:
-        found = model.generate(ids, attention_mask=mask, routing=routing)  # type: ignore[misc]
+        found = model.generate(ids, attention_mask=mask, routing=routing)
     finally:
         model.generation_config = own
     return found[:, ids.shape[1] :]

@@ -290,7 +290,11 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
     if stack is None or not watch.unchanged():  # there may be hooks, which a graph wouldn't run
         return None
     decoder = GraphDecoder(model, stack, choose)
-    _decoders[model] = (batch, how, _pointers(model)), watch, decoder  # where weights are now: a stack may move them
+    _decoders[model] = (
+        (batch, how, _pointers(model)),
+        watch,
+        decoder,
+    )  # where weights are now: a stack may move them
     return decoder
 
 

@@ -201,7 +201,9 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             assert cls.config_class is not None
             config = kwargs["config"] = cls.config_class.from_pretrained(source, **where)
         packed = getattr(config, "quantization_config", None)
-        if bits is not None and isinstance(packed, dict):  # whose quantizer says what else it holds
+        if (
+            config is not None and bits is not None and isinstance(packed, dict)
+        ):  # whose quantizer says what else it holds
             packed = config.quantization_config = packed | {"read": bits}
         elif bits not in (None, 16):
             raise ValueError(f"{path} holds a model that isn't quantized, and none at {bits} bits")
@@ -231,7 +233,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         # Of a generation configuration that came from the model's, transformers reads nothing that it doesn't know.
         file = Path(path or "") / "generation_config.json"
         if file.is_file() and (schedule := json.loads(file.read_bytes()).get("bits_schedule")) is not None:
-            model.generation_config.bits_schedule = schedule  # type: ignore[union-attr]
+            model.generation_config.bits_schedule = schedule  # type: ignore[attr-defined]
         return loaded if wants_info else model  # type: ignore[return-value]
 
     def forward(
@@ -263,7 +265,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         chosen = self.generation_config if generation_config is None else generation_config
         schedule = kwargs.pop("bits_schedule", getattr(chosen, "bits_schedule", None))
-        generate: Any = super().generate
+        generate: Any = super().generate  # type: ignore[misc]
         if schedule is None:
             return generate(*args, generation_config=generation_config, **kwargs)
         routing = kwargs["routing"] = kwargs.get("routing") or Routing()

@@ -49,8 +49,7 @@ class PlaneStrips:
         self.high = placed(_plane(codes >> self.held - HIGH, HIGH))
         self.single = [placed(_plane(codes >> place & 1, 1)) for place in reversed(range(self.held - HIGH))]
         scales, zeros = (
-            placed(term.view(-1, 16, groups).transpose(1, 2).half())
-            for term in (weight.scales, weight.zeros)
+            placed(term.view(-1, 16, groups).transpose(1, 2).half()) for term in (weight.scales, weight.zeros)
         )
         self.scales, self.zeros = scales, zeros
 

@@ -91,9 +91,10 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
             # Not before the other model is on the disk, not after it is read.
-            for width in recipe.nested or [bits]:
+            widths: list[float] = [*recipe.nested] or [bits]
+            for width in widths:
                 _forget(run, width, options.engine)
-        for width in recipe.nested or [bits]:
+        for width in widths:
             size = run.weight_bytes(width, options.engine)
             console.print(
                 f"{options.engine}, {width:g} bits in groups of {options.group_size}: {size / 1e6:,.1f} MB "

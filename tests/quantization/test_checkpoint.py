@@ -17,8 +17,10 @@ from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization.checkpoint import PackedConfig, quantize_model
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
+from qtale_lightning.quantization.packing import pack_gemm, pack_tight
 from qtale_lightning.quantization.precision import uniform
 from qtale_lightning.quantization.recipe import Recipe, round_to_nearest
+from qtale_lightning.quantization.rtn import Scheme, quantize
 from qtale_lightning.run import RunDirectory
 
 # Divides both widths, 64 and 96. Outputs of 64 run by the CPU's int4 kernel, those of 96 and 32 are dequantized.
@@ -137,6 +139,38 @@ def test_another_dtype_is_for_activations(folder: Path, rows: Tensor, dtype: tor
         assert tensor.dtype == (stored[name].dtype if kept else dtype), name
         assert not kept or torch.equal(tensor, stored[name]), name
     assert loaded(rows).logits.dtype == dtype
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@torch.no_grad()
+def test_a_folder_of_before_codes_could_be_nested_loads(
+    bits: int, make_routed: MakeRouted, rows: Tensor, tmp_path: Path
+) -> None:
+    """Written here tensor by tensor, as it was then: `gemm` and `tight`, and a configuration that knows no nesting."""
+    model = make_routed(kv_heads=2)
+    model.save_pretrained(tmp_path)
+    tensors, shapes = load_file(tmp_path / "model.safetensors"), linear_shapes(model)
+    for name, (outputs, inputs) in shapes.items():
+        codes, scales, zeros = quantize(tensors.pop(f"{name}.weight"), Scheme(bits, GROUP))
+        scales = scales[..., 0].half()
+        model.get_submodule(name).weight.copy_(((codes - zeros) * scales[..., None].float()).flatten(1))
+        codes, zeros = codes.flatten(1), zeros[..., 0]
+        assert codes.shape == (outputs, inputs)
+        packed = (
+            (pack_gemm(codes), pack_gemm(zeros), scales.T.contiguous())
+            if bits == 4
+            else (pack_tight(codes, bits), pack_tight(zeros.flatten(), bits), scales)
+        )
+        tensors |= {
+            f"{name}.{kind}": t for kind, t in zip(("qweight", "qzeros", "scales"), packed, strict=True)
+        }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    known = {"bits": bits, "group_size": GROUP, "zero_point": True, "engine": "rtn", "refit_norm": False}
+    kind = {"quant_method": "awq", "version": "gemm"} if bits == 4 else {"quant_method": "qtale"}
+    config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": known | kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for loaded in (load(tmp_path), load(tmp_path, bits=bits)):
+        torch.testing.assert_close(loaded(rows).logits, model(rows).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_loaded_model_can_be_saved_until_it_runs(folder: Path, rows: Tensor, tmp_path: Path) -> None:
