@@ -29,7 +29,7 @@ KINDS = {
     "seconds": Kind("measured s", digits=1),
     "average": Kind("average %", "higher", 100, 2),
     "nll": Kind("nll ↓", "lower"),
-    "added_nll": Kind("added nll"),
+    "added_nll": Kind("added nll", digits=4),
     "path_distance": Kind("path distance"),
 }
 
