@@ -105,7 +105,7 @@ MAY_IMPORT = {
     "schedule": set(),
     "settings": {"architectures", "models", "routing", "values"},
     "strategy": {"checkpoints", "models"},
-    "sweeps": {"files", "launching", "locks", "report", "results", "wandb_session", "yaml_files"},
+    "sweeps": {"files", "launching", "locks", "report", "results", "routing", "wandb_session", "yaml_files"},
     "tasks": set(),
     "tracking": {"settings", "wandb_session"},
     "training": {"architectures", "losses", "models", "quantization", "routing"},

@@ -63,7 +63,8 @@ def related(table: Table, data: str, bits: float) -> list[Related]:
         rows = [(answer, answer.row) for answer in answers if answer.row is not None]
         values = (
             _mean([path_distance(row["execution_ratio_per_layer"]) for _, row in rows]),
-            _mean([trained_distance(answer.results) for answer, _ in rows]),
+            # Perturbed at inference, a run is the same run: it counts once.
+            None if line.perturbation.record else _mean([trained_distance(a.results) for a, _ in rows]),
             _mean([row["average_nll"] for _, row in rows]),
         )
         measures = dict(zip(MEASURES, values, strict=True))

@@ -175,7 +175,8 @@ class Related:
 def plot_relations(title: str, against: str, panels: Mapping[str, Sequence[Related]]) -> Figure:
     """Points with error bars over each of their measures: a row a precision, a column a measure, a style a way.
 
-    A panel says Spearman's rank correlation, with its p and the number of points.
+    Points of a way are joined in their order. A panel says Spearman's rank correlation, with its p and the number of
+    points, of which those that are the same count once.
     """
     every = [point for points in panels.values() for point in points]
     measures, ways = list(every[0].measures), list(dict.fromkeys(point.way for point in every))
@@ -186,16 +187,17 @@ def plot_relations(title: str, against: str, panels: Mapping[str, Sequence[Relat
         for axes, measure in zip(row, measures, strict=True):
             known = [(point, x) for point in points if (x := point.measures[measure]) is not None]
             for position, way in enumerate(ways):
-                mine = sorted((x, *point.value) for point, x in known if point.way == way)
+                mine = [(x, *point.value) for point, x in known if point.way == way]
                 if mine:
                     places, values, errors = zip(*mine, strict=True)
                     style = style_of(position) | {"linewidth": 0.8}
                     axes.errorbar(
                         places, values, errors, label=way, capsize=2, elinewidth=0.8, markersize=5, **style
                     )
-            for point, x in known:
-                where = {"xytext": (3, 3), "textcoords": "offset points"}
-                axes.annotate(point.setting, (x, point.value[0]), fontsize=6, alpha=0.8, **where)
+            for point, x in known if axes is not row[-1] else ():
+                where: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6, "alpha": 0.8}
+                above = ways.index(point.way) % 2 == 0
+                axes.annotate(point.setting, (x, point.value[0]), xytext=(4, 4 if above else -8), **where)
             axes.set_title(
                 f"{name}: {_rank_correlation([(x, point.value[0]) for point, x in known])}", fontsize=9
             )
@@ -214,6 +216,7 @@ def plot_relations(title: str, against: str, panels: Mapping[str, Sequence[Relat
 
 def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
     """Spearman's, in words; no number where there are fewer than 3 points, or one of the two doesn't vary."""
+    pairs = list(dict.fromkeys(pairs))
     if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
         return f"{len(pairs)} points"
     found = stats.spearmanr(*zip(*pairs, strict=True))
