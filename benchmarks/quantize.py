@@ -282,7 +282,7 @@ def main() -> None:
         )
         quantized = load()
         quantize_model(quantized, recipe)
-        for bits in recipe.nested:
+        for bits in recipe.held:
             for linear in quantized.modules():
                 if isinstance(linear, QuantizedLinear):
                     linear.read_at(bits)

@@ -31,7 +31,7 @@ class PackedConfig(QuantizationConfigMixin):
         engine: that searched the scales and clips, for the record.
         refit_norm: whether the final norm was fitted to them, for the record.
         made_from: the model, the calibration sequences and all options that the folder was made from.
-        nested: rising widths of which the folder holds a model each, `bits` the last of them; empty: `bits` alone.
+        held: rising widths of which the folder holds a model each, `bits` the last of them; empty: `bits` alone.
         read: the one of them that is loaded; by default all are, to be switched between, from `bits` on.
 
     Raises:
@@ -46,7 +46,7 @@ class PackedConfig(QuantizationConfigMixin):
         engine: str | None = None,
         refit_norm: bool = False,
         made_from: Mapping[str, Any] | None = None,
-        nested: Sequence[int] = (),
+        held: Sequence[int] = (),
         read: int | None = None,
         **_: Any,  # what AWQ's own format says besides
     ) -> None:
@@ -55,10 +55,10 @@ class PackedConfig(QuantizationConfigMixin):
         self.group_size, self.zero_point = group_size, zero_point
         self.engine, self.refit_norm = engine, refit_norm
         self.made_from = made_from
-        self.nested, self.read = [*nested], read
-        held: Sequence[Any] = self.nested or [self.bits]
-        if read not in (None, *held):
-            said = ", ".join(map(str, held)) if isinstance(self.bits, int) else "several widths, mixed"
+        self.held, self.read = [*held], read
+        there: Sequence[Any] = self.held or [self.bits]
+        if read not in (None, *there):
+            said = ", ".join(map(str, there)) if isinstance(self.bits, int) else "several widths, mixed"
             raise ValueError(
                 f"the folder holds no model at {read} bits, but at {said}: leave `bits` out, or quantize by an engine "
                 "whose codes are nested (--quantize.engine nested)"
@@ -71,13 +71,13 @@ class PackedConfig(QuantizationConfigMixin):
         """The configuration of a model under a recipe."""
         widths = set(recipe.bits.values())
         bits = widths.pop() if len(widths) == 1 else recipe.bits
-        zero_point, nested = not recipe.symmetric, recipe.nested
-        return cls(bits, recipe.group_size, zero_point, recipe.engine, refit_norm, made_from, nested)
+        zero_point, held = not recipe.symmetric, recipe.held
+        return cls(bits, recipe.group_size, zero_point, recipe.engine, refit_norm, made_from, held)
 
     @property
     def layout(self) -> Layout:
         """How the codes are stored."""
-        return "gemm" if self.bits == 4 and self.zero_point and not self.nested else "tight"
+        return "gemm" if self.bits == 4 and self.zero_point and not self.held else "tight"
 
     def bits_of(self, name: str) -> int:
         """Bits of the linear of a full name.
@@ -97,8 +97,8 @@ class PackedConfig(QuantizationConfigMixin):
         known |= {"zero_point": self.zero_point, "engine": self.engine, "refit_norm": self.refit_norm}
         if self.made_from is not None:
             known["made_from"] = dict(self.made_from)
-        if self.nested:
-            known["nested"] = self.nested
+        if self.held:
+            known["held"] = self.held
         if self.layout == "gemm":
             kept = ["lm_head", "router"]
             return known | {"quant_method": "awq", "version": "gemm", "modules_to_not_convert": kept}
@@ -118,7 +118,7 @@ class PackedQuantizer(HfQuantizer):
                 full, shape = layer.path(name), (linear.out_features, linear.in_features)
                 bits = config.bits_of(full)
                 check_quantizable({full: shape}, bits, config.group_size)
-                if config.nested and config.read:
+                if config.held and config.read:
                     bits = config.read
                 with torch.device("meta"):
                     packed = QuantizedLinear(
@@ -129,11 +129,11 @@ class PackedQuantizer(HfQuantizer):
                         config.layout,
                         linear.bias is not None,
                         linear.weight.dtype,
-                        config.nested,
+                        config.held,
                     )
                 packed.switches = packed.switches and config.read is None
                 layer.module.set_submodule(name, packed)
-        if left := [width for width in config.nested if width > (config.read or width)]:
+        if left := [width for width in config.held if width > (config.read or width)]:
             names = rf"\.{PLANE}({'|'.join(map(str, left))})$"
             known = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*known, names}
@@ -183,7 +183,7 @@ def quantize_model(
             try:
                 weight = quantized_weight(layer, name, recipe)
                 packed[name] = QuantizedLinear.of(
-                    weight, recipe.bits[full], config.layout, linear.bias, config.nested
+                    weight, recipe.bits[full], config.layout, linear.bias, config.held
                 )
             except ValueError as error:
                 raise ValueError(f"{full}: {error}") from error

@@ -40,7 +40,7 @@ class QuantizedLinear(nn.Module):
     Args:
         bits: of a code, of those that are in memory.
         group_size: inputs that share a scale.
-        nested: rising widths whose highest bits are stored by themselves (`plane3`, …, see `quantization.nested`), of
+        held: rising widths whose highest bits are stored by themselves (`plane3`, …, see `quantization.nested`), of
             which the last is that of scales and zero points; those above `bits` are left where they are. Empty: one
             width alone.
 
@@ -62,12 +62,12 @@ class QuantizedLinear(nn.Module):
         layout: Layout,
         bias: bool = False,
         dtype: torch.dtype | None = None,
-        nested: Sequence[int] = (),
+        held: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.layout = bits, group_size, layout
-        self.nested = tuple(nested) or (bits,)
+        self.held = tuple(held) or (bits,)
         self.switches = len(self.widths) > 1
         groups = in_features // group_size
         if layout == "gemm":
@@ -81,7 +81,7 @@ class QuantizedLinear(nn.Module):
             for width in more:
                 plane = torch.zeros(out_features, columns, dtype=torch.uint8)
                 self.register_buffer(f"{PLANE}{width}", plane)
-            zeros = out_features * groups * self.nested[-1] // 8
+            zeros = out_features * groups * self.held[-1] // 8
             self.register_buffer("qzeros", torch.zeros(zeros, dtype=torch.uint8))
             self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
         self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype), False) if bias else None
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Module):
     @property
     def widths(self) -> tuple[int, ...]:
         """Of nested codes those that are in memory, rising."""
-        return tuple(width for width in self.nested if width <= self.bits)
+        return tuple(width for width in self.held if width <= self.bits)
 
     @classmethod
     def of(
@@ -102,7 +102,7 @@ class QuantizedLinear(nn.Module):
         bits: int,
         layout: Layout,
         bias: Tensor | None = None,
-        nested: Sequence[int] = (),
+        held: Sequence[int] = (),
     ) -> "QuantizedLinear":
         """Packs codes, shape `(out, in / group_size, group_size)`, with their scales and zero points.
 
@@ -120,7 +120,7 @@ class QuantizedLinear(nn.Module):
             )
         with torch.device("meta"):  # every tensor is replaced below
             inputs = groups * group_size
-            module = cls(inputs, outputs, bits, group_size, layout, bias is not None, nested=nested)
+            module = cls(inputs, outputs, bits, group_size, layout, bias is not None, held=held)
         codes, zeros = weight.codes.flatten(1), weight.zeros.squeeze(-1)
         if layout == "gemm":
             module.qweight, module.qzeros = pack_gemm(codes), pack_gemm(zeros)
@@ -147,10 +147,10 @@ class QuantizedLinear(nn.Module):
         else:
             planes = [qweight, *(getattr(self, f"{PLANE}{width}") for width in self.widths[1:])]
             codes = unpack_planes(planes, self.widths[0])
-            zeros = unpack_tight(qzeros, self.nested[-1]).view(self.out_features, -1)
+            zeros = unpack_tight(qzeros, self.held[-1]).view(self.out_features, -1)
         groups = codes.unflatten(1, (-1, self.group_size))
         terms = scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1)
-        return Quantized(groups, *of_highest(*terms, self.nested[-1] - self.bits))
+        return Quantized(groups, *of_highest(*terms, self.held[-1] - self.bits))
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, shape `(out, in)`, float32."""

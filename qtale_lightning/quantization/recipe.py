@@ -66,7 +66,7 @@ class Recipe:
             engines that spend an average of bits by it.
         tokens: by the decoder layer's name, the calibration tokens that executed it.
         made_from: the model, the calibration sequences and the options that were searched with.
-        nested: rising widths at which the codes' highest bits are models, too, `bits` the last of them; see
+        held: rising widths at which the codes' highest bits are models, too, `bits` the last of them; see
             `quantization.nested`. Empty: there is one at `bits` alone.
     """
 
@@ -82,7 +82,7 @@ class Recipe:
     damage: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
-    nested: list[int] = field(default_factory=list)
+    held: list[int] = field(default_factory=list)
 
     def scheme(self, name: str) -> Scheme:
         """How the linear of a full name is rounded."""
@@ -158,7 +158,7 @@ class Recipe:
 _CODES = ("codes/", "code scales/", "code zeros/")
 _PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "damage", "tokens")
 # What older files don't say, and what it was.
-_LATER: dict[str, Any] = {"made_from": {}, "family": "llama", "nested": []}
+_LATER: dict[str, Any] = {"made_from": {}, "family": "llama", "held": []}
 
 
 def round_to_nearest(

@@ -243,7 +243,7 @@ def search_nested(
         (start,) = awq.search(model, batches, [middle], group_size, symmetric, min_tokens=min_tokens)
         turns: list[int | None] = [None, *reversed(widths[:-1])]
         learned = _learned(model, some, replace(start, bits=dict(bits)), turns, sequential, progress, **how)
-        found.append(replace(learned, nested=widths if len(widths) > 1 else []))
+        found.append(replace(learned, held=widths if len(widths) > 1 else []))
     return found
 
 

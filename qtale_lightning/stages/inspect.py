@@ -110,7 +110,7 @@ def there(run: RunDirectory, engine: str) -> list[float]:
     """The precisions below 16 bits that an engine has made."""
     if find(engine).holds:
         made = run.quantization_config(4, engine) if run.model(4, engine).is_dir() else None
-        return [] if made is None else [*(made.get("nested") or [made["bits"]])]
+        return [] if made is None else [*(made.get("held") or [made["bits"]])]
     before, after = run.model(4, engine).name.split("4")
     widths = [
         float(folder.name.removeprefix(before).removesuffix(after))

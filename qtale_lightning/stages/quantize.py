@@ -91,7 +91,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             packed.save_pretrained(folder)
             data.tokenizer.save_pretrained(folder)
             # Not before the other model is on the disk, not after it is read.
-            widths: list[float] = [*recipe.nested] or [bits]
+            widths: list[float] = [*recipe.held] or [bits]
             for width in widths:
                 _forget(run, width, options.engine)
         for width in widths:

@@ -49,7 +49,7 @@ def nested() -> RoutedForCausalLM:
         codes[name] = Codes(
             weight.codes.flatten(1).byte(), weight.scales[..., 0], weight.zeros[..., 0].byte()
         )
-    quantize_model(model, Recipe("nested", dict.fromkeys(codes, 4), GROUP, codes=codes, nested=[2, 3, 4]))
+    quantize_model(model, Recipe("nested", dict.fromkeys(codes, 4), GROUP, codes=codes, held=[2, 3, 4]))
     return model
 
 

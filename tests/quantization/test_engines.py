@@ -50,7 +50,9 @@ def test_a_name_is_taken_once_and_one_that_isnt_is_said(monkeypatch: pytest.Monk
         register(Engine("rtn", "another", list))
     with pytest.raises(ValueError, match="there is an engine native, with files awq-…, already"):
         register(Engine("awq", "another", list))
-    with pytest.raises(ValueError, match="'awk': choose one of native, autoawq, gptq, rtn, signround"):
+    with pytest.raises(
+        ValueError, match="'awk': choose one of native, autoawq, gptq, nested, rtn, signround"
+    ):
         find("awk")
 
 

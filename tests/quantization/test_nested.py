@@ -71,7 +71,7 @@ def test_where_nothing_is_nested_codes_are_signrounds(make_model: MakeModel, row
         found_by(engine, model, rows, **FEW, **more)
         for engine, more in (("nested", {"lowest": 4}), ("signround", {}))
     )
-    assert nested.nested == []
+    assert nested.held == []
     for name, own in plain.codes.items():
         assert all(map(torch.equal, nested.codes[name], own)), name
 
@@ -92,7 +92,7 @@ def test_all_widths_are_learned(make_model: MakeModel, rows: Tensor) -> None:
     more = {"steps": 40, "batch": 2}
     plain = found_by("signround", make_model(), rows, **more)
     nested = found_by("nested", make_model(), rows, **more)
-    assert nested.nested == [2, 3, 4]
+    assert nested.held == [2, 3, 4]
     assert damage(nested, 2) < 0.7 * damage(plain, 2)
     assert damage(nested, 3) < damage(plain, 3)
     assert damage(nested, 4) < 0.5 * damage(nested, 3)
@@ -117,7 +117,7 @@ def folder(make_routed: MakeRouted, tmp_path: Path) -> Path:
             weight.codes.flatten(1).byte(), weight.scales[..., 0], weight.zeros[..., 0].byte()
         )
     bits = dict.fromkeys(codes, 4)
-    quantize_model(model, Recipe("nested", bits, STORED, codes=codes, nested=[2, 3, 4]))
+    quantize_model(model, Recipe("nested", bits, STORED, codes=codes, held=[2, 3, 4]))
     model.save_pretrained(tmp_path / "packed")
     return tmp_path / "packed"
 
@@ -176,7 +176,7 @@ def test_a_precision_that_isnt_held_is_refused(folder: Path, make_routed: MakeRo
 
 def test_the_config_says_which_it_holds(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert (config["bits"], config["nested"], config["quant_method"]) == (4, [2, 3, 4], "qtale")
+    assert (config["bits"], config["held"], config["quant_method"]) == (4, [2, 3, 4], "qtale")
 
 
 SHAPES = {"model.layers.0.self_attn.q_proj": (64, 64)}

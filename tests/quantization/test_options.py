@@ -40,7 +40,10 @@ def test_what_can_be_done_passes(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"engine": "awk"}, "--quantize.engine 'awk': choose one of native, autoawq, gptq, rtn, signround"),
+        (
+            {"engine": "awk"},
+            "--quantize.engine 'awk': choose one of native, autoawq, gptq, nested, rtn, signround",
+        ),
         (
             {"engine": "gptq", "options": {"percdamp": -1}},
             "--quantize.options: percdamp must be positive and finite, such as 0.01, not -1",

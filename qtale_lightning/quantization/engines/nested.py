@@ -36,7 +36,7 @@ ENGINE = Engine(
     holds=WIDEST,
     sequential=True,
     options={**LEARNED.options, "lowest": 2},
-    explained="as signround's, steps of each width, and the lowest width",
+    explained="steps (of each width), batch, lr, window and seed as signround's, and lowest, the narrowest width",
     alone=True,
     check=_check,
 )
