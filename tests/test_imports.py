@@ -75,7 +75,7 @@ MAY_IMPORT = {
         "tasks",
     },
     "module": {"losses", "metrics", "models", "routing", "settings", "training"},
-    "routing": {"cpu", "losses"},
+    "routing": {"cpu", "huge_pages", "losses"},
     "run": {"checks", "files", "locks", "manifest", "quantization", "yaml_files"},
     "schedule": set(),
     "settings": {"architectures", "models", "routing", "values"},
