@@ -93,7 +93,7 @@ def _launch(
     """:func:`linear` of weights of one form, whose outputs begin at ``first``."""
     rows, block = _tile(weights[0], len(x))
     outputs = [len(weight.values) for weight in weights] + [0] * (3 - len(weights))
-    three = [*weights, *weights[:1] * (3 - len(weights))]
+    three = [*weights, *[weights[0]] * (3 - len(weights))]
     _linear[(sum(triton.cdiv(count, rows) for count in outputs),)](
         x, norm, eps, gates, y, *(part for weight in three for part in weight), *outputs, first,
         INPUTS=x.shape[1], OUTPUTS=y.shape[1], BATCH=len(x), TOKENS=padded(len(x)), ROWS=rows, BLOCK=block,

@@ -71,6 +71,7 @@ class Stack:
         positions: By which the next token is rotated, int64 ``(B,)``.
         places: Of the next token in its sequence, padding not counted, int64 ``(B,)``.
         step: Tokens so far, int64 ``(1,)``.
+        scores: Of what follows the last token, ``(B, V)``.
     """
 
     def __init__(
@@ -98,13 +99,12 @@ class Stack:
         """
         self.layers, self.norm, self.head, self.shape, self.rotary = layers, norm, head, shape, rotary
         self.forced, count = forced, len(layers)
-        like = {"device": norm.device, "dtype": norm.dtype}
 
         def room(*sizes: int, dtype: torch.dtype = norm.dtype) -> Tensor:
             return torch.zeros(sizes, device=norm.device, dtype=dtype)
 
         self.keys, self.values = (
-            torch.empty(count, batch, shape.groups, capacity, shape.width, **like) for _ in range(2)
+            norm.new_empty(count, batch, shape.groups, capacity, shape.width) for _ in range(2)
         )
         self.lengths, self.gates = (room(count, batch, dtype=torch.int32) for _ in range(2))
         self.logits, self.thresholds = (
@@ -116,7 +116,7 @@ class Stack:
         self._heads = room(batch, (shape.heads + 2 * shape.groups) * shape.width)
         self._attention = room(batch, shape.heads * shape.width)
         self._inner = room(batch, len(layers[0].up.values))
-        self._scores = room(batch, len(head.values))
+        self.scores = room(batch, len(head.values))
         self._wide = {
             layer.router.down.dtype: room(batch, len(layer.router.down), dtype=layer.router.down.dtype)
             for layer in layers
@@ -135,11 +135,11 @@ class Stack:
         self.stream.copy_(hidden_states)
         for index, layer in enumerate(self.layers):
             self._layer(index, layer, where)
-        linear(self.stream, [self.head], self._scores, norm=self.norm, eps=self.shape.eps)
+        linear(self.stream, [self.head], self.scores, norm=self.norm, eps=self.shape.eps)
         self.positions.add_(1)
         self.places.add_(1)
         self.step.add_(1)
-        return self._scores
+        return self.scores
 
     def _layer(
         self, index: int, layer: LayerWeights, where: Callable[[Tensor], AbstractContextManager[None]] | None

@@ -235,8 +235,8 @@ def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
 def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
     """A layer's; None where something about it isn't known."""
     attention: Any = layer.self_attn
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+    head_norms: list[Any] = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     linears: list[Any] = [
         layer.get_submodule(f"{block}.{name}") for block, names in _LINEARS.items() for name in names
     ]

@@ -5,7 +5,7 @@ and whether a sequence has ended are on the device. Families whose layers are `f
 layer by layer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -59,6 +59,7 @@ class GraphDecoder:
         tokens: Chosen last, ``(B,)``.
         counts: Of new ones, up to those that ended a sequence, ``(B,)``.
         ended: Whether they did, ``(B,)``.
+        scores: That the last token was chosen by, ``(B, V)``; not those of the prompt.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class GraphDecoder:
         self.tokens, self.counts = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
         self.output = torch.zeros(batch, self.capacity + 1, dtype=torch.int64, device=device)
         self.ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.scores = stack.scores
         self.ends = torch.full((MOST_ENDS,), -1, dtype=torch.int64, device=device)
         self.pad = torch.zeros(1, dtype=torch.int64, device=device)
         self._conditional = conditional
@@ -98,7 +100,7 @@ class GraphDecoder:
         cache: RoutedCache,
         places: Tensor,
         scores: Tensor,
-        thresholds: dict[int, float],
+        thresholds: Mapping[int, float],
         ends: Tensor | None = None,
         pad: int = 0,
     ) -> None:
@@ -228,7 +230,13 @@ def stack_of(model: Any, batch: int, capacity: int, forced: Tensor | None = None
     head = model.lm_head.operands(dtype) if hasattr(model.lm_head, "operands") else None
     config, attention = model.config, stack.layers[0].self_attn
     width = attention.head_dim
-    if parts is None or head is None or batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
+    if (
+        parts is None
+        or head is None
+        or any(operands[0].ndim != 2 for part in parts for operands in part.weights)
+    ):
+        return None  # a kernel's own layout may be another one
+    if batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
         return None
     if getattr(stack.rotary_emb, "rope_type", "default") not in ("default", "linear", "llama3"):
         return None  # angles that change with a sequence's length

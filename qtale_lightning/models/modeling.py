@@ -304,4 +304,4 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
             found = sampling.sample(self, input_ids, *how, streamer, model_kwargs)
             if found is not None:
                 return found
-        return super()._sample(input_ids, *how, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc]
+        return super()._sample(input_ids, *how, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc,arg-type]
