@@ -4,7 +4,7 @@
 
 Every family's routed layer runs Hugging Face's forward, with an attention that is registered with transformers'
 `AttentionInterface` ("own forward"). Families that are LLaMA's but for what they declare have a faster one ("fused",
-`models/fused.py`). Both have the same weights and decisions; the peer is Hugging Face's dense model, in bfloat16. Times
+`models/fused.py`). Both have the same weights and decisions; the peer is Hugging Face's dense model. Times
 are those of a whole model: a prompt batch of 16 × 128 tokens, and decoding one sequence.
 """
 
@@ -65,7 +65,7 @@ def measure(name: str, args: Any) -> list[dict[str, Any]]:
             ideal[ratio] = (
                 ideal_prefill(ours["own forward"].config, ratio, length, batch)
                 if kind == "prefill"
-                else ideal_decode(ours["own forward"].config, steps, 16)
+                else ideal_decode(ours["own forward"].config, steps, dense.dtype)
             )
         seconds = interleaved(contenders, args.repeats, warmup=1)
         for (form, ratio), values in seconds.items():

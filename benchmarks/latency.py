@@ -8,8 +8,9 @@
 counts; their decisions are replaced, so that each layer executes the given share of a prompt's tokens, and each decoded
 token the given share of layers.
 
+- All compute in bfloat16 where the device has instructions for it, else in float32.
 - `dense`: Hugging Face's model, SDPA attention and its own cache. `masked`: every token of every layer is computed and
-  mixed, as D-LLM does in prefill. `bf16`, `int4`: packed execution.
+  mixed, as D-LLM does in prefill. `bf16` or `fp32`, and `int4`: packed execution, with the weights of that form.
 - Prefill of `B × T` prompts ends in the logits of the last position; decode continues from 64 cached tokens.
 - The ideal speed-up is 1 / share of work left, embeddings and head included. In prefill the work is counted FLOPs; ours
   computes its last layer's queries and MLP for the last position only, which the ideal counts too (so it passes 1 at
@@ -33,6 +34,7 @@ from qtale_lightning.evaluation import cost
 from qtale_lightning.models import RoutedCache, RoutedConfig, RoutedForCausalLM, Routing, route, routed_config
 from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_base
+from qtale_lightning.precision import native_bfloat16
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
@@ -47,14 +49,15 @@ SHARE = 0.8  # of the time that is left, for the next attempt: what takes no lay
 
 
 def dense_model(name: str, layers: int | None, device: str = "cpu") -> PreTrainedModel:
-    """The dense model in bfloat16: real weights, or random layers of a preset's shape."""
+    """The dense model in what the device computes fast: real weights, or random layers of a preset's shape."""
+    dtype = torch.bfloat16 if native_bfloat16(device) else torch.float32
     if layers is None:
-        return load_base(name, dtype=torch.bfloat16).to(device).eval()  # type: ignore[arg-type]
+        return load_base(name, dtype=dtype).to(device).eval()  # type: ignore[arg-type]
     config = base_config(name, layers)
     with torch.device("meta"):
         model = classes_of(config).plain(config)
-    model = model.to(torch.bfloat16).to_empty(device=device).eval()
-    noise = torch.randn(2**22, dtype=torch.bfloat16, device=device).mul_(0.02)
+    model = model.to(dtype).to_empty(device=device).eval()
+    noise = torch.randn(2**22, dtype=dtype, device=device).mul_(0.02)
     for parameter in model.parameters():
         flat = parameter.data.view(-1)
         for start in range(0, len(flat), len(noise)):
@@ -133,23 +136,31 @@ def ideal_prefill(config: Any, ratio: float, length: int, batch: int) -> float:
     return flops(1.0) / (flops(ratio) - ratio * batch * (length - 1) * asked_only)
 
 
-def ideal_decode(config: Any, routings: list[dict[int, Tensor]], bits: int) -> float:
-    """Dense weight bytes over those that packed execution must read: of layers that any sequence executes."""
+def ideal_decode(
+    config: Any, routings: list[dict[int, Tensor]], dtype: torch.dtype, bits: int | None = None
+) -> float:
+    """Dense weight bytes over those that packed execution must read: of layers that any sequence executes.
+
+    Args:
+        dtype: of the dense model's weights, and of every head.
+        bits: of a layer's weights in packed execution; None: the dense model's.
+    """
     layer = sum(rows * columns for rows, columns in cost.linear_shapes(config).values())
-    head = 2 * config.hidden_size * config.vocab_size
+    head = dtype.itemsize * config.hidden_size * config.vocab_size
     executed = statistics.mean(sum(bool(chosen.any()) for chosen in step.values()) for step in routings)
-    width = 2 if bits == 16 else (bits + (16 + bits) / 64) / 8
-    return (2 * layer * config.num_hidden_layers + head) / (width * layer * executed + head)
+    width = dtype.itemsize if bits is None else (bits + (16 + bits) / 64) / 8
+    return (dtype.itemsize * layer * config.num_hidden_layers + head) / (width * layer * executed + head)
 
 
 @torch.no_grad()  # as generate() does
 def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
     """All scenarios of one model."""
     dense = dense_model(name, layers, args.device)
-    ours = {"bf16": routed_model(dense, name), "int4": routed_model(dense, name)}
+    plain = "bf16" if dense.dtype == torch.bfloat16 else "fp32"
+    ours = {plain: routed_model(dense, name), "int4": routed_model(dense, name)}
     group = 64 if dense.config.hidden_size % 128 else 128
     quantize_model(ours["int4"], round_to_nearest(uniform(linear_shapes(ours["int4"]), 4, {}), group))
-    config, count = ours["bf16"].config, dense.config.num_hidden_layers
+    config, count = ours[plain].config, dense.config.num_hidden_layers
     scenarios = [("prefill", batch, length) for batch, length in args.prefill] + [
         ("decode", b, 1) for b in args.decode
     ]
@@ -170,14 +181,16 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
                     for execution in ("masked", "packed")
                 }
                 if ratio == min(args.ratios):
-                    contenders["masked", ratio] = prefill(ours["bf16"], ids, make["masked"])
+                    contenders["masked", ratio] = prefill(ours[plain], ids, make["masked"])
                 for form, model in ours.items():
                     contenders[form, ratio] = prefill(model, ids, make["packed"])
                     ideal[form, ratio] = ideal_prefill(config, ratio, length, batch)
             else:
                 for form, model in ours.items():
                     contenders[form, ratio] = decode(model, batch, steps)
-                    ideal[form, ratio] = ideal_decode(config, steps, 4 if form == "int4" else 16)
+                    ideal[form, ratio] = ideal_decode(
+                        config, steps, dense.dtype, 4 if form == "int4" else None
+                    )
         seconds = interleaved(contenders, args.repeats, warmup=1)
         baseline = seconds["dense", 1.0]
         tokens = batch * (length if kind == "prefill" else STEPS)
@@ -254,15 +267,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def claims_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The goals that these rows speak of."""
     found = {(row["model"].split(",")[0], row["run"], row["form"], row["ratio"]): row for row in rows}
+    plain = "fp32" if any(row["form"] == "fp32" for row in rows) else "bf16"
     claims = []
     for name, run, form, ratio, column, goal in (
-        ("llama2-7b", "prefill 16 × 128", "bf16", 0.5, "of ideal", 0.95),
-        ("llama2-7b", "decode 1 × 1", "bf16", 0.5, "of ideal", 0.9),
-        ("smollm2-135m", "decode 1 × 1", "bf16", 0.5, "of ideal", 0.85),
-        ("llama2-7b", "prefill 16 × 128", "bf16", 1.0, "speed-up", 1 / 1.05),
-        ("llama2-7b", "decode 1 × 1", "bf16", 1.0, "speed-up", 1 / 1.05),
-        ("smollm2-135m", "prefill 16 × 128", "bf16", 1.0, "speed-up", 1 / 1.05),
-        ("smollm2-135m", "decode 1 × 1", "bf16", 1.0, "speed-up", 1 / 1.05),
+        ("llama2-7b", "prefill 16 × 128", plain, 0.5, "of ideal", 0.95),
+        ("llama2-7b", "decode 1 × 1", plain, 0.5, "of ideal", 0.9),
+        ("smollm2-135m", "decode 1 × 1", plain, 0.5, "of ideal", 0.85),
+        ("llama2-7b", "prefill 16 × 128", plain, 1.0, "speed-up", 1 / 1.05),
+        ("llama2-7b", "decode 1 × 1", plain, 1.0, "speed-up", 1 / 1.05),
+        ("smollm2-135m", "prefill 16 × 128", plain, 1.0, "speed-up", 1 / 1.05),
+        ("smollm2-135m", "decode 1 × 1", plain, 1.0, "speed-up", 1 / 1.05),
         ("llama2-7b", "decode 1 × 1", "int4", 0.5, "speed-up", 5),
     ):
         if (name, run, form, ratio) in found:

@@ -19,8 +19,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from qtale_lightning.files import replacing
 from qtale_lightning.report.figures import DPI, STYLES
 
-FORMS = {"bf16": STYLES[0], "int4": STYLES[1], "masked": STYLES[2]}
-LABELS = {"bf16": "packed, bf16", "int4": "packed, int4", "masked": "masked, bf16 (as D-LLM prefills)"}
+FORMS = {"bf16": STYLES[0], "fp32": STYLES[0], "int4": STYLES[1], "masked": STYLES[2]}
+LABELS = {
+    "bf16": "packed, bf16",
+    "fp32": "packed, fp32",
+    "int4": "packed, int4",
+    "masked": "masked (as D-LLM prefills)",
+}
 COLUMNS = 4
 
 

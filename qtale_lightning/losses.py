@@ -26,15 +26,24 @@ def predicting(tokens: Tensor) -> Tensor:
     return torch.nn.functional.pad(tokens[:, :-1] & tokens[:, 1:], (0, 1))
 
 
+def answer_places(labels: Tensor) -> Tensor:
+    """Flat places in ``(B, T)`` of tokens that an answer token follows, ``(M,)``, of labels ``(B, T)``, -100 elsewhere.
+
+    Made where the batch is, before it moves to a GPU, which the host would wait for.
+    """
+    following = labels[:, 1:] != -100
+    return torch.nn.functional.pad(following, (0, 1)).flatten().nonzero().squeeze(1)
+
+
 def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
     """L_CE: cross-entropy in nats over answer tokens only.
 
     Args:
         logits: Of the positions that predict an answer token, in the batch's order, ``(M, V)``.
-        targets: The tokens to predict, ``(B, T)``; only those under ``answer`` are read.
+        targets: The tokens to predict there, ``(M,)``.
         answer: Which positions predict an answer token, bool ``(B, T)`` with M true.
     """
-    nll = torch.nn.functional.cross_entropy(logits.float(), targets[answer], reduction="none")
+    nll = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     values = torch.zeros(answer.shape, dtype=nll.dtype, device=nll.device).masked_scatter(answer, nll)
     return sequence_mean(values, answer)
 

@@ -42,10 +42,9 @@ class ExecutionRatio(Metric):
         ratios = self.executed / self.tokens.clamp_min(1)
         if not self.dropped:
             return ratios
-        kept = [layer for layer in range(self.layers + len(self.dropped)) if layer not in self.dropped]
-        return ratios.new_zeros(self.layers + len(self.dropped)).index_copy(
-            0, torch.tensor(kept, device=ratios.device), ratios
-        )
+        kept, none = iter(ratios.unbind()), ratios.new_zeros(())
+        layers = range(self.layers + len(self.dropped))
+        return torch.stack([none if layer in self.dropped else next(kept) for layer in layers])
 
 
 class Histogram(Metric):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
-from qtale_lightning.losses import Losses, answer_loss
+from qtale_lightning.losses import Losses, answer_loss, answer_places
 from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs
 from qtale_lightning.models.adapters import (
     add_lora,
@@ -42,6 +42,8 @@ from qtale_lightning.training import (
 
 # What a checkpoint calls that which the method measured.
 MEASURED = "measured"
+# What a batch calls the places of `answer_places`, once they are known.
+ANSWERS = "answers"
 # And the multiplier of the ratio, where that is a constraint.
 MULTIPLIER = "multiplier"
 
@@ -190,15 +192,16 @@ class QTALEModule(ModelSettings, L.LightningModule):
                 routing=routing,
                 use_cache=False,
             ).last_hidden_state
-        targets = batch["labels"][:, 1:]
-        answer = targets != -100
+        labels = batch["labels"]
+        places = batch[ANSWERS] if ANSWERS in batch else answer_places(labels)
+        answer = labels[:, 1:] != -100
         # The head is computed where an answer token is predicted, and nowhere else.
-        logits = self.model.lm_head(hidden[:, :-1][answer])
-        ce = answer_loss(logits, targets, answer)
+        logits = self.model.lm_head(hidden.flatten(0, 1).index_select(0, places))
+        ce = answer_loss(logits, labels.flatten().index_select(0, places + 1), answer)
         budget = Budget(target, "all" if trains and self.multiplier else self.ratio_budget)
         terms = self.how.losses(routing, len(self.model.model.layers), budget) if routing.gates else {}
         if lambdas is not None and lambdas["distillation"]:
-            terms |= {"distillation": distillation_loss(logits, self.teacher.logits(batch, answer), answer)}
+            terms |= {"distillation": distillation_loss(logits, self.teacher.logits(batch, places), answer)}
         return Losses.weigh(ce, terms, self.lambdas if lambdas is None else lambdas)
 
     @property
@@ -234,6 +237,10 @@ class QTALEModule(ModelSettings, L.LightningModule):
         """Seed of a batch's noise on this device."""
         return hash((self.seed, self.global_rank, batch)) & 0x7FFF_FFFF
 
+    def on_before_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Find the answers while the batch is on the CPU."""
+        return batch | {ANSWERS: answer_places(batch["labels"])} if "labels" in batch else batch
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed noise and dropout by (seed, rank, batch), so that a resumed run draws what an uninterrupted one does."""
         torch.manual_seed(self.batch_seed(self.trainer.fit_loop.epoch_loop.total_batch_idx + 1))
@@ -249,7 +256,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
         losses = self.losses(batch, routing, target, lambdas)
         if self.multiplier and self.routed_progress >= 0:
             self.multiplier.observe(losses.terms["ratio"])
-        layers = self._ratio(sync_on_compute=False).to(self.device)
+        with self.device:  # to move it there would be waited for
+            layers = self._ratio(sync_on_compute=False)
         layers.update(routing)
         per_layer = layers.compute()
         logs: dict[str, Any] = {

@@ -4,6 +4,7 @@ A token's path is its vector of decisions over the routed layers.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,23 @@ WORD = 62
 
 SAMPLE = 500
 """Tokens that statistics of different numbers of tokens are brought to, so that they can be compared."""
+
+
+def path_distance(ratios: Sequence[float]) -> float:
+    """How diverse paths are, by the share of tokens r_l that execute each layer: the one measure to compare models by.
+
+        (1 / L) Σ_l 2 r_l (1 − r_l)
+
+    That is the share of all layers in which the paths of two tokens differ on average, their mean pairwise Hamming
+    distance: nucleotide diversity (Nei and Li, 1979), a case of Rao's quadratic entropy (1982). It is 0 where all
+    tokens have one path. Where each token executes a share r of the layers, it is 2 r (1 − r) at most, if no layer is
+    executed by more of them than another. Unlike the number of paths, and their entropy, it depends on no number of
+    tokens, and has no ceiling that the paths of thirty layers come to.
+
+    Args:
+        ratios: r_l of all L layers, 1 where every token executes them.
+    """
+    return sum(2 * ratio * (1 - ratio) for ratio in ratios) / len(ratios)
 
 
 def path_codes(decisions: Tensor) -> Tensor:

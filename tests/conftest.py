@@ -1,11 +1,14 @@
 """One thread, no network, and the command lines that the tests start runs with."""
 
+import ctypes.util
 import json
 import os
 
 # Before anything imports the hub's client, W&B or PyTorch: they read their environment once. Tests run side by side,
 # and threads of more processes than there are cores wait for each other.
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "WANDB_SILENT": "true", "OMP_NUM_THREADS": "1"}
+# Without CUDA's driver, Triton's kernels run in its interpreter, which it decides when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", str(int(ctypes.util.find_library("cuda") is None)))
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,11 @@ Options = Callable[..., list[str]]
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("there is no GPU here")
 
 
 # The files that take longest, by seconds on a processor without AMX. Each runs in one process (`--dist loadfile`): one

@@ -65,7 +65,7 @@ def test_answer_loss_by_hand() -> None:
         [[0.0, math.log(3.0)], [0.0, 0.0], [math.log(3.0), 0.0]]
     )  # p(target) = 3/4, 1/2, 1/4
     expected = ((-math.log(3 / 4) - math.log(1 / 2)) / 2 - math.log(1 / 4)) / 2
-    assert answer_loss(logits, targets, answer).item() == pytest.approx(expected)
+    assert answer_loss(logits, targets[answer], answer).item() == pytest.approx(expected)
 
 
 def test_total_is_the_weighted_sum() -> None:

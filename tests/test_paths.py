@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtale_lightning.paths import SAMPLE, PathDiversity, path_codes, path_statistics, rarefied
+from qtale_lightning.paths import SAMPLE, PathDiversity, path_codes, path_distance, path_statistics, rarefied
 
 
 def decisions(layers: int, tokens: int, seed: int = 0) -> Tensor:
@@ -20,6 +20,17 @@ def decisions(layers: int, tokens: int, seed: int = 0) -> Tensor:
 
 def counted(paths: Tensor) -> Counter[tuple[bool, ...]]:
     return Counter(map(tuple, paths.T.tolist()))
+
+
+def test_the_distance_is_the_mean_over_all_pairs_of_tokens() -> None:
+    """Of two of them, drawn with replacement, so that a token is in no layer at odds with itself."""
+    paths = torch.cat(
+        [decisions(6, 40), torch.ones(2, 40, dtype=torch.bool)]
+    )  # two layers that always execute
+    apart = [float((one != other).float().mean()) for one in paths.T for other in paths.T]
+    assert path_distance(paths.float().mean(1).tolist()) == pytest.approx(sum(apart) / len(apart))
+    assert path_distance([1.0, 0.0, 1.0]) == 0, "one path"
+    assert path_distance([0.5] * 30) == 0.5, "the most that can be"
 
 
 @pytest.mark.parametrize("layers", [1, 4, 62, 63, 130])

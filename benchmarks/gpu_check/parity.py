@@ -8,18 +8,22 @@ make them from states that differ by rounding.
 """
 
 from collections.abc import Iterator
+from importlib.util import find_spec
+from itertools import accumulate
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from gpu_check.models import LENGTH, dense, gates, padding, routed, tokens
+from gpu_check.models import BATCH, LENGTH, dense, gates, padding, routed, tokens
 from gpu_check.stages import Context, StageFailed
-from qtale_lightning.models import RoutedCache, Routing, attention
+from qtale_lightning.compat import kernels
+from qtale_lightning.models import RoutedCache, Routing, attention, graph, sampling
 from qtale_lightning.quantization import awq
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.kernels import Dequantize, choose_kernel
+from qtale_lightning.quantization.kernels import Dequantize, Int4CUDA, choose_kernel
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform
@@ -47,7 +51,7 @@ class Check(NamedTuple):
 def parity(context: Context) -> dict[str, Any]:
     """All comparisons; one that breaks is an error of its own, and the others go on."""
     found: dict[str, dict[str, Any]] = {}
-    for part in (executions, flat_attention, caches, generation, gradients, int4_linears, int4_model, search):
+    for part in PARTS:
         try:
             for check in part(context.device, context.quick):
                 found[check.name] = {"error": check.error, "limit": check.limit, "passed": check.passed}
@@ -103,7 +107,8 @@ def flat_attention(device: str, quick: bool) -> Iterator[Check]:
             made = [torch.randn(sum(counts), n, 64, device=device, dtype=dtype) for n in (8, groups, groups)]
             query, key, value = made
             exact = attention._one_by_one(query.float(), key.float(), value.float(), counts, 0.125)
-            found = attention._variable_length(query, key, value, counts, 0.125)
+            ends = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+            found = kernels.variable_length_attention(query, key, value, ends, max(counts), 0.125)
             name = f"variable-length attention, {groups} heads of keys, {dtype}".replace("torch.", "")
             yield Check(name, difference(found, exact), 2e-2)
 
@@ -150,6 +155,52 @@ def generation(device: str, quick: bool) -> Iterator[Check]:
     yield Check("generated tokens that differ", float((found != ids).sum()), 0)
 
 
+@torch.no_grad()
+def graphs(device: str, quick: bool) -> Iterator[Check]:
+    """A token by `models.graph` against the layers, at given decisions; then tokens in a row, by their own."""
+    if device == "cpu" and not interprets():
+        return
+    for dtype, limit in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
+        model, ids = routed(device, dtype), tokens().to(device)
+        layers = range(model.config.num_hidden_layers)
+        given = torch.tensor([[(i + row) % 2 for row in range(BATCH)] for i in layers]).to(device, torch.int8)
+        for nodes in (False, True)[: 2 if device == "cuda" and graph.has_conditional_nodes() else 1]:
+            stack = graph.stack_of(model, BATCH, 64, given[None])
+            decoder, cache = graph.GraphDecoder(model, stack, conditional=nodes), RoutedCache()
+            prompt = Routing(threshold=0.5)
+            passed = model(ids, past_key_values=cache, routing=prompt, logits_to_keep=1)
+            places = torch.full((BATCH,), LENGTH, device=device)
+            decoder.begin(cache, places, passed.logits[:, -1], prompt.thresholds)
+            token = decoder.tokens[:, None].clone()
+            decoder.advance()
+            forced = {i: given[i].bool()[:, None] for i in model.config.routed_layers}
+            expected = model(token, past_key_values=cache, routing=Routing(forced=forced)).logits[:, -1]
+            name = f"graph{', conditional nodes' if nodes else ''} = layers, {dtype}".replace("torch.", "")
+            yield Check(name, difference(decoder.scores, expected), limit)
+    if device == "cpu":  # Triton's interpreter would take minutes
+        return
+    model, mask = routed(device, torch.float32), padding("left").to(device)
+    settings: dict[str, Any] = {
+        "max_new_tokens": 24,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    found: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)  # type: ignore[misc]
+    with mock.patch.object(sampling, "sample", return_value=None):
+        by_layers: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)  # type: ignore[misc]
+    yield Check("tokens of the graph that differ", float((found != by_layers).sum()), 0)
+
+
+def interprets() -> bool:
+    """Whether Triton's interpreter is there, and on."""
+    if find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
 def gradients(device: str, quick: bool) -> Iterator[Check]:
     """Of a training step in float32 against those on the CPU."""
     found: dict[str, dict[str, Tensor]] = {}
@@ -178,10 +229,13 @@ def int4_linears(device: str, quick: bool) -> Iterator[Check]:
             group = 64 if inputs % 128 or outputs % 128 else 128
             codes, scales, zeros = quantize(weight, Scheme(bits, group))
             stored = Quantized(codes, scales.half().float(), zeros)
-            kernel, reference = choose_kernel(stored), Dequantize(stored)
+            reference, found = Dequantize(stored), [choose_kernel(stored)]
+            if Int4CUDA.supports(stored) and not isinstance(found[0], Int4CUDA):
+                found.append(Int4CUDA(stored))  # what is taken without Triton
             x = torch.randn(64, inputs, device=device).bfloat16()
-            errors = [difference(kernel(x[:n]), reference(x[:n].float())) for n in (1, 2, 8, 33, 64)]
-            yield Check(f"{bits} bits, {outputs} × {inputs}: {kernel.name}", max(errors), INT4)
+            for kernel in found:
+                errors = [difference(kernel(x[:n]), reference(x[:n].float())) for n in (1, 2, 8, 33, 64)]
+                yield Check(f"{bits} bits, {outputs} × {inputs}: {kernel.name}", max(errors), INT4)
 
 
 @torch.no_grad()
@@ -212,3 +266,6 @@ def search(device: str, quick: bool) -> Iterator[Check]:
         errors[where] = recipe.errors
     ratio = max(abs(errors[device][name] / error - 1) for name, error in errors["cpu"].items())
     yield Check("AWQ's errors = the CPU's", ratio, SEARCH)
+
+
+PARTS = (executions, flat_attention, caches, generation, graphs, gradients, int4_linears, int4_model, search)

@@ -20,6 +20,7 @@ def environment(device: str, work: Path) -> dict[str, str]:
     parts = [str(ROOT), str(ROOT / "benchmarks"), str(work / "site"), os.environ.get("PYTHONPATH", "")]
     own = {"PYTHONPATH": os.pathsep.join(filter(None, parts)), "MPLBACKEND": "Agg"}
     own |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    own["TRITON_INTERPRET"] = str(int(device == "cpu"))
     if device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""
     else:

@@ -57,8 +57,9 @@ class PyTorch(Engine):
                 started = time.perf_counter()
             extra = {"routing": Routing(forced=self._routings[step])} if self._routings else {}
             logits = self._model(token, past_key_values=self._cache, use_cache=True, **extra).logits
-            token = logits[:, -1:].argmax(-1)
-            tokens.append(token.item())
+            # NumPy's, of float32, as for the peers: PyTorch's takes 0.1 ms, and of bfloat16 0.5.
+            tokens.append(int(logits[0, -1].float().numpy().argmax()))
+            token = torch.tensor([[tokens[-1]]])
         return time.perf_counter() - started, tokens
 
     def read(self) -> float:

@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse.typing import ClosedUnitInterval, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.commands.parser import PROG
+from qtale_lightning.routing.perturbation import Perturbation, perturb
 from qtale_lightning.run import RunDirectory
-from qtale_lightning.values import BatchSize, Bits, Floats, Numbers, Positive, UserPath
+from qtale_lightning.values import (
+    BatchSize,
+    Bits,
+    Floats,
+    NonNegative,
+    Numbers,
+    Positive,
+    ShareAboveZero,
+    UserPath,
+)
 
 if TYPE_CHECKING:
     from qtale_lightning.cli import QTALECLI
@@ -55,14 +65,26 @@ def quantize(run: UserPath, options: tuple[str, ...]) -> None:
         stages.quantize(directory, data, cli.quantization)
 
 
-def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
+def thresholds(
+    run: UserPath,
+    options: tuple[str, ...],
+    noise: NonNegative = 0.0,
+    random_gates: ClosedUnitInterval = 0.0,
+    random_ratio: ShareAboveZero | None = None,
+    draw: NonNegativeInt = 0,
+) -> None:
     """Accuracy and cost over θ at each precision that is there, and θ by --sweep.rule.
 
     The rule chooses from the grid --sweep.thresholds, or searches θ for each of --sweep.budgets.
 
     Args:
         run: A run's directory.
+        noise: Perturbs decisions: so many times a draw of Gumbel noise on each of a router's logits; 1 is training's.
+        random_gates: Perturbs decisions: the share of them that random ones take the place of.
+        random_ratio: Share of all layers that random gates alone would execute.
+        draw: Number of the draw of noise and random gates.
     """
+    perturbation = Perturbation(noise, random_gates, random_ratio, draw)
     with _configured(run, options, "thresholds") as (directory, cli):
         from qtale_lightning import stages
         from qtale_lightning.evaluation.budget import UnmetBudgetError
@@ -70,7 +92,7 @@ def thresholds(run: UserPath, options: tuple[str, ...]) -> None:
 
         quantization, data = cli.quantization, cli.prepare_data()
         try:
-            stages.sweep(directory, data, quantization.bits, quantization.engine, cli.sweep)
+            stages.sweep(directory, data, quantization.bits, quantization.engine, cli.sweep, perturbation)
         except UnmetBudgetError:  # said last, behind the report of all that was met
             write_report(directory.root)
             raise
@@ -84,6 +106,10 @@ def evaluate(
     theta: Floats[ClosedUnitInterval] | None = None,
     activation_bits: Literal[16, 8] = 16,
     head_bits: Literal[16, 8, 4] = 16,
+    noise: NonNegative = 0.0,
+    random_gates: ClosedUnitInterval = 0.0,
+    random_ratio: ShareAboveZero | None = None,
+    draw: NonNegativeInt = 0,
     bits_schedule: str | None = None,
 ) -> None:
     """One precision and threshold on the validation questions.
@@ -94,9 +120,14 @@ def evaluate(
         theta: Threshold, or one for each routed layer; by default the model's own.
         activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32.
         head_bits: Of the head's weights: 8 and 4 round them to nearest, in groups of 32.
+        noise: Perturbs decisions: so many times a draw of Gumbel noise on each of a router's logits; 1 is training's.
+        random_gates: Perturbs decisions: the share of them that random ones take the place of.
+        random_ratio: Share of all layers that random gates alone would execute.
+        draw: Number of the draw of noise and random gates.
         bits_schedule: Precisions of answers in writing by tokens written, of an engine whose codes are nested: 0:4,32:3
             writes at 4 bits until there are 32 tokens, then at 3; a third number is θ from there on; --bits is 4 then.
     """
+    perturbation = Perturbation(noise, random_gates, random_ratio, draw)
     schedule = None if bits_schedule is None else Schedule.read(bits_schedule)
     bits = bits if schedule is None else schedule[0].bits
     with _configured(run, options, "evaluate") as (directory, cli):
@@ -106,6 +137,7 @@ def evaluate(
         engine = cli.quantization.engine
         model = stages.load_exported(directory, bits, engine, schedule=schedule)
         lighten(model, activation_bits, head_bits)
+        perturb(model, perturbation)
         at: float | list[float] | None = None
         if model.config.has_theta:
             given = None if theta is None else [*theta]

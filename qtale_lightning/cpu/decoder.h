@@ -155,7 +155,7 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
 
 // This thread's part of y += x · Wᵀ + b, for those rows of y (B, outputs) that the tokens x (N, inputs) belong to.
 template <typename T>
-inline void add_product(const Team& team, const Linear<T>& linear, const T* x, Private<T>& mine, T* output, T* y) {
+inline void add_product(Team& team, const Linear<T>& linear, const T* x, Private<T>& mine, T* output, T* y) {
   const auto [first, last] = team.share(linear.outputs / LANES);
   const int64_t tokens = mine.rows.size(), begin = first * LANES, end = last * LANES;
   int64_t ready = 0;
@@ -178,7 +178,7 @@ inline void normalise(const Norm<T>& norm, const T* x, int64_t hidden, Private<T
 
 // Logits (B, 2) of a router, in every thread.
 template <typename T>
-inline void route(const Team& team, const LayerRouter& router, const T* x, int64_t batch, int64_t hidden,
+inline void route(Team& team, const LayerRouter& router, const T* x, int64_t batch, int64_t hidden,
                   Private<T>& mine, float* wide, float* logits) {
   const int64_t width = router.end.width;
   const auto [first, last] = team.share(width / LANES);
@@ -206,7 +206,7 @@ inline bool executes(const float* logits, float threshold) {
 
 // One layer for the sequences in `mine.rows`: x (B, hidden) becomes what it gives.
 template <typename T>
-inline void execute(const Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step,
+inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step,
                     Shared<T>& shared, Private<T>& mine, T* x) {
   const int64_t tokens = mine.rows.size(), width = sizes.width, of_group = sizes.heads / sizes.groups;
   T *query = shared.query.data(), *key = shared.key.data(), *value = shared.value.data();
@@ -260,7 +260,7 @@ inline void execute(const Team& team, const Sizes& sizes, const Layer<T>& layer,
 
 // x (B, hidden) through all layers, in place.
 template <typename T>
-inline void decode(const Team& team, const Sizes& sizes, const std::vector<Layer<T>>& layers, const Step<T>& step,
+inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& layers, const Step<T>& step,
                    Shared<T>& shared, Private<T>& mine, T* x) {
   const int64_t batch = step.batch;
   std::vector<float> logits(2 * batch);

@@ -28,14 +28,14 @@ QTALE_INLINE void dense_rows(const T* weight, const DenseInput<T>* x, int64_t in
   if constexpr (TAKES_PAIRS<T>)
     for (; i + 2 * LANES <= inputs; i += 2 * LANES)
       for (int r = 0; r < rows; r++) {
-        __builtin_prefetch(next + i * rows + r * 2 * LANES, 0, 2);
+        __builtin_prefetch(next + i * rows + r * 2 * LANES);
         for (int t = 0; t < count; t++) total[r][t] = add_pairs(weight + r * inputs + i, x + t * inputs + i, total[r][t]);
       }
   for (; i < inputs; i += LANES) {
     Lanes of_row[rows];
     for (int r = 0; r < rows; r++) {
       of_row[r] = load(weight + r * inputs + i);
-      __builtin_prefetch(next + i * rows + r * LANES, 0, 2);
+      __builtin_prefetch(next + i * rows + r * LANES);
     }
     for (int t = 0; t < count; t++) {
       const Lanes value = load(x + t * inputs + i);

@@ -12,7 +12,6 @@
 namespace qtale {
 
 constexpr int64_t STRIP = LANES, STEP = 8, BYTES = 64;  // outputs, inputs and bytes of a piece of the layout
-constexpr int64_t AHEAD = 2048;                         // bytes between what is read and what is fetched for later
 constexpr int64_t NEAR = 1 << 18;                       // bytes of inputs that stay in a near cache
 constexpr int SUMS = LANES_HELD / 2;                    // sixteens of sums that leave the other factors room
 constexpr int TOKENS = std::min(8, SUMS);               // multiplied at a time
@@ -26,6 +25,28 @@ struct Int4Weight {
   int64_t group() const { return inputs / groups; }
   const uint8_t* strip(int64_t index) const { return codes + index * (inputs / STEP) * BYTES; }
   int64_t term(int64_t strip, int64_t group) const { return (strip * groups + group) * STRIP; }
+};
+
+// What is multiplied after some strips, fetched meanwhile: in its order in memory, which is what memory gives fastest,
+// while several strips are read at a time.
+template <int strips>
+struct Following {
+  const uint8_t *codes, *zeros;
+  const Half* scales;
+
+  Following(const Int4Weight& weight, int64_t first)
+      : codes(weight.strip(first)), zeros(weight.zeros + weight.term(first, 0)),
+        scales(weight.scales + weight.term(first, 0)) {}
+
+  QTALE_INLINE void piece() {
+    for (int s = 0; s < strips; s++) __builtin_prefetch(codes + s * BYTES, 0, 2);
+    codes += strips * BYTES;
+  }
+  QTALE_INLINE void terms() {  // of a group
+    __builtin_prefetch(scales, 0, 2);
+    __builtin_prefetch(zeros, 0, 2);
+    scales += strips * STRIP, zeros += strips * STRIP;
+  }
 };
 
 // ------------------------------------------------------------------------------------------- how codes are multiplied
@@ -62,9 +83,10 @@ struct Pairs {
   static QTALE_INLINE Bits factor(Bits piece, int i) { return (piece >> (4 * i) & 0x000f000f) | 0x43004300; }
   static QTALE_INLINE Float add(Float sum, Bits factor, Input input) { return add_pair(sum, factor, Bits{} + input); }
   static QTALE_INLINE void prepare(const BFloat16* x, Input* inputs) {
-    for (int64_t piece = 0; piece < LANES / STEP; piece++)
-      for (int i = 0; i < INPUTS; i++)
-        inputs[piece * INPUTS + i] = x[piece * STEP + i].bits | uint32_t{x[piece * STEP + INPUTS + i].bits} << 16;
+    using Sixteen = uint16_t __attribute__((vector_size(2 * LANES)));
+    const auto bits = bytes_at<Sixteen>(x);
+    const auto pairs = __builtin_shufflevector(bits, bits, 0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    std::memcpy(inputs, &pairs, sizeof pairs);
   }
 };
 template <typename T>
@@ -108,10 +130,12 @@ __attribute__((noinline)) void multiply(const Int4Weight& weight, int64_t first,
   const int64_t pieces = weight.group() / STEP, width = x.width(weight);
   const uint8_t* from[strips];
   for (int s = 0; s < strips; s++) from[s] = weight.strip(first + s);
+  Following<strips> following(weight, first + strips);
   Float total[all_parts][count];
   for (int p = 0; p < all_parts; p++)
     for (int t = 0; t < count; t++) total[p][t] = Float{};
   for (int64_t g = 0; g < weight.groups; g++) {
+    following.terms();
     Float dot[all_parts][count][chains];
     for (int p = 0; p < all_parts; p++)
       for (int t = 0; t < count; t++)
@@ -120,9 +144,9 @@ __attribute__((noinline)) void multiply(const Int4Weight& weight, int64_t first,
       Bits codes[all_parts];
       for (int s = 0; s < strips; s++) {
         for (int p = 0; p < parts; p++) codes[s * parts + p] = bytes_at<Bits>(from[s] + p * REGISTER);
-        __builtin_prefetch(from[s] + AHEAD);
         from[s] += BYTES;
       }
+      following.piece();
       const auto* inputs = x.values + (g * pieces + piece) * Of::INPUTS;
 #pragma GCC unroll 8
       for (int i = 0; i < Of::INPUTS; i++) {

@@ -21,18 +21,22 @@ struct RoundedInputs {
 
 template <typename T>
 inline void round_inputs(const T* x, int64_t tokens, int64_t inputs, const RoundedInputs& rounded) {
-  float values[ROUNDED_BLOCK];
   for (int64_t block = 0; block < tokens * inputs / ROUNDED_BLOCK; block++) {
     const Lanes first = load(x + block * ROUNDED_BLOCK), second = load(x + block * ROUNDED_BLOCK + LANES);
     const float most = largest(max(max(first, -first), max(second, -second)));
     const Lanes inverse = all(most > 0 ? 127 / most : 0), magic = all(0x1.8p23f);  // nothing is left behind the point
-    store(values, first * inverse + magic - magic);
-    store(values + LANES, second * inverse + magic - magic);
-    int8_t* codes = rounded.codes + block * ROUNDED_BLOCK;
-    for (int64_t i = 0; i < ROUNDED_BLOCK; i++)
-      codes[i / STEP * STEP + i % 2 * (STEP / 2) + i % STEP / 2] = static_cast<int8_t>(values[i]);
+    const Lanes values[] = {first * inverse + magic - magic, second * inverse + magic - magic};
+    for (int half = 0; half < 2; half++) {
+      int8_t* codes = rounded.codes + block * ROUNDED_BLOCK + half * LANES;
+      store_bytes(codes, values[half]);
+      using Sixteen = int8_t __attribute__((vector_size(LANES)));
+      const auto in_order = bytes_at<Sixteen>(codes);
+      const auto even_first =
+          __builtin_shufflevector(in_order, in_order, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      std::memcpy(codes, &even_first, sizeof even_first);
+    }
     rounded.scales[block] = most / 127;
-    rounded.sums[block] = sum(load(values) + load(values + LANES));
+    rounded.sums[block] = sum(values[0] + values[1]);
   }
 }
 
@@ -43,10 +47,12 @@ __attribute__((noinline)) void multiply_rounded(const Int4Weight& weight, int64_
   const int64_t of_group = weight.group() / ROUNDED_BLOCK, blocks = weight.inputs / ROUNDED_BLOCK;
   const uint8_t* from[strips];
   for (int s = 0; s < strips; s++) from[s] = weight.strip(first + s);
+  Following<strips> following(weight, first + strips);
   Float total[all_parts][count];
   for (int p = 0; p < all_parts; p++)
     for (int t = 0; t < count; t++) total[p][t] = Float{};
   for (int64_t g = 0; g < weight.groups; g++) {
+    following.terms();
     Float zero[all_parts], group[all_parts][count];
     for (int p = 0; p < all_parts; p++) {
       zero[p] = register_at(weight.zeros + weight.term(first + p / parts, g) + p % parts * WIDE);
@@ -64,10 +70,8 @@ __attribute__((noinline)) void multiply_rounded(const Int4Weight& weight, int64_
           even[p] = codes & 0x0f0f0f0f;
           odd[p] = codes >> 4 & 0x0f0f0f0f;
         }
-        for (int s = 0; s < strips; s++) {
-          __builtin_prefetch(from[s] + AHEAD);
-          from[s] += BYTES;
-        }
+        for (int s = 0; s < strips; s++) from[s] += BYTES;
+        following.piece();
         for (int t = 0; t < count; t++) {
           const int8_t* codes = x.codes + t * weight.inputs + block * ROUNDED_BLOCK + piece * STEP;
           const Bits of_even = bytes_at<uint32_t>(codes) - Bits{}, of_odd = bytes_at<uint32_t>(codes + 4) - Bits{};

@@ -136,6 +136,20 @@ QTALE_INLINE void store(BFloat16* x, Float value) {
   std::memcpy(x, &low, sizeof low);
 }
 
+// Whole numbers from -128 to 127.
+QTALE_INLINE void store_bytes(int8_t* x, Float value) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(value)));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtps_epi32(value);
+  const __m128i shorts = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(x), _mm_packs_epi16(shorts, shorts));
+#else
+  const Bytes bytes = __builtin_convertvector(__builtin_convertvector(value, Int), Bytes);
+  std::memcpy(x, &bytes, sizeof bytes);
+#endif
+}
+
 // Rounds as storing to memory of this type between two operations would.
 template <typename T>
 QTALE_INLINE Float rounded(Float value) {
@@ -282,6 +296,12 @@ template <typename T, typename H>
 QTALE_INLINE void store(T* x, Pair<H> value) {
   store(x, value.low);
   store(x + sizeof(H) / 4, value.high);
+}
+
+template <typename H>
+QTALE_INLINE void store_bytes(int8_t* x, Pair<H> value) {
+  store_bytes(x, value.low);
+  store_bytes(x + sizeof(H) / 4, value.high);
 }
 
 template <typename V, typename T>

@@ -15,6 +15,7 @@ namespace qtale {
 constexpr int64_t PLANE_INPUTS = 32;  // a group has a multiple of them
 constexpr int PLANE_TOKENS = 4;       // multiplied at a time
 constexpr int MOST_BITS = 2;          // planes of single bits
+constexpr int64_t AHEAD = 2048;       // bytes between what is read of a plane and what is fetched for later
 
 struct PlaneWeight {
   const uint8_t* high;             // (strips, inputs / 16, 64)

@@ -107,7 +107,7 @@ class Decoder : public torch::CustomClassHolder {
                          write<float>(logits), write<bool>(gates)};
       qtale::Shared<T> shared(sizes_, batch);
       const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-      qtale::together(threads, [&](const qtale::Team& team) {
+      qtale::together(threads, [&](qtale::Team& team) {
         qtale::Private<T> mine(sizes_, batch, longest);
         qtale::decode(team, sizes_, layers, step, shared, mine, write<T>(output));
       });

@@ -1,6 +1,5 @@
 """Attention of a routed layer, in its two executions: among all tokens with evicted keys, or among executing ones."""
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -166,8 +165,13 @@ class Packed:
             self.cache.update(rows(key).transpose(1, 2), rows(value).transpose(1, 2), self.packing)
         counts, count = self.packing.counts, query.shape[1]
         query, key, value = (tokens[0, : sum(counts)] for tokens in (query, key, value))  # (N, H, d)
-        attend = _variable_length if query.is_cuda else _one_by_one
-        output = attend(query, key, value, counts, scaling)
+        if query.is_cuda:
+            assert self.packing.ends is not None
+            output = kernels.variable_length_attention(
+                query, key, value, self.packing.ends, max(counts), scaling
+            )
+        else:
+            output = _one_by_one(query, key, value, counts, scaling)
         # What the packing repeats is the last token.
         return torch.cat([output, output[-1:].expand(count - len(output), -1, -1)]).unsqueeze(0)
 
@@ -183,14 +187,6 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int]
             )
             outputs.append(output.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
-
-
-def _variable_length(
-    query: Tensor, key: Tensor, value: Tensor, counts: Sequence[int], scaling: float
-) -> Tensor:
-    """Causal attention of all sequences of ``(N, H, d)`` at once, by PyTorch's kernel for CUDA."""
-    ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=query.device)
-    return kernels.variable_length_attention(query, key, value, ends, max(counts), scaling)
 
 
 def routed_attention(

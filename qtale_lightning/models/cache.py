@@ -119,7 +119,9 @@ class RoutedCacheLayer(CacheLayerMixin):
 
     def reserve_next(self) -> None:
         """Room for one more token of every sequence."""
-        self._reserve(self.longest + 1, _GROWTH)
+        assert self.keys is not None
+        if max(self.lengths) >= self.keys.shape[2]:
+            self._reserve(self.longest + 1, _GROWTH)
 
     def attend_next(
         self, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
@@ -188,6 +190,7 @@ class RoutedCache(Cache):
 
     Attributes:
         seen: Tokens (padding included) that went through the model, whichever layers they executed.
+        of_one_call: Whether `generate()` made it, so that nobody reads it after.
     """
 
     layers: list[RoutedCacheLayer]  # type: ignore[assignment]
@@ -195,6 +198,7 @@ class RoutedCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=RoutedCacheLayer)
         self.seen = 0
+        self.of_one_call = False
 
     def layer(self, index: int) -> RoutedCacheLayer:
         """The cache of a layer, made on first use."""

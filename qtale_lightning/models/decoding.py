@@ -6,7 +6,7 @@ The layers are those of `routed_layer` and `fused`; here is only said when C++ m
 from collections.abc import Iterable, Mapping
 from itertools import repeat
 from operator import contains, is_
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -72,7 +72,7 @@ def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapp
         and not routing.resume
         and routing.branch is None
         and routing.asked is None
-        and (not routing.thresholds or routing.method.compares)
+        and (not routing.thresholds or (routing.method.compares and routing.perturber is None))
         and not any(value is not None and value is not False for value in options.values())
         and not (config.output_hidden_states or config.output_attentions)
         and cpu.ready(hidden_states)
@@ -84,36 +84,34 @@ def _holds_all(model: Any, cache: RoutedCache) -> bool:
     return len(cache.layers) == len(model.layers) and all(layer.is_initialized for layer in cache.layers)
 
 
-class _Watch:
+class Watch:
     """Sees whether modules are what they were: the same children, weights and kernels, and nothing hooked to them."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        tables = [table for module in modules for table in (module._modules, module._parameters) if table]
+        self.tables, self.contents = tables, [dict(table) for table in tables]
         self.owners: list[dict[str, Any]] = []
         self.names: list[str] = []
-        self.values: list[Any] = []
-        self.hooks: list[Any] = []
-        self.attributes: list[dict[str, Any]] = []
         for module in modules:
-            own = {
-                name: vars(module)[name]
-                for name in ("kernel", "activation_bits", "_low")
-                if name in vars(module)
-            }
-            for owner, items in (
-                (module._modules, module._modules),
-                (module._parameters, module._parameters),
-                (vars(module), own),
-            ):
-                self.owners += [owner] * len(items)
-                self.names += items
-                self.values += items.values()
-            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            self.attributes.append(vars(module))
+            own = [name for name in ("kernel", "activation_bits", "_low") if name in vars(module)]
+            self.owners += [vars(module)] * len(own)
+            self.names += own
+        self.values = [*map(dict.get, self.owners, self.names)]
+        self.hooks = [
+            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self.attributes = [vars(module) for module in modules]
 
     def unchanged(self) -> bool:
-        """Whether that is still so."""
+        """Whether that is still so; asked at every token, so that it takes tens of microseconds."""
+        try:
+            same = self.tables == self.contents  # identical objects are equal, and no others but numbers
+        except RuntimeError:  # of other tensors than before, which have no truth
+            return False
         return (
-            all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            same
+            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
             and not any(self.hooks)
             and not any(map(contains, self.attributes, repeat("forward")))
             and not _has_any_global_hook()
@@ -159,8 +157,9 @@ class _Stack:
                 layers[index].remember(routing.places, Packing.of(gates[index]))
         for layer, counts in zip(layers, new, strict=True):
             layer.lengths = tuple(map(int.__add__, layer.lengths, counts))
-        routing.logits.update(zip(self.routed, logits.unsqueeze(2), strict=True))
-        routing.gates.update((layer, gates[layer]) for layer in self.routed)
+        routing.logits.update(zip(self.routed, logits.unsqueeze(2).unbind(), strict=True))
+        of_layer = gates.unbind()
+        routing.gates.update((layer, of_layer[layer]) for layer in self.routed)
         return output
 
     def _forced(self, routing: Routing) -> Tensor | None:
@@ -172,7 +171,7 @@ class _Stack:
         return torch.stack([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
 
 
-_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[_Watch, _Stack | None]]]" = WeakKeyDictionary()
+_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Watch, _Stack | None]]]" = WeakKeyDictionary()
 
 
 def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
@@ -180,7 +179,7 @@ def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
     known = _stacks.setdefault(model, {})
     if dtype not in known or not known[dtype][0].unchanged():
         stack = _made(model, dtype)
-        known[dtype] = _Watch(model.modules()), stack
+        known[dtype] = Watch(model.modules()), stack
         if not known[dtype][0].unchanged():  # there are hooks
             return None
     return known[dtype][1]
@@ -188,34 +187,56 @@ def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
 
 def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
     """A model's layers in C++; None where it doesn't know them, or doesn't take their shapes or dtypes."""
+    parts = parts_of(model, dtype)
+    if parts is None:
+        return None
     layers, config, lanes = model.layers, model.config, cpu.LANES
-    if config.keep_kv or config.stand_in_rank:  # skipping a layer isn't leaving it out
-        return None
-    if not isinstance(model.norm, FusedRMSNorm) or not all(isinstance(layer, FusedLayer) for layer in layers):
-        return None
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
     sizes = [config.hidden_size, config.intermediate_size]
     if config.routed_layers:
         sizes.append(config.router_width)
-    if config.hidden_act != "silu" or any(size % lanes for size in sizes):
-        return None
-    if width % (2 * lanes) or width > cpu.WIDEST_HEAD or model.norm.weight.dtype != dtype:
+    if width % (2 * lanes) or width > cpu.WIDEST_HEAD or any(size % lanes for size in sizes):
         return None
     scaling, eps = layers[0].self_attn.scaling, model.norm.variance_epsilon
     decoder = cpu.decoder(config.num_attention_heads, groups, width, scaling, eps, model.norm.weight)
-    for layer in layers:
-        parts = _parts(layer, dtype)
-        if parts is None:
-            return None
-        decoder.add(*parts)
+    for part in parts:
+        decoder.add(*part)
     return _Stack(model, decoder)
 
 
-def _parts(layer: FusedLayer, dtype: torch.dtype) -> tuple[Any, ...] | None:
-    """What C++ takes of a layer: weights of norms, of heads' norms, of linears and their biases, and of the router."""
+class Parts(NamedTuple):
+    """What a decoded token needs of a layer.
+
+    Attributes:
+        norms: Weights of the norms before attention and MLP.
+        head_norms: Of those of queries and keys, or none.
+        weights: Operands of the linears' products, in the order of `cpu/stack.h`.
+        biases: Of the linears.
+        router: Its operands, or none.
+    """
+
+    norms: list[Tensor]
+    head_norms: list[Tensor]
+    weights: list[tuple[Tensor, ...]]
+    biases: list[Tensor | None]
+    router: list[Tensor]
+
+
+def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
+    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, or skipping isn't leaving out."""
+    config, layers = model.config, model.layers
+    plain = not (config.keep_kv or config.stand_in_rank) and config.hidden_act == "silu"
+    if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
+        return None
+    found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
+    return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]
+
+
+def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
+    """A layer's; None where something about it isn't known."""
     attention: Any = layer.self_attn
-    norms = [layer.input_layernorm, layer.post_attention_layernorm]
-    head_norms = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+    head_norms: list[Any] = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     linears: list[Any] = [
         layer.get_submodule(f"{block}.{name}") for block, names in _LINEARS.items() for name in names
     ]
@@ -225,7 +246,10 @@ def _parts(layer: FusedLayer, dtype: torch.dtype) -> tuple[Any, ...] | None:
     weights = [linear.operands(dtype) if hasattr(linear, "operands") else None for linear in linears]
     biases = [linear.bias if hasattr(linear, "bias") else None for linear in linears]
     others = [norm.weight for norm in norms + head_norms] + [bias for bias in biases if bias is not None]
-    if any(weight is None for weight in weights) or any(other.dtype != dtype for other in others):
+    complete = [operands for operands in weights if operands is not None]
+    if len(complete) < len(weights) or any(other.dtype != dtype for other in others):
         return None
     router = [] if layer.router is None else layer.router.operands(dtype)
-    return [norm.weight for norm in norms], [norm.weight for norm in head_norms], weights, biases, router
+    return Parts(
+        [norm.weight for norm in norms], [norm.weight for norm in head_norms], complete, biases, router
+    )

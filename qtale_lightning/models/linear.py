@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning import cpu
+from qtale_lightning import cpu, huge_pages
 
 FEW = 16
 """Tokens up to which `cpu.dense_linear` takes less time than oneDNN or MKL, in bfloat16 and float32."""
@@ -15,9 +15,13 @@ class RoutedLinear(nn.Linear):
     The two sum in another order: equal within their dtype's rounding.
     """
 
+    _settled = 0  # where the weight was when it was last seen to
+
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The weight, as `cpu.decoder` takes it for tokens of a dtype; None where it can't."""
         takes = self.weight.dtype == dtype and self.weight.is_contiguous()
+        if takes:
+            self._settle()
         return (self.weight,) if takes else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,8 +30,15 @@ class RoutedLinear(nn.Linear):
         # the whole vocabulary's.
         x = x.contiguous()
         if 0 < x.numel() <= FEW * self.in_features and self._is_ours(x):
+            self._settle()
             return cpu.dense_linear(x, self.weight, self.bias)
         return super().forward(x)
+
+    def _settle(self) -> None:
+        """Have the weight in huge pages, from the first token that is decoded on."""
+        if self._settled != self.weight.data_ptr():
+            huge_pages.settle(self.weight)
+            self._settled = self.weight.data_ptr()
 
     def _is_ours(self, x: Tensor) -> bool:
         """Whether our operation takes these tokens."""

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.compat.loading import misshaped
-from qtale_lightning.models import decoding
+from qtale_lightning.models import decoding, sampling
 from qtale_lightning.models.attach import attach_routers
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.config import RoutedConfig
@@ -20,6 +20,7 @@ from qtale_lightning.models.packing import branch_mask
 from qtale_lightning.models.phases import Phases
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.routing import method_of
+from qtale_lightning.routing.perturbation import Perturber
 
 # The name under which `quantization.checkpoint` registers its quantizer with transformers.
 PACKED = "qtale"
@@ -35,6 +36,7 @@ class RoutedModel(PreTrainedModel):
     embed_tokens: Any
     layers: Any  # of routed layers
     rotary_emb: Any
+    perturber: Perturber | None = None
 
     def forward(
         self,
@@ -63,6 +65,7 @@ class RoutedModel(PreTrainedModel):
         """
         routing = Routing() if routing is None else routing
         self._complete(routing)
+        routing.ids = input_ids
         if routing.resume:
             input_ids, inputs_embeds = None, routing.states[routing.resume]
         inputs = input_ids if input_ids is not None else inputs_embeds
@@ -83,7 +86,6 @@ class RoutedModel(PreTrainedModel):
                 )
             if routing.branch is not None:
                 raise ValueError("branches of a prompt are computed in one call: leave the cache out")
-        routing.ids = input_ids
         seen = past_key_values.seen if past_key_values is not None else 0
         self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
@@ -114,7 +116,7 @@ class RoutedModel(PreTrainedModel):
             routing.threshold = self.config.threshold
         routing.thresholds = self.config.thresholds(routing.threshold)
         routing.method, routing.seed = method_of(self.config.method), self.config.routing_seed
-        routing.keep_kv = self.config.keep_kv
+        routing.keep_kv, routing.perturber = self.config.keep_kv, self.perturber
         if routing.rate is None:
             routing.rate = self.config.rate
         if routing.sample is None:
@@ -280,7 +282,26 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """generate() asks for its cache here: ours, where it would make a DynamicCache."""
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = RoutedCache()
+            model_kwargs["past_key_values"].of_one_call = True
             return None
         return super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, *args
         )
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """generate() decodes here, greedily or by chance: as one CUDA graph, where `sampling` can."""
+        how = logits_processor, stopping_criteria, generation_config
+        if not synced_gpus:
+            found = sampling.sample(self, input_ids, *how, streamer, model_kwargs)
+            if found is not None:
+                return found
+        return super()._sample(input_ids, *how, synced_gpus, streamer, **model_kwargs)  # type: ignore[misc,arg-type]

@@ -3,12 +3,19 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def _up_to_round(count: int) -> int:
     """How many are missing to the next round number; few tokens (decoding) have few shapes anyway."""
     return -count % (1 if count <= 16 else 16 if count <= 128 else 32)
+
+
+def compact(chosen: Tensor, count: int) -> Tensor:
+    """Places of the true ones, ``(count,)`` int64, of bool ``(n,)``: as `nonzero`, which would wait for the device."""
+    place = torch.arange(len(chosen), device=chosen.device)
+    slot = torch.where(chosen, chosen.cumsum(0) - 1, count)
+    return place.new_empty(count + 1).scatter_(0, slot, place)[:count]
 
 
 @dataclass(frozen=True)
@@ -24,11 +31,13 @@ class Packing:
         index: Flat positions of executing tokens in the batch, ``(N,)``; None when every token executes, or no
             token does: L is 0 then, and there is nothing to gather.
         slots: Flat positions of executing tokens in the rows, ``(N,)``; None where rows are a view of the flat tokens.
+        ends: Where sequences end among them, the first behind a 0, int32 ``(B + 1,)``; on a GPU, None elsewhere.
     """
 
     counts: tuple[int, ...]
     index: Tensor | None = None
     slots: Tensor | None = None
+    ends: Tensor | None = None
 
     @classmethod
     def of(cls, executing: Tensor, align: bool = False) -> "Packing":
@@ -39,19 +48,24 @@ class Packing:
         """
         _, length = executing.shape
         # Decoding makes a packing in every layer, and a sum over one token would be most of its time.
-        counts = tuple(map(int, executing.squeeze(1).tolist()) if length == 1 else executing.sum(1).tolist())
+        totals = executing.squeeze(1).long() if length == 1 else executing.sum(1)
+        counts = tuple(totals.tolist())  # on a GPU the one thing that a layer waits for: its products' shapes
         longest, shortest = max(counts), min(counts)
         if shortest == length or longest == 0:
             return cls(counts)
-        index = executing.flatten().nonzero().squeeze(1)
+        if executing.is_cpu:
+            index, ends = executing.flatten().nonzero().squeeze(1), None
+        else:
+            index = compact(executing.flatten(), sum(counts))
+            ends = nn.functional.pad(totals.cumsum(0), (1, 0)).int()
         more = _up_to_round(len(index)) if align and executing.device.type == "cpu" else 0
         if longest == shortest and not more:
-            return cls(counts, index)
+            return cls(counts, index, ends=ends)
         rows = torch.arange(len(counts), device=executing.device).mul_(longest)
         slots = (rows[:, None] + executing.cumsum(1)).flatten()[index] - 1
         if more:
             index, slots = (torch.cat([places, places[-1:].expand(more)]) for places in (index, slots))
-        return cls(counts, index, slots)
+        return cls(counts, index, slots, ends)
 
     @property
     def length(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qtale_lightning.models.packing import Packing, Reach, Subset, branch_mask
 from qtale_lightning.routing import METHODS, Method
+from qtale_lightning.routing.perturbation import Perturber
 from qtale_lightning.routing.router import Router
 
 Execution = Literal["masked", "packed"]
@@ -52,6 +53,7 @@ class Routing:
         seed: Of decisions by chance at inference. Set by the model.
         keep_kv: Whether tokens leave keys and values in layers that they skip, too. Set by the model.
         thresholds: Routed layer, one that is decided about, → its θ. Set by the model.
+        perturber: Changes the routers' logits, for what decisions depend on; None: nothing does. Set by the model.
         states: Layer in ``keep`` → its input ``(B, T, D)``. Filled by the forward pass.
     """
 
@@ -77,6 +79,7 @@ class Routing:
     seed: int = 0
     keep_kv: bool = False
     thresholds: Mapping[int, float] = field(default_factory=dict)
+    perturber: Perturber | None = None
     states: dict[int, Tensor] = field(default_factory=dict)
     _attention_bias: dict[int | None, Tensor] = field(default_factory=dict)
     _packing: Packing | None = None
@@ -98,7 +101,8 @@ class Routing:
         if layer not in self.thresholds:
             return self.tokens
         if router is not None:
-            self.logits[layer] = router(hidden_states)
+            logits = router(hidden_states)
+            self.logits[layer] = logits if self.perturber is None else self.perturber(logits, self, layer)
         if self.forced is not None and layer in self.forced:
             decided = self.forced[layer]
         else:

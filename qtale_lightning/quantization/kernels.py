@@ -1,4 +1,4 @@
-"""Products with quantized weights: ours for the CPU, PyTorch's int4 kernels, and the reference that dequantizes.
+"""Products with quantized weights: ours, PyTorch's int4 kernels, and the reference that dequantizes.
 
     y = x · Q(W)ᵀ,  Q(W) = (code - zero) · scale
 
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qtale_lightning import cpu
+from qtale_lightning import cpu, cuda
 from qtale_lightning.compat.kernels import has_bfloat16_kernels
+from qtale_lightning.huge_pages import placed
 from qtale_lightning.quantization.nested import narrowed
 from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips, by_blocks
 from qtale_lightning.quantization.rtn import Quantized
@@ -93,9 +94,9 @@ class Int4Strips:
         self.takes_rounded = group_size % BLOCK_INPUTS == 0
         # By strip of 16 outputs: 8 inputs of each in 32 bits, the first one lowest.
         nibbles = weight.codes.flatten(1).to(torch.uint8).view(-1, 16, inputs // 8, 4, 2).transpose(1, 2)
-        self.packed = (nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, inputs // 8, 64)
+        self.packed = placed((nibbles[..., 0] | nibbles[..., 1] << 4).reshape(-1, inputs // 8, 64))
         scales, zeros = (term.view(-1, 16, groups).transpose(1, 2) for term in (weight.scales, weight.zeros))
-        self.scales, self.zeros = scales.half().contiguous(), zeros.to(torch.uint8).contiguous()
+        self.scales, self.zeros = placed(scales.half()), placed(zeros.to(torch.uint8))
 
     @staticmethod
     def supports(weight: Quantized) -> bool:
@@ -216,7 +217,7 @@ class Int4CPU:
 
 
 class Int4CUDA:
-    """4 bits or fewer in the layout of PyTorch's int4 kernel for CUDA (tinygemm), bfloat16 only."""
+    """4 bits or fewer in the layout of PyTorch's int4 kernel for CUDA (tinygemm), in bfloat16; where ours don't run."""
 
     name = "int4 kernel"
 
@@ -246,6 +247,53 @@ class Int4CUDA:
             low, self.packed, self.group_size, self.scales_and_offsets
         )
         return product.to(x.dtype).view(*x.shape[:-1], self.outputs)
+
+
+class Int4Rows:
+    """4 bits or fewer in rows, as our own operations for CUDA read them, `cuda.linear`; tokens of any dtype.
+
+    The kernel for a few tokens (decode); for many (prefill), the weight is dequantized and multiplied densely. Codes,
+    scales (float16, as stored) and zero points are exact.
+
+    Raises:
+        ValueError: `supports` is False for this weight.
+    """
+
+    name = "int4 by our CUDA operations"
+
+    def __init__(self, weight: Quantized) -> None:
+        if not self.supports(weight):
+            raise ValueError("our CUDA operations don't take this weight")
+        from qtale_lightning.cuda import linear as ours
+
+        self._ours = ours
+        self.outputs, groups, group_size = weight.codes.shape
+        self.inputs = groups * group_size
+        self.weight = ours.from_codes(weight.codes, weight.scales, weight.zeros)
+
+    @staticmethod
+    def supports(weight: Quantized) -> bool:
+        """Whether the weight is on a GPU that runs them, with codes below 16 and groups that they take."""
+        codes = weight.codes
+        return cuda.available(codes.device) and codes.shape[2] in INT4_GROUP_SIZES and bool(codes.max() < 16)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, self.inputs).contiguous()
+        if len(tokens) <= self._ours.MOST_SEQUENCES:
+            output = tokens.new_empty(len(tokens), self.outputs)
+            self._ours.linear(tokens, [self.weight], output)
+        else:
+            levels = tokens.new_empty(self.outputs, self.inputs)
+            self._ours.dequantize(self.weight, levels)
+            output = linear(tokens, levels)
+        return output.view(*x.shape[:-1], self.outputs)
+
+    def operands(self) -> tuple[Tensor, ...]:
+        """What `models.graph` takes: packed codes, scales and zero points."""
+        values, scales, zeros, _ = self.weight
+        assert scales is not None
+        assert zeros is not None
+        return values, scales, zeros
 
 
 def _in_planes(weight: Quantized) -> Quantized:
@@ -286,7 +334,7 @@ def choose_kernel(weight: Quantized, rounded: bool = False) -> Kernel:
     few = bool(weight.codes.max() < 8) and not (rounded and _whole(weight.zeros))
     if (few or not _whole(weight.zeros)) and PlaneStrips.supports(weight):
         return PlaneStrips(weight)
-    for kernel in (Int4Strips, Int4CPU, Int4CUDA):
+    for kernel in (Int4Strips, Int4CPU, Int4Rows, Int4CUDA):
         if kernel.supports(weight):
             return kernel(weight)
     return Dequantize(weight)

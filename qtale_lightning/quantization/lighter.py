@@ -2,8 +2,10 @@
 
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
+from qtale_lightning import cpu
 from qtale_lightning.quantization.kernels import BLOCK_INPUTS
 from qtale_lightning.quantization.linear import ActivationBits, QuantizedLinear
 from qtale_lightning.quantization.rtn import Scheme, quantize
@@ -12,6 +14,27 @@ HeadBits = Literal[16, 8, 4]
 
 HEAD_GROUP_SIZE = 32
 """Inputs of the head that share a scale: its outputs are compared with each other, so that its errors count."""
+
+
+class _Head(QuantizedLinear):
+    """A head of any number of outputs: kernels take sixteens of them, whose last ones are then left out."""
+
+    vocabulary: int
+
+    @classmethod
+    def rounded(cls, head: nn.Linear, bits: int) -> "_Head":
+        """A head's weights, rounded to nearest."""
+        more = -head.out_features % cpu.LANES
+        weight = pad(head.weight.detach().float(), (0, 0, 0, more))
+        bias = None if head.bias is None else pad(head.bias.detach(), (0, more))
+        made = cls.of(quantize(weight, Scheme(bits, HEAD_GROUP_SIZE)), bits, "tight", bias)
+        assert isinstance(made, cls)
+        made.vocabulary = head.out_features
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(..., V)`` from ``(..., in)``."""
+        return super().forward(x)[..., : self.vocabulary]
 
 
 def lighten(model: nn.Module, activation_bits: ActivationBits = 16, head_bits: HeadBits = 16) -> None:
@@ -35,8 +58,7 @@ def lighten(model: nn.Module, activation_bits: ActivationBits = 16, head_bits: H
         if not isinstance(head, nn.Linear):
             raise ValueError(f"the head is quantized already: load the model again for {head_bits} bits")
         _check_width("lm_head", head.in_features)
-        codes = quantize(head.weight.detach().float(), Scheme(head_bits, HEAD_GROUP_SIZE))
-        model.set_submodule("lm_head", QuantizedLinear.of(codes, head_bits, "tight", head.bias))
+        model.set_submodule("lm_head", _Head.rounded(head, head_bits))
     quantized = {name: part for name, part in model.named_modules() if isinstance(part, QuantizedLinear)}
     if activation_bits == 8 and not quantized:
         raise ValueError("tokens in 8 bits are multiplied with quantized weights, and this model has none")

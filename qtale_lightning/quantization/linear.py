@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Int4Strips, Kernel, kernels_for, rounded_product
+from qtale_lightning.quantization.kernels import Int4Rows, Int4Strips, Kernel, kernels_for, rounded_product
 from qtale_lightning.quantization.nested import of_highest, pack_planes, unpack_planes
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.planes import PlaneStrips
@@ -218,7 +218,9 @@ class QuantizedLinear(nn.Module):
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
-        """The kernel's tensors, as `cpu.decoder` takes them; None where it can't."""
+        """The kernel's tensors, as `cpu.decoder` or `models.graph` takes them; None where it can't."""
+        if isinstance(self.kernel, Int4Rows):
+            return None if self.activation_bits == 8 else self.kernel.operands()
         if not isinstance(self.kernel, Int4Strips | PlaneStrips):
             return None
         return self.kernel.operands(rounded=self.activation_bits == 8)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qtale_lightning import cpu
+from qtale_lightning.huge_pages import placed
 from qtale_lightning.quantization.rtn import Quantized
 
 HIGH, WIDEST = 2, 4  # bits of the first plane, and of all
@@ -44,8 +45,8 @@ class PlaneStrips:
         self.outputs, self.inputs = outputs, groups * size
         self.bits = self.held = bits or max(HIGH, int(weight.codes.max().item()).bit_length())
         codes = weight.codes.flatten(1).to(torch.int64)
-        self.high = _plane(codes >> self.held - HIGH, HIGH)
-        self.single = [_plane(codes >> place & 1, 1) for place in reversed(range(self.held - HIGH))]
+        self.high = placed(_plane(codes >> self.held - HIGH, HIGH))
+        self.single = [placed(_plane(codes >> place & 1, 1)) for place in reversed(range(self.held - HIGH))]
         self.scales, self.zeros = (_by_strip(term.squeeze(-1)) for term in (weight.scales, weight.zeros))
 
     @staticmethod
@@ -102,7 +103,7 @@ def by_blocks(x: Tensor, outputs: int, dequantize: Callable[[int, int, Tensor], 
 
 def _by_strip(terms: Tensor) -> Tensor:
     """Of groups, `(out, groups)`, by strip of 16 outputs, float16."""
-    return terms.view(-1, 16, terms.shape[1]).transpose(1, 2).half().contiguous()
+    return placed(terms.view(-1, 16, terms.shape[1]).transpose(1, 2).half())
 
 
 def _plane(fields: Tensor, bits: int) -> Tensor:

@@ -31,11 +31,13 @@ from qtale_lightning.results.series import (
     best_row,
     labels_of,
     other_rows,
+    perturbation_of,
     selected_choice,
     selected_row,
     validation_series,
 )
 from qtale_lightning.results.store import load_results
+from qtale_lightning.routing.perturbation import in_words
 from qtale_lightning.tasks import task_title
 
 CAPTIONS = {
@@ -195,6 +197,7 @@ def others_table(results: Results) -> FactTable:
     rows = other_rows(results)
     for row, label in zip(rows, labels_of(rows), strict=True):
         nll = f"{row['average_nll']:.3f} ± {row['average_nll_stderr']:.3f}"
+        label = ", ".join(part for part in (label, in_words(perturbation_of(row))) if part)
         table.rows.append([f"{row['examples']:,}", label, *_cells(row), _average(row), nll])
     table.caption = "Other rows, or asked otherwise: they don't compare with those above"
     return table

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from qtale_lightning.data.tokenization import EncodedPrompt
 from qtale_lightning.digests import of
 from qtale_lightning.evaluation.accuracy import ACCURACIES, accuracy_by_task
-from qtale_lightning.evaluation.statistics import ByTask, Estimate, paired_difference
+from qtale_lightning.evaluation.statistics import ByTask, Estimate, paired_difference_over_seeds
 from qtale_lightning.manifest import DamagedFileError, verify, writing
 
 FOLDER = "predictions"
@@ -89,13 +89,27 @@ def compare_predictions(
     Raises:
         ValueError: They answer other questions, or haven't that score.
     """
-    for one, other in zip(ours, theirs, strict=False):
+    return compare_seeds([ours], [theirs], score)
+
+
+def compare_seeds(
+    ours: Sequence[Sequence[Prediction]], theirs: Sequence[Sequence[Prediction]], score: str = "value"
+) -> Estimate:
+    """:func:`compare_predictions` of two methods' models of several training seeds, pair by pair.
+
+    Raises:
+        ValueError: A pair, or two seeds, answer other questions, or haven't that score.
+    """
+    for one, other in (
+        (a, b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=False)
+    ):
         if (one.task, one.index, one.label) != (other.task, other.index, other.label):
             raise ValueError(
                 f"not the same questions: number {one.index} is of {one.task} with answer {one.label} here, "
                 f"number {other.index} of {other.task} with answer {other.label} there"
             )
-    return paired_difference(by_task(ours, score), by_task(theirs, score))
+    scores = ([by_task(seed, score) for seed in side] for side in (ours, theirs))
+    return paired_difference_over_seeds(*scores)
 
 
 def predictions_file(run_dir: str | Path, row: Mapping[str, Any]) -> Path:

@@ -43,6 +43,7 @@ class Search(TypedDict):
     """A search of θ for a budget, and the execution ratio that it reached on the calibration questions.
 
     `fingerprint` says which model and questions it was made with; older ones have none, and are made again.
+    `perturbation` is that of its decisions, where they were perturbed.
     """
 
     bits: Bits
@@ -53,6 +54,7 @@ class Search(TypedDict):
     execution_ratio: Fraction
     passes: Count
     seconds: Quantity
+    perturbation: NotRequired[dict[str, Number]]
     fingerprint: NotRequired[Fingerprint]
 
 

@@ -1,7 +1,8 @@
 """Which rows of a run's results stand together: those of its own questions, by precision, and which one is selected."""
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
 
 from qtale_lightning.digests import of_split
 from qtale_lightning.results.fingerprints import same_questions
@@ -10,16 +11,23 @@ from qtale_lightning.results.selection import Selected
 from qtale_lightning.results.store import place, same_theta
 
 Split = Literal["calibration", "validation"]
+NOT_PERTURBED: Mapping[str, Any] = MappingProxyType({})
 
 
-def own_rows(results: Results, split: Split = "validation") -> list[Evaluation]:
+def own_rows(
+    results: Results, split: Split = "validation", perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> list[Evaluation]:
     """The rows of the run's own questions, in order; of the most questions, where the run doesn't say which they are.
 
-    A look at a few of them, or at others, never takes their place.
+    A look at a few of them, or at others, never takes their place; nor do rows of decisions that were perturbed
+    otherwise than asked for, which is not at all.
     """
     own = own_questions(results, split)
     groups: list[list[Evaluation]] = []
-    for row in sorted((row for row in results["evaluation"] if row["split"] == split), key=place):
+    rows = [
+        row for row in results["evaluation"] if row["split"] == split and perturbation_of(row) == perturbation
+    ]
+    for row in sorted(rows, key=place):
         group = next((group for group in groups if same_questions(group[0], row)), None)
         if group is None:
             groups.append([row])
@@ -37,6 +45,11 @@ def own_rows(results: Results, split: Split = "validation") -> list[Evaluation]:
     return max(groups, key=rank, default=[])
 
 
+def perturbation_of(row: Evaluation) -> Mapping[str, Any]:
+    """How a row's decisions were perturbed, as `qtale_lightning.routing.perturbation` says it; empty: not at all."""
+    return row["protocol"].get("perturbation", NOT_PERTURBED)
+
+
 def own_questions(results: Results, split: Split) -> str | None:
     """The digest of the questions that the run began with; None where it doesn't say."""
     made_from = results["run"].get("made_from") if "run" in results else None
@@ -50,15 +63,19 @@ def other_rows(results: Results) -> list[Evaluation]:
     return sorted(rows, key=lambda row: (-row["examples"], place(row)))
 
 
-def validation_series(results: Results) -> dict[str, list[Evaluation]]:
+def validation_series(
+    results: Results, perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> dict[str, list[Evaluation]]:
     """The validation rows of each quantized model, θ descending, by a label: "4-bit", or "4-bit native" where
-    several engines share the bits. Only those of the run's own questions."""
-    return series_of([results])[0]
+    several engines share the bits. Only those of the run's own questions, with decisions perturbed so."""
+    return series_of([results], perturbation)[0]
 
 
-def series_of(runs: Sequence[Results]) -> list[dict[str, list[Evaluation]]]:
+def series_of(
+    runs: Sequence[Results], perturbation: Mapping[str, Any] = NOT_PERTURBED
+) -> list[dict[str, list[Evaluation]]]:
     """Each run's :func:`validation_series`, with the same label for the same bits and engine in all of them."""
-    of_run = [own_rows(run) for run in runs]
+    of_run = [own_rows(run, "validation", perturbation) for run in runs]
     labels = iter(labels_of(row for rows in of_run for row in rows))
     found: list[dict[str, list[Evaluation]]] = []
     for rows in of_run:

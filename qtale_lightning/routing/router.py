@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from qtale_lightning import cpu
+from qtale_lightning.huge_pages import placed
 
 SKIP, EXECUTE = 0, 1
 
@@ -128,7 +129,7 @@ class Router(nn.Module):
         sources = self.down.weight, self.down.bias
         state = tuple((source.data_ptr(), source._version) for source in sources)
         if self._low is None or self._low[0] != state:
-            self._low = state, sources[0].bfloat16(), sources[1].bfloat16()
+            self._low = state, placed(sources[0].bfloat16()), sources[1].bfloat16()
         return self._low[1:]
 
 

@@ -20,7 +20,9 @@ from qtale_lightning.report.scores import score_header, score_text
 from qtale_lightning.results import predictions
 from qtale_lightning.results.fingerprints import Fingerprint, fingerprint, made
 from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import perturbation_of
 from qtale_lightning.results.store import load_or_new, same_theta, upsert_evaluation
+from qtale_lightning.routing.perturbation import in_words, perturbed
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.progress import console, progress
 from qtale_lightning.stages.writing import save_answers, write_answers, writing_protocol
@@ -63,6 +65,8 @@ class Subject:
         """What the scores depend on besides the model."""
         protocol = self.data.protocol() | {"scoring": "log-likelihood", "execution": "packed"}
         protocol |= lightened(self.model)
+        if record := perturbed(self.model):
+            protocol["perturbation"] = record
         written = writing_protocol(self.data) if split == "validation" else {}
         return protocol | {"metrics": self.data.asking.metrics(split)} | written
 
@@ -154,6 +158,7 @@ class Subject:
         """A row in a line, with what there is to say of its measurement."""
         theta = "" if row["theta"] is None else f", θ = {theta_text(row['theta'])}"
         engine = "" if self.row_engine == "none" else f", {self.row_engine}"
+        engine += f", {said}" if (said := in_words(perturbation_of(row))) else ""
         console.print(
             f"{self.bits:>3g} bits{engine}{theta}: {_accuracy_said(row)}nll {row['average_nll']:.3f}, "
             f"execution ratio {row['execution_ratio']:.3f}, {how}"

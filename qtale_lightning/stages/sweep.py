@@ -31,6 +31,7 @@ from qtale_lightning.results.schema import Evaluation
 from qtale_lightning.results.selection import Search, Selected, search_key
 from qtale_lightning.results.series import own_questions
 from qtale_lightning.results.store import load_or_new, update_results
+from qtale_lightning.routing.perturbation import UNPERTURBED, Perturbation, perturb, perturbed
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages.evaluate import Subject
 from qtale_lightning.stages.export import load_exported
@@ -45,22 +46,24 @@ def sweep(
     bits: Sequence[float],
     engine: str,
     options: SweepOptions,
+    perturbation: Perturbation = UNPERTURBED,
 ) -> None:
     """At every precision: the θ that the rule selects on calibration questions, and what validation questions say.
 
     Calibration questions come from the training split and were not trained on. A rule on a grid has every θ of it
     measured on both splits, a budget only the θ that meets it. A model without θ has one row a precision. What an
-    earlier sweep has measured or found isn't repeated. A sweep of other questions than the run's own adds its rows, and
-    leaves what is selected as it is.
+    earlier sweep has measured or found isn't repeated. A sweep of other questions than the run's own, or of decisions
+    that are perturbed, adds its rows, and leaves what is selected as it is.
 
     Raises:
         UnmetBudgetError: Budgets can't be met, at the precisions that the message names; all else is there.
-        ValueError: A budget is below the share of layers without a router.
+        ValueError: A budget is below the share of layers without a router, or the model can't be perturbed so.
     """
     selected: list[Selected] = []
     unmet: list[str] = []
     for b in (16, *sorted(bits, reverse=True)):
         subject = Subject(run, data, load_exported(run, b, engine), b, "none" if b == 16 else engine)
+        perturb(subject.model, perturbation)
         if not subject.model.config.has_theta:
             (row,) = subject.evaluate([None], "validation")
             selected.append(_selected(row, NO_THETA))
@@ -75,7 +78,10 @@ def sweep(
                     console.print(f"{subject.bits:>3g} bits: budget {budget:g} isn't met")
         else:
             selected.append(_select(subject, options))
-    _keep_selected(run, data, selected)
+    if perturbation.record:
+        console.print("decisions were perturbed: what is selected stays as it was")
+    else:
+        _keep_selected(run, data, selected)
     if unmet:
         raise UnmetBudgetError("; ".join(unmet) + ". All else that was asked for is done")
 
@@ -139,6 +145,8 @@ def _meet(subject: Subject, budget: float, by_layer: bool) -> Selected:
             "seconds": calibration.seconds,
             "fingerprint": made_by,
         }
+        if record := perturbed(subject.model):
+            known["perturbation"] = record
         kept = [one for one in searches if search_key(one) != key or _asks_others(one, made_by)]
         update_results(subject.run.root, "searches", sorted([*kept, known], key=search_key))
     _say(subject, known["theta"], known["passes"], known["seconds"])

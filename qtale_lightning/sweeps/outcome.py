@@ -1,12 +1,14 @@
 """What a trial measured: rows of its run's results."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from qtale_lightning.results.schema import Evaluation
 from qtale_lightning.results.series import selected_row, validation_series
 from qtale_lightning.results.store import load_results, same_theta
+from qtale_lightning.routing.perturbation import Perturbation
 from qtale_lightning.yaml_files import plain_yaml
 
 KEYS = (
@@ -31,8 +33,10 @@ def outcome(run: Path, command: Sequence[str]) -> list[dict[str, Any]]:
     if command[0] == "evaluate" and bits is None:
         bits = 16
     engine = _option(command, "quantize.engine") if command[0] != "fit" else None
+    given = {option.name: _option(command, option.name) for option in fields(Perturbation)}
+    perturbation = Perturbation(**{name: value for name, value in given.items() if value is not None})
     chosen = []
-    for series in validation_series(results).values():
+    for series in validation_series(results, perturbation.record).values():
         if bits is not None and series[0]["bits"] not in (bits if isinstance(bits, list) else [bits]):
             continue
         if engine is not None and series[0]["engine"] not in (engine, "none"):

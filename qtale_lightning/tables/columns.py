@@ -30,6 +30,8 @@ KINDS = {
     "tokens_per_second": Kind("tokens written / s", digits=1),
     "average": Kind("average %", "higher", 100, 2),
     "nll": Kind("nll ↓", "lower"),
+    "added_nll": Kind("added nll", digits=4),
+    "path_distance": Kind("path distance"),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from qtale_lightning.evaluation import cost
 from qtale_lightning.manifest import read_object
+from qtale_lightning.paths import path_distance
 from qtale_lightning.report.notes import quantization_lines
 from qtale_lightning.results.fingerprints import comparable
 from qtale_lightning.results.schema import Evaluation
@@ -16,6 +17,7 @@ from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.columns import ColumnOf, columns_of, heading
 from qtale_lightning.tables.declaration import Line
+from qtale_lightning.tables.diversity import added_nll
 from qtale_lightning.tables.table import Answer, Table, commit_of
 
 Failures = dict[Any, str]
@@ -83,13 +85,16 @@ def _row(
     for column in columns:
         data = column.data or table.data_of(line)[0]
         rows = [(a, a.row) for (at, _), a in found.items() if at == data]
-        if rows and all(row is not None for _, row in rows):
+        if column.kind == "added_nll":
+            values[column.key] = _added(table, line, data)
+        elif rows and all(row is not None for _, row in rows):
             values[column.key] = _value(column, [(a, row) for a, row in rows if row is not None])
     return {
         "name": line.name,
         "method": line.method,
         "setting": line.setting,
         "options": dict(line.options),
+        "perturbation": line.perturbation.record,
         "bits": line.bits,
         "engine": line.engine,
         "group": line.group,
@@ -114,6 +119,14 @@ def _value(column: ColumnOf, rows: Sequence[tuple[Answer, Evaluation]]) -> dict[
     return {"value": statistics.fmean(numbers), "stderr": error, "over": over, "seeds": numbers}
 
 
+def _added(table: Table, line: Line, data: str) -> dict[str, Any]:
+    found = added_nll(table, line, data)
+    if found is None:
+        return {"value": None, "stderr": None, "over": None, "seeds": []}
+    over = "seeds" if len(table.request.seeds) > 1 else "questions"
+    return {"value": found.value, "stderr": found.stderr, "over": over, "seeds": []}
+
+
 def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
     """θ, or a number with its standard error over questions, where it has one."""
     match column.kind:
@@ -126,6 +139,8 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
             return row["average"], row["average_stderr"]
         case "nll":
             return row["average_nll"], row["average_nll_stderr"]
+        case "path_distance":
+            return path_distance(row["execution_ratio_per_layer"]), None
         case "weight_mb":
             return row["weight_bytes"] / 1e6, None
         case "tokens_per_second":
@@ -161,12 +176,13 @@ def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
 
 
 def _protocols(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What of the protocol of each data set a score depends on."""
+    """What of the protocol of each data set a score depends on; how decisions are perturbed, lines say themselves."""
     found: dict[str, dict[str, Any]] = {}
     first: dict[str, Answer] = {}
     for answer in answers:
         assert answer.row is not None
         protocol = comparable(answer.row["protocol"])
+        protocol.pop("perturbation", None)
         data = answer.run.data
         other = first.setdefault(data, answer)
         if found.setdefault(data, protocol) != protocol:
@@ -209,7 +225,9 @@ def _differences(
                 if column.kind in ("average", "nll") and there:
                     ours, theirs = (_sides(table, column, i, answers) for i in (index, first))
                     apart = difference(ours, theirs, None, _score(column))
-                    values[column.key] = asdict(apart) if apart else None
+                    values[column.key] = (
+                        {**asdict(apart), "significant": apart.significant} if apart else None
+                    )
             found.append({"row": index, "against": first, "values": values})
     return found
 

@@ -6,100 +6,44 @@ every combination: each is a `Line` of the table, and needs one run a seed.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from qtale_lightning.bits_schedule import Schedule
 from qtale_lightning.experiments import find, names
 from qtale_lightning.quantization import engines
-from qtale_lightning.results.fields import Bits, Fraction
+from qtale_lightning.results.fields import Bits
 from qtale_lightning.routing import method_of
+from qtale_lightning.routing.perturbation import Perturbation
+from qtale_lightning.tables.theta import BudgetRule, Declared, LineTheta, Theta
 from qtale_lightning.yaml_files import read_yaml
 
 FOLDER = Path("experiments/tables")
-SYMBOLS = {"model.lambda_entropy": "λ₂", "model.lambda_ratio": "λ₁", "model.target_ratio": "R_target"}
+SYMBOLS = {
+    "model.lambda_entropy": "λ₂",
+    "model.lambda_ratio": "λ₁",
+    "model.target_ratio": "R_target",
+    "model.temperature": "τ",
+}
 """What tables and figures call an option."""
 
 Option = bool | int | float | str
 Column = Literal[
-    "theta",
-    "execution_ratio",
-    "flops_ratio",
-    "weight_mb",
-    "kv_kib",
-    "seconds",
-    "tokens_per_second",
-    "tasks",
-    "average",
-    "nll",
-]
-
-
-class _Declared(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class GridRule(_Declared):
-    """θ chosen on calibration questions from the grid `--sweep.thresholds`."""
-
-    rule: Literal["one-standard-error", "tolerance"]
-    margin: Annotated[float, Field(gt=0, lt=1)] | None = None
-
-
-class BudgetRule(_Declared):
-    """θ searched for an execution ratio: a number, or what the cell named `like` measures on the same precision, data
-    and seed."""
-
-    rule: Literal["budget", "layer-budget"]
-    budget: Annotated[float, Field(gt=0, le=1)] | None = None
-    like: str | None = None
-
-    @model_validator(mode="after")
-    def _one_target(self) -> Self:
-        if (self.budget is None) == (self.like is None):
-            raise ValueError("give either 'budget' (an execution ratio) or 'like' (the name of a cell)")
-        return self
-
-
-def _kind(theta: Any) -> str:
-    if isinstance(theta, list):
-        return "list"
-    rule = theta.get("rule") if isinstance(theta, dict) else getattr(theta, "rule", None)
-    if rule is None and not isinstance(theta, dict):
-        return "number"
-    return "budget" if rule in ("budget", "layer-budget") else "grid"
-
-
-Theta = Annotated[
-    Annotated[Fraction, Tag("number")]
-    | Annotated[list[Fraction], Field(min_length=1), Tag("list")]
-    | Annotated[GridRule, Tag("grid")]
-    | Annotated[BudgetRule, Tag("budget")],
-    Discriminator(_kind),
-]
-LineTheta = float | GridRule | BudgetRule | None
-
-
+    "theta", "execution_ratio", "flops_ratio", "weight_mb", "kv_kib", "seconds", "tasks", "average", "nll",
+    "added_nll", "path_distance", "tokens_per_second",
+]  # fmt: skip
 EngineName = Annotated[str, AfterValidator(lambda name: engines.find(name).name)]
 
 
-class Cell(_Declared):
+class Cell(Declared):
     """What is evaluated of one method: the options that its runs differ in, and at which bits, engines and θ.
 
-    Lines of one `group` can be compared with each other (see `Declaration.compare`).
+    Its decisions may be perturbed, by options of a :class:`~qtale_lightning.routing.perturbation.Perturbation`. Lines
+    of one `group` can be compared with each other (see `Declaration.compare`).
     """
 
     name: str
@@ -108,6 +52,7 @@ class Cell(_Declared):
     bits: list[Bits] = Field([16, 4, 3], min_length=1)
     engine: list[EngineName] = Field([engines.DEFAULT], min_length=1)
     theta: Theta | None = None
+    perturb: dict[str, float | list[float]] = Field(default_factory=dict)
     bits_schedule: Annotated[str, AfterValidator(lambda text: str(Schedule.read(text)))] = ""
     data: list[str] = Field(default_factory=list)
     group: str = ""
@@ -132,10 +77,20 @@ class Cell(_Declared):
                 )
             if value == []:
                 raise ValueError(f"options.{key}: the list is empty")
+        if self.perturb and self.theta is None:
+            raise ValueError(f"perturb: the method {self.method} has no θ, and no decisions of routers")
+        self.perturbations()
         return self
 
+    def perturbations(self) -> list[Perturbation]:
+        """Every combination of what is declared (ValueError: there is no such perturbation)."""
+        if unknown := self.perturb.keys() - {option.name for option in fields(Perturbation)}:
+            raise ValueError(f"perturb.{min(unknown)}: there is no such option of a perturbation")
+        chosen = product(*(value if isinstance(value, list) else [value] for value in self.perturb.values()))
+        return [_perturbation(dict(zip(self.perturb, values, strict=True))) for values in chosen]
 
-class PaperValue(_Declared):
+
+class PaperValue(Declared):
     """A value that the paper gives in the setting of experiments/paper/<model>.yaml: in percent for accuracies."""
 
     model: str
@@ -162,14 +117,16 @@ class Line:
     bits: float
     engine: str
     theta: LineTheta
+    perturbation: Perturbation
     data: tuple[str, ...]
     group: str
     bits_schedule: str = ""
 
     @property
     def setting(self) -> str:
-        """The varied options, such as "λ₂ = 0.5"."""
-        return setting_of([(key, value) for key, value in self.options if key in self.varied])
+        """The varied options, such as "λ₂ = 0.5", and how decisions are perturbed."""
+        varied = setting_of([(key, value) for key, value in self.options if key in self.varied])
+        return ", ".join(filter(None, [varied, self.perturbation.words]))
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -180,11 +137,12 @@ class Line:
             self.bits,
             self.engine,
             self.theta if isinstance(self.theta, float) else None,
+            self.perturbation,
             self.bits_schedule,
         )
 
 
-class Declaration(_Declared):
+class Declaration(Declared):
     """A whole table."""
 
     title: str
@@ -193,7 +151,7 @@ class Declaration(_Declared):
     or where a model has no such file: experiments/base.yaml and the model's."""
     cells: list[Cell] = Field(min_length=1)
     columns: list[Column] = Field(["theta", "execution_ratio", "tasks", "average", "nll"], min_length=1)
-    compare: list[Literal["bits", "name", "method", "engine", "setting", "group"]] = ["bits"]
+    compare: list[Literal["bits", "name", "method", "engine", "setting", "group"]] = Field(["bits"])
     """The best of the lines that agree in these is bold; by group, lines that have none aren't compared."""
     differences: bool = False
     """Whether each line's paired difference to the first of those that it is compared with is given."""
@@ -264,12 +222,21 @@ def setting_of(options: Sequence[tuple[str, Option]]) -> str:
     return ", ".join(f"{SYMBOLS.get(key, key)} = {value}" for key, value in options)
 
 
+def _perturbation(values: dict[str, float]) -> Perturbation:
+    """Without the ratio of random gates where there are none: lists may have 0 among them."""
+    if values.get("random_gates") == 0:
+        values.pop("random_ratio", None)
+    if "draw" in values:
+        values["draw"] = int(values["draw"])
+    return Perturbation(**values)
+
+
 def _lines(cell: Cell) -> list[Line]:
     values = {key: value if isinstance(value, list) else [value] for key, value in cell.options.items()}
     varied = tuple(key for key, chosen in values.items() if len(chosen) > 1)
     thetas = cell.theta if isinstance(cell.theta, list) else [cell.theta]
     lines = []
-    for bits, chosen in product(cell.bits, product(*values.values())):
+    for bits, chosen, perturbation in product(cell.bits, product(*values.values()), cell.perturbations()):
         options = tuple(zip(values, chosen, strict=True))
         for engine in ["none"] if bits == 16 else cell.engine:
             for theta in thetas:
@@ -282,6 +249,7 @@ def _lines(cell: Cell) -> list[Line]:
                         bits=bits,
                         engine=engine,
                         theta=float(theta) if isinstance(theta, int | float) else theta,
+                        perturbation=perturbation,
                         data=tuple(cell.data),
                         group=cell.group,
                         bits_schedule=cell.bits_schedule,

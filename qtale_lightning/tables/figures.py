@@ -16,6 +16,7 @@ from qtale_lightning.report.routing_figure import read_metrics
 from qtale_lightning.report.style import DPI
 from qtale_lightning.results.store import same_theta
 from qtale_lightning.routing import method_of
+from qtale_lightning.tables.diversity import related
 from qtale_lightning.tables.plots import (
     Heat,
     Point,
@@ -25,6 +26,7 @@ from qtale_lightning.tables.plots import (
     plot_heatmap,
     plot_histograms,
     plot_layers,
+    plot_relations,
     style_of,
 )
 from qtale_lightning.tables.table import Table, commit_of
@@ -189,6 +191,18 @@ def _heatmap(table: Table, variants: list[Variant], title: str) -> Figure | None
     return plot_heatmap(f"{title} · λ₂ × θ", lambdas, thetas, panels) if panels else None
 
 
+def _diversity(table: Table, variants: list[Variant], title: str) -> Figure | None:
+    if "added_nll" not in table.declaration.columns:
+        return None
+    panels = {
+        name: points
+        for name, (bits, _) in precisions(table).items()
+        if (points := related(table, variants[0].data, bits))
+    }
+    what = f"{title} · what quantization adds, at equal execution ratio"
+    return plot_relations(what, "added nll, nats", panels) if panels else None
+
+
 def _lambda(variant: Variant) -> float:
     return float(variant.runs[0].directory.read_config()["model"]["lambda_entropy"])
 
@@ -220,6 +234,14 @@ DRAWN: dict[str, tuple[Draw, str]] = {
         _heatmap,
         "Accuracy and nll over the entropy loss's weight λ₂ (0: D-LLM) and θ, with the measured share of layers "
         "executed in brackets: values in one picture cost differently much.",
+    ),
+    "diversity": (
+        _diversity,
+        "The nll that quantization adds, paired by question, at equal execution ratio, against the share of layers in "
+        "which two tokens' paths differ on average: of the 16-bit model on the validation questions, and at the end of "
+        "training, noise included. On the right against the nll of the 16-bit model, which it may depend on instead. "
+        "ρ is Spearman's, over all points of a panel, which share runs and questions, "
+        "so that its p is too small rather than too large.",
     ),
 }  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy import stats
 
 from qtale_lightning.report.style import STYLES
 
@@ -158,6 +159,68 @@ def plot_layers(
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[-1].set_xlabel("layer")
     return figure
+
+
+@dataclass(frozen=True)
+class Related:
+    """What is varied, and how; measures of it by name (None: unknown); and value and standard error of what they are
+    held against."""
+
+    way: str
+    setting: str
+    measures: Mapping[str, float | None]
+    value: tuple[float, float]
+
+
+def plot_relations(title: str, against: str, panels: Mapping[str, Sequence[Related]]) -> Figure:
+    """Points with error bars over each of their measures: a row a precision, a column a measure, a style a way.
+
+    Points of a way are joined in their order. A panel says Spearman's rank correlation, with its p and the number of
+    points, of which those that are the same count once.
+    """
+    every = [point for points in panels.values() for point in points]
+    measures, ways = list(every[0].measures), list(dict.fromkeys(point.way for point in every))
+    figure = Figure(figsize=(3.6 * len(measures), 3.0 * len(panels) + 1.0), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    grid = figure.subplots(len(panels), len(measures), sharex="col", sharey="row", squeeze=False)
+    for row, (name, points) in zip(grid, panels.items(), strict=True):
+        for axes, measure in zip(row, measures, strict=True):
+            known = [(point, x) for point in points if (x := point.measures[measure]) is not None]
+            for position, way in enumerate(ways):
+                mine = [(x, *point.value) for point, x in known if point.way == way]
+                if mine:
+                    places, values, errors = zip(*mine, strict=True)
+                    style = style_of(position) | {"linewidth": 0.8}
+                    axes.errorbar(
+                        places, values, errors, label=way, capsize=2, elinewidth=0.8, markersize=5, **style
+                    )
+            for point, x in known if axes is not row[-1] else ():
+                where: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6, "alpha": 0.8}
+                above = ways.index(point.way) % 2 == 0
+                axes.annotate(point.setting, (x, point.value[0]), xytext=(4, 4 if above else -8), **where)
+            axes.set_title(
+                f"{name}: {_rank_correlation([(x, point.value[0]) for point, x in known])}", fontsize=9
+            )
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(against)
+    for axes, measure in zip(grid[-1], measures, strict=True):
+        axes.set_xlabel(measure)
+    handles = dict(
+        pair for axes in grid.flat for pair in zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+    )
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, len(handles)), fontsize=9
+    )
+    return figure
+
+
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> str:
+    """Spearman's, in words; no number where there are fewer than 3 points, or one of the two doesn't vary."""
+    pairs = list(dict.fromkeys(pairs))
+    if len(pairs) < 3 or any(len(set(values)) == 1 for values in zip(*pairs, strict=True)):
+        return f"{len(pairs)} points"
+    found = stats.spearmanr(*zip(*pairs, strict=True))
+    return f"ρ = {found.statistic:.2f} (p = {found.pvalue:.2g}, {len(pairs)} points)"
 
 
 @dataclass(frozen=True)

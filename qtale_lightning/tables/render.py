@@ -19,7 +19,7 @@ LATEX = {
     "\\": r"\textbackslash{}", "%": r"\%", "&": r"\&", "_": r"\_", "#": r"\#", "$": r"\$", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "θ": r"$\theta$", "λ": r"$\lambda$",
     "₁": "$_1$", "₂": "$_2$", "↓": r"$\downarrow$", "×": r"$\times$", "–": "--", "…": r"\ldots{}", "≤": r"$\leq$",
-    "≥": r"$\geq$", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    "≥": r"$\geq$", "−": "$-$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "τ": r"$\tau$",
 }  # fmt: skip
 
 

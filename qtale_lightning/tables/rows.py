@@ -14,8 +14,9 @@ from qtale_lightning.results.schema import Evaluation
 from qtale_lightning.results.selection import search_key
 from qtale_lightning.results.series import own_questions, own_rows
 from qtale_lightning.results.store import same_theta
-from qtale_lightning.tables.declaration import BudgetRule, GridRule, LineTheta
+from qtale_lightning.routing.perturbation import UNPERTURBED, Perturbation
 from qtale_lightning.tables.runs import TableRun
+from qtale_lightning.tables.theta import BudgetRule, GridRule, LineTheta
 
 _SPLITS: tuple[Literal["calibration", "validation"], ...] = ("calibration", "validation")
 Kind = Literal["fit", "quantize", "thresholds", "evaluate"]
@@ -28,6 +29,7 @@ class Demand:
     bits: float
     engine: str
     theta: LineTheta
+    perturbation: Perturbation = UNPERTURBED
     bits_schedule: str = ""
 
     @property
@@ -75,7 +77,7 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
     at = {
         split: [
             row
-            for row in own_rows(results, split)
+            for row in own_rows(results, split, demand.perturbation.record)
             if (row["bits"], row["engine"]) == (demand.bits, demand.row_engine) and _of(row, model)
         ]
         for split in _SPLITS
@@ -90,7 +92,9 @@ def find_row(run: TableRun, demand: Demand) -> Evaluation | None:
             (
                 search
                 for search in results.get("searches", [])
-                if search_key(search) == key and _of(search, model, own)
+                if search_key(search) == key
+                and search.get("perturbation", {}) == demand.perturbation.record
+                and _of(search, model, own)
             ),
             None,
         )
@@ -197,7 +201,8 @@ def missing_commands(run: TableRun, demands: Sequence[Demand]) -> list[Command]:
 def _answered(run: TableRun, demand: Demand, first: str, fresh: bool) -> bool:
     if not fresh:
         return find_row(run, demand) is not None
-    if demand.bits_schedule or demand.engine not in ("none", first) or isinstance(demand.theta, BudgetRule):
+    by_fit = demand.engine in ("none", first) and not (demand.perturbation.record or demand.bits_schedule)
+    if not by_fit or isinstance(demand.theta, BudgetRule):
         return False
     if isinstance(demand.theta, GridRule):
         return demand.theta.rule == "one-standard-error"
@@ -205,34 +210,35 @@ def _answered(run: TableRun, demand: Demand, first: str, fresh: bool) -> bool:
 
 
 def _sweeps(run: TableRun, demands: Sequence[Demand], first: str) -> list[Command]:
-    """One sweep for each rule, or each set of budgets, of an engine."""
-    wanted: dict[tuple[str, str, float | None], list[Demand]] = {}
-    budgets: dict[tuple[str, str, float], set[float]] = {}
+    """One sweep for each rule, or each set of budgets, of an engine and a perturbation."""
+    wanted: dict[tuple[str, str, float | None, Perturbation], list[Demand]] = {}
+    budgets: dict[tuple[str, str, Perturbation, float], set[float]] = {}
     for demand in demands:
         engine = first if demand.engine == "none" else demand.engine
-        theta = demand.theta
+        theta, perturbed = demand.theta, demand.perturbation
         if demand.bits_schedule:  # an evaluation
             continue
         if isinstance(theta, GridRule):
-            wanted.setdefault((engine, theta.rule, theta.margin), []).append(demand)
+            wanted.setdefault((engine, theta.rule, theta.margin, perturbed), []).append(demand)
         elif theta is None:
-            wanted.setdefault((engine, "one-standard-error", None), []).append(demand)
+            wanted.setdefault((engine, "one-standard-error", None, perturbed), []).append(demand)
         elif isinstance(theta, BudgetRule):
             # A budget that isn't known yet is counted, but never started.
-            budgets.setdefault((engine, theta.rule, demand.bits), set()).add(theta.budget or 0.0)
+            budgets.setdefault((engine, theta.rule, perturbed, demand.bits), set()).add(theta.budget or 0.0)
     commands = []
-    for (engine, rule, margin), group in wanted.items():
+    for (engine, rule, margin, perturbed), group in wanted.items():
         options = ["--sweep.rule", rule, "--sweep.thresholds", _list(run.sweep.thresholds)]
         options += ["--sweep.margin", str(margin)] if margin is not None else []
+        options += perturbed.arguments
         bits = _bits(group, engine)
         count = (1 + len(bits)) * len(run.sweep.thresholds)
         commands.append(_stage("thresholds", run, bits, engine, options, count))
-    alike: dict[tuple[str, str, tuple[float, ...]], list[float]] = {}
-    for (engine, rule, width), values in budgets.items():
-        alike.setdefault((engine, rule, tuple(sorted(values))), []).append(width)
-    for (engine, rule, targets), widths in alike.items():
+    alike: dict[tuple[str, str, Perturbation, tuple[float, ...]], list[float]] = {}
+    for (engine, rule, perturbed, width), values in budgets.items():
+        alike.setdefault((engine, rule, perturbed, tuple(sorted(values))), []).append(width)
+    for (engine, rule, perturbed, targets), widths in alike.items():
         bits = [width for width in widths if width != 16]
-        options = ["--sweep.rule", rule, "--sweep.budgets", _list(targets)]
+        options = ["--sweep.rule", rule, "--sweep.budgets", _list(targets), *perturbed.arguments]
         commands.append(_stage("thresholds", run, bits, engine, options, 2 * len(widths) * len(targets)))
     return commands
 
@@ -248,6 +254,7 @@ def _evaluations(run: TableRun, demands: Sequence[Demand], first: str) -> list[C
                 options += ["--theta", f"{demand.theta:g}"]
             if demand.bits_schedule:
                 options += ["--bits_schedule", demand.bits_schedule]
+            options += demand.perturbation.arguments
             commands.append(_stage("evaluate", run, None, engine, options, 1))
     return commands
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from qtale_lightning.experiments import names
 from qtale_lightning.results.schema import Evaluation, Results
-from qtale_lightning.tables.declaration import BudgetRule, Declaration, Line
+from qtale_lightning.tables.declaration import Declaration, Line
 from qtale_lightning.tables.request import Request
 from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands
 from qtale_lightning.tables.runs import TableRun, known_runs, resolve
+from qtale_lightning.tables.theta import BudgetRule
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Table:
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""
-        demand = Demand(line.bits, line.engine, line.theta, line.bits_schedule)
+        demand = Demand(line.bits, line.engine, line.theta, line.perturbation, line.bits_schedule)
         other = self.declaration.like(line)
         if other is None:
             return demand
@@ -109,7 +110,7 @@ class Table:
                     continue
                 demand = self.demand(line, data, run.seed)
                 if demand is None and unknown:
-                    demand = Demand(line.bits, line.engine, line.theta, line.bits_schedule)
+                    demand = Demand(line.bits, line.engine, line.theta, line.perturbation, line.bits_schedule)
                 if demand is not None:
                     found[demand] = None
         return list(found)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.results.series import own_rows
 from qtale_lightning.results.store import load_results, same_theta
 from qtale_lightning.routing import method_of
 from qtale_lightning.tables.declaration import Line, setting_of
@@ -43,9 +44,8 @@ class Variant:
         by_seed = [
             [
                 row
-                for row in results["evaluation"]
-                if (row["bits"], row["engine"], row["split"]) == (bits, engine, "validation")
-                and not isinstance(row["theta"], list)
+                for row in own_rows(results)
+                if (row["bits"], row["engine"]) == (bits, engine) and not isinstance(row["theta"], list)
             ]
             for results in self.results
         ]

@@ -52,8 +52,8 @@ class Teacher:
             self._other = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.no_grad()
-    def logits(self, batch: dict[str, Tensor], answer: Tensor) -> Tensor:
-        """Logits ``(M, V)`` of the positions that ``answer (B, T − 1)`` marks, of ``input_ids (B, T)``."""
+    def logits(self, batch: dict[str, Tensor], places: Tensor) -> Tensor:
+        """Logits ``(M, V)`` at flat places ``(M,)`` of ``input_ids (B, T)``."""
         model = self._student() if self._other is None else self._other.to(batch["input_ids"].device)
         with _evaluating(model):
             hidden = model.model(
@@ -62,7 +62,7 @@ class Teacher:
                 routing=Routing(threshold=0.0, sample=False, execution="packed"),
                 use_cache=False,
             ).last_hidden_state
-            return model.lm_head(hidden[:, :-1][answer])
+            return model.lm_head(hidden.flatten(0, 1).index_select(0, places))
 
 
 @contextmanager

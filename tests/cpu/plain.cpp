@@ -18,9 +18,9 @@
 using namespace qtale;
 
 // A whole step is compiled; what it is composed of is checked here, and the whole in tests/models/test_decoding.py.
-template void qtale::decode(const Team&, const Sizes&, const std::vector<Layer<float>>&, const Step<float>&, Shared<float>&,
+template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<float>>&, const Step<float>&, Shared<float>&,
                             Private<float>&, float*);
-template void qtale::decode(const Team&, const Sizes&, const std::vector<Layer<BFloat16>>&, const Step<BFloat16>&,
+template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<BFloat16>>&, const Step<BFloat16>&,
                             Shared<BFloat16>&, Private<BFloat16>&, BFloat16*);
 
 namespace {

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from qtale_lightning.evaluation.statistics import Estimate, average, paired_difference
+from qtale_lightning.evaluation.statistics import (
+    Estimate,
+    average,
+    average_over_seeds,
+    paired_difference,
+    paired_difference_over_seeds,
+)
 
 # The standard deviation of 9,999 resamples has a relative error of 1/√(2 · 9,999) = 0.7 %: 4 of these, and the
 # bootstrap's own bias of 1/(2n), which is 0.25 % for the smallest task here.
@@ -117,3 +123,50 @@ def test_no_questions() -> None:
 def test_other_questions_are_no_pairs(theirs: dict[str, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="not the same questions"):
         paired_difference({"piqa": np.ones(3)}, theirs)
+
+
+def test_one_seed_has_the_error_of_its_questions() -> None:
+    values = hits(0, SIZES, RATES)
+    assert average_over_seeds([values]) == average(values)
+
+
+def test_seeds_that_agree_on_every_question_add_nothing() -> None:
+    """Four times the same answers are the same questions still, not four times as many."""
+    values = hits(0, SIZES, RATES)
+    assert average_over_seeds([values] * 4).stderr == pytest.approx(analytic(values), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_seeds_that_differ_on_all_questions_alike_have_the_error_of_seeds(count: int) -> None:
+    levels = np.random.default_rng(count).normal(size=count)
+    found = average_over_seeds([{task: np.full(n, x) for task, n in SIZES.items()} for x in levels])
+    assert found.value == pytest.approx(levels.mean())
+    assert found.stderr == pytest.approx(levels.std(ddof=1) / math.sqrt(count), rel=TOLERANCE)
+
+
+def test_errors_of_seeds_and_questions_add_up() -> None:
+    """What a seed adds to every question, and a question to every seed: two independent sources."""
+    questions, levels = hits(0, SIZES, RATES), np.array([-0.03, 0.0, 0.04])
+    found = average_over_seeds([{task: v + x for task, v in questions.items()} for x in levels])
+    expected = math.hypot(analytic(questions), levels.std(ddof=1) / math.sqrt(3))
+    assert found.stderr == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_one_seed_that_disagrees_leaves_a_difference_to_chance() -> None:
+    """What 2,500 questions show of each seed beyond doubt, three seeds of training don't."""
+    theirs = [hits(0, SIZES, RATES)] * 3
+    ours = [
+        {task: v + x for task, v in seed.items()} for seed, x in zip(theirs, (0.3, 0.2, -0.1), strict=True)
+    ]
+    assert all(paired_difference(*pair).significant for pair in zip(ours, theirs, strict=True))
+    assert not paired_difference_over_seeds(ours, theirs).significant
+    ours[2] = {task: v + 0.1 for task, v in theirs[2].items()}
+    assert paired_difference_over_seeds(ours, theirs).significant
+
+
+def test_seeds_answer_the_same_questions() -> None:
+    one = hits(0, SIZES, RATES)
+    with pytest.raises(ValueError, match="not the same questions for each of 2 seeds"):
+        average_over_seeds([one, {**one, "piqa": one["piqa"][:-1]}])
+    with pytest.raises(ValueError, match="0 seeds"):
+        average_over_seeds([])

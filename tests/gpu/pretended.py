@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
+from qtale_lightning import cuda
+
 GPU = torch.device("cuda", 0)
 aten = torch.ops.aten
 # Operations that may read a tensor of the CPU beside those of the GPU.
@@ -228,6 +230,8 @@ def pretended_gpu() -> Iterator[str]:
             "get_rng_state": lambda *_: torch.empty(0), "set_rng_state": lambda *_: None,
         }.items():  # fmt: skip
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
+        # Triton asks for a real one.
+        stack.enter_context(mock.patch.object(cuda, "available", return_value=False))
         # A moved module's parameters are new ones: an old one can't take over a tensor of another class.
         stack.callback(overwrite, torch.__future__.get_overwrite_module_params_on_conversion())
         overwrite(True)

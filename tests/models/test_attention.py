@@ -12,6 +12,7 @@ from qtale_lightning.models import attention
 from tests.tolerance import close
 
 COUNTS = (7, 0, 4, 1)
+ENDS = torch.tensor([0, 7, 7, 11, 12], dtype=torch.int32)
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -60,7 +61,7 @@ def test_the_kernels_arguments(
     heads: tuple[Tensor, Tensor, Tensor], asked: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "_GROUPED_HEADS", True)
-    attention._variable_length(*heads, COUNTS, 0.3)
+    kernels.variable_length_attention(*heads, ENDS, max(COUNTS), 0.3)
     ends = [0, 7, 7, 11, 12]
     assert asked.pop("heads") == heads[1:]
     assert asked == {
@@ -78,7 +79,7 @@ def test_a_kernel_without_grouped_heads_is_given_as_many_keys_as_queries(
 ) -> None:
     """That of PyTorch 2.11, which doesn't know the argument."""
     monkeypatch.setattr(kernels, "_GROUPED_HEADS", False)
-    attention._variable_length(*heads, COUNTS, 0.3)
+    kernels.variable_length_attention(*heads, ENDS, max(COUNTS), 0.3)
     assert "enable_gqa" not in asked
     repeats = heads[0].shape[1] // heads[1].shape[1]
     for given, expected in zip(asked["heads"], heads[1:], strict=True):
@@ -110,6 +111,6 @@ def test_which_heads_the_kernel_is_given(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the variable-length kernel needs a GPU")
 def test_the_kernel_on_a_gpu(heads: tuple[Tensor, Tensor, Tensor]) -> None:
     low = [x.repeat(1, 1, 8).to("cuda", torch.bfloat16) for x in heads]  # heads of 64, which the kernel takes
-    found = attention._variable_length(*low, COUNTS, 0.3)
+    found = kernels.variable_length_attention(*low, ENDS.cuda(), max(COUNTS), 0.3)
     expected = reference(*(x.float().cpu() for x in low), 0.3)
     torch.testing.assert_close(found.float().cpu(), expected, rtol=0, atol=3e-2)  # bfloat16 of values up to 4

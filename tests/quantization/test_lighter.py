@@ -26,10 +26,12 @@ def no_gradients() -> Iterator[None]:
         yield
 
 
-def model(hidden: int = 64, quantized: bool = True, tied: bool = True) -> LlamaForCausalLM:
+def model(
+    hidden: int = 64, quantized: bool = True, tied: bool = True, vocabulary: int = 96
+) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -83,6 +85,21 @@ def test_the_head_alone_is_rounded(bits: int, tied: bool, operations: bool) -> N
     )  # scales in float16
     assert torch.equal(light.get_input_embeddings().weight, embeddings)
     assert light.generate(IDS, max_new_tokens=4, do_sample=False).shape == (2, 16)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_head_of_any_number_of_outputs(bits: int, operations: bool) -> None:
+    """The vocabulary's 97 tokens get the logits of those of the same weights among 112, and no others get any."""
+    light, plain = (model(quantized=False, tied=False, vocabulary=97) for _ in range(2))
+    plain.lm_head = nn.Linear(64, 97)  # with a bias
+    light.lm_head = nn.Linear(64, 97)
+    light.lm_head.load_state_dict(plain.lm_head.state_dict())
+    lighten(light, head_bits=bits)
+    head, x = light.lm_head, torch.randn(2, 3, 64)
+    rounded = fake_quantize(plain.lm_head.weight.detach(), Scheme(bits, HEAD_GROUP_SIZE))
+    torch.testing.assert_close(head(x), x @ rounded.T + plain.lm_head.bias, rtol=1e-3, atol=1e-3)
+    assert light(IDS).logits.shape == (2, 12, 97)
+    assert isinstance(head.kernel, Int4Strips) == operations
 
 
 @pytest.mark.parametrize("bits", [5, 8])

@@ -11,8 +11,10 @@ import pytest
 
 from qtale_lightning.__main__ import main
 from qtale_lightning.evaluation.scoring import Scores, score_thresholds
+from qtale_lightning.paths import path_distance
 from qtale_lightning.report import write_markdown
 from qtale_lightning.results.predictions import compare_predictions, load_predictions, predictions_file
+from qtale_lightning.results.series import own_rows
 from qtale_lightning.results.store import load_results, save_results
 from qtale_lightning.run import RunDirectory
 
@@ -387,3 +389,43 @@ def test_lighter_rows_are_their_own(swept: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["evaluate", str(swept), "--activation_bits", "8"])
     assert "this model has none" in "".join(capsys.readouterr())
+
+
+def test_perturbed_decisions_take_no_ones_place(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Their rows and searches say so, stand beside the others, select nothing, and are known again."""
+    before = load_results(swept)
+    command = ["thresholds", str(swept), *SWEEP[2:], "--sweep.rule", "budget", "--sweep.budgets", "[0.8]"]
+    main([*command, "--noise", "1"])
+    assert "what is selected stays as it was" in " ".join(capsys.readouterr().out.split())
+    after = load_results(swept)
+    assert after["selected"] == before["selected"]
+    assert [row for row in after["evaluation"] if row in before["evaluation"]] == before["evaluation"]
+    new = [row for row in after["evaluation"] if row not in before["evaluation"]]
+    assert {(row["bits"], row["split"]) for row in new} == {
+        (bits, split) for bits, _ in PRECISIONS for split in ("calibration", "validation")
+    }
+    assert all(row["protocol"]["perturbation"] == {"noise": 1.0} for row in new)
+    assert all(
+        row["execution_ratio"] == pytest.approx(0.8, abs=0.005)
+        for row in new
+        if row["split"] == "calibration"
+    )
+    assert [search["perturbation"] for search in after["searches"]] == [{"noise": 1.0}] * 2
+    assert own_rows(after) == own_rows(before)
+    main([*command, "--noise", "1"])
+    assert load_results(swept) == after
+    main(command)
+    assert len(load_results(swept)["searches"]) == 4
+    at = ["evaluate", str(swept), "--theta", "0.3", "--random_gates", "0.2"]
+    with pytest.raises(SystemExit) as refused:
+        main(at)
+    assert refused.value.code == 2
+    assert "--random_gates needs --random_ratio" in " ".join(capsys.readouterr().err.split())
+    main([*at, "--random_ratio", "0.7"])
+    assert "20 % random gates" in capsys.readouterr().out
+    (row,) = (row for row in load_results(swept)["evaluation"] if "random_gates" in str(row["protocol"]))
+    assert row["protocol"]["perturbation"] == {"random_gates": 0.2, "random_ratio": 0.7}
+    (plain,) = (row for row in own_rows(before) if (row["bits"], row["theta"]) == (16, 0.3))
+    assert path_distance(row["execution_ratio_per_layer"]) > path_distance(plain["execution_ratio_per_layer"])
+    write_markdown(swept)
+    assert "16-bit, 20 % random gates" in (swept / "results.md").read_text(encoding="utf-8")

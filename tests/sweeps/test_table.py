@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from qtale_lightning.results.schema import Results
-from qtale_lightning.results.store import save_results
+from qtale_lightning.results.store import load_results, save_results
 from qtale_lightning.sweeps.figure import plot_parallel
 from qtale_lightning.sweeps.outcome import outcome
 from qtale_lightning.sweeps.table import records, sweep_frame, write_table
@@ -150,3 +150,13 @@ def run(tmp_path: Path) -> Path:
 def test_what_a_command_measured(run: Path, command: list[str], expected: list[tuple[Any, ...]]) -> None:
     rows = [(row["bits"], row["engine"], row["theta"]) for row in outcome(run, command)]
     assert sorted(rows, key=str) == sorted(expected, key=str)
+
+
+def test_a_command_that_perturbs_measured_those_rows(run: Path) -> None:
+    results = load_results(run)
+    noisy = {**results["evaluation"][0], "average_nll": 9.0, "protocol": {"perturbation": {"noise": 1.0}}}
+    save_results(run, {**results, "evaluation": [*results["evaluation"], noisy]})  # type: ignore[typeddict-item]
+    plain = ["evaluate", "RUN", "--theta=0.5"]
+    assert [row["average_nll"] for row in outcome(run, [*plain, "--noise=1"])] == [9.0]
+    assert [row["average_nll"] for row in outcome(run, plain)] == [3.5]
+    assert outcome(run, [*plain, "--noise", "2"]) == []

@@ -127,20 +127,24 @@ class FakeCommands:
         bits, engine = _value(options, "bits"), _value(options, "engine")
         for width in bits:
             assert run.model(width, engine).is_dir(), "a precision is swept before it is there"
+        perturbation = _perturbation(options)
         if rule == "one-standard-error":
+            assert not perturbation
             self._grid(run, bits, engine, _value(options, "thresholds"))
             return
         for width in (16, *bits):
             for budget in _value(options, "budgets"):
                 quantizer = "none" if width == 16 else engine
                 theta = round(1 - budget, 6)
-                self._row(run, width, quantizer, theta, "validation")
+                self._row(run, width, quantizer, theta, "validation", perturbation)
                 results = load_or_new(run.root)
                 search: Any = {
                     "bits": width, "engine": quantizer, "rule": rule, "budget": budget, "theta": theta,
                     "execution_ratio": budget, "passes": 3, "seconds": 1.0,
-                    "fingerprint": self._fingerprint(run, width, quantizer),
+                    "fingerprint": self._fingerprint(run, width, quantizer, perturbation),
                 }  # fmt: skip
+                if perturbation:
+                    search["perturbation"] = perturbation
                 results["searches"] = [*results.get("searches", []), search]
                 save_results(run.root, results)
 
@@ -148,7 +152,8 @@ class FakeCommands:
         at = {name: options[options.index(name) + 1] for name in ("--bits", "--theta", "--quantize.engine")}
         bits = float(at["--bits"])
         engine = "none" if bits == 16 else at["--quantize.engine"]
-        self._row(RunDirectory(options[0]), bits, engine, float(at["--theta"]), "validation")
+        theta, perturbation = float(at["--theta"]), _perturbation(options)
+        self._row(RunDirectory(options[0]), bits, engine, theta, "validation", perturbation)
 
     def _grid(self, run: RunDirectory, bits: Sequence[float], engine: str, grid: Sequence[float]) -> None:
         has_theta = METHODS[self._configuration(run)["model"]["method"]].theta
@@ -158,19 +163,31 @@ class FakeCommands:
                     self._row(run, width, "none" if width == 16 else engine, theta, split)
 
     @staticmethod
-    def _fingerprint(run: RunDirectory, bits: float, engine: str) -> Fingerprint:
+    def _fingerprint(
+        run: RunDirectory, bits: float, engine: str, perturbation: dict[str, float]
+    ) -> Fingerprint:
         model, made_from = of_model(run.model(bits, engine)), made(run.quantization_config(bits, engine))
-        return fingerprint(model, made_from, of_split(ROWS["validation"]), {})
+        return fingerprint(model, made_from, of_split(ROWS["validation"]), perturbation)
 
     @staticmethod
     def _configuration(run: RunDirectory) -> dict[str, Any]:
         return yaml.safe_load(run.config.read_text(encoding="utf-8"))
 
-    def _row(self, run: RunDirectory, bits: float, engine: str, theta: float | None, split: str) -> None:
-        """Accuracy falls with the bits and with θ; every second question that is right differs by seed."""
+    def _row(
+        self,
+        run: RunDirectory,
+        bits: float,
+        engine: str,
+        theta: float | None,
+        split: str,
+        perturbation: dict[str, float] | None = None,
+    ) -> None:
+        """Accuracy falls with the bits, with θ and with noise; every second question that is right differs by seed."""
+        perturbation = perturbation or {}
         config = self._configuration(run)
         method, seed = config["model"]["method"], config["seed_everything"]
         share = 0.4 + self.advantage[method] - 0.1 * (theta or 0) - (0.05 if bits < 4 else 0)
+        share -= 0.05 * perturbation.get("noise", 0)
         task = config["data"]["tasks"]
         right = np.random.default_rng(seed).permutation(QUESTIONS) < share * QUESTIONS
         ratio = 1.0 if method == "full" else config["model"]["target_ratio"] if theta is None else 1 - theta
@@ -191,8 +208,9 @@ class FakeCommands:
             "average_nll_stderr": 0.05,
             "weight_bytes": int(1_000_000 * bits),
             "seconds": 1.5,
-            "protocol": {"seed": seed, "prompt_style": "cloze"},
-            "fingerprint": self._fingerprint(run, bits, engine),
+            "protocol": {"seed": seed, "prompt_style": "cloze"}
+            | ({"perturbation": perturbation} if perturbation else {}),
+            "fingerprint": self._fingerprint(run, bits, engine, perturbation),
         }  # fmt: skip
         outcomes = [
             Prediction(task, i, 0, (-1.0, -2.0), {"value": float(r), "nll": 3.0 - r, "acc": r, "acc_norm": r})
@@ -201,6 +219,11 @@ class FakeCommands:
         evaluation: Evaluation = row
         save_predictions(run.root, evaluation, outcomes)
         upsert_evaluation(run.root, evaluation)
+
+
+def _perturbation(options: Sequence[str]) -> dict[str, float]:
+    given = [name for name in ("noise", "random_gates", "random_ratio", "draw") if f"--{name}" in options]
+    return {name: float(options[options.index(f"--{name}") + 1]) for name in given}
 
 
 def _value(options: Sequence[str], name: str) -> Any:

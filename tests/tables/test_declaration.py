@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from qtale_lightning.experiments import names
-from qtale_lightning.tables.declaration import FOLDER, BudgetRule, load_declaration
+from qtale_lightning.routing.perturbation import UNPERTURBED
+from qtale_lightning.tables.declaration import FOLDER, load_declaration
+from qtale_lightning.tables.theta import BudgetRule
 
 Declared = Callable[[str], Path]
 HEAD = "title: t\ncells:\n"
@@ -22,6 +24,20 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
     assert len(lines) == 2 * 2 * (1 + 2)
     assert {(line.bits, line.engine) for line in lines} == {(16, "none"), (3, "rtn"), (3, "native")}
     assert {line.setting for line in lines} == {"λ₂ = 0.2", "λ₂ = 1.0"}, "what isn't varied isn't shown"
+
+
+def test_lists_of_perturbations_are_lines(declared: Declared) -> None:
+    text = HEAD + (
+        "  - {name: a, method: qtale, bits: [16], theta: 0.5,\n"
+        "     perturb: {random_gates: [0, 0.1], random_ratio: 0.7, draw: [0, 1]}}\n"
+    )
+    lines = load_declaration(declared(text.replace("draw: [0, 1]", "noise: [0, 0.5]"))).lines
+    assert [line.setting for line in lines] == [
+        "", "noise 0.5", "10 % random gates", "noise 0.5, 10 % random gates",
+    ]  # fmt: skip
+    assert lines[0].perturbation == UNPERTURBED, "a ratio of gates that aren't there is none"
+    lines = load_declaration(declared(text.replace("[0, 0.1]", "0.1"))).lines
+    assert [line.setting for line in lines] == ["10 % random gates", "10 % random gates, draw 1"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +58,10 @@ def test_lists_are_lines_of_every_combination(declared: Declared) -> None:
             HEAD + "  - {name: a, method: qtale, theta: {rule: budget, like: b}}\n",
             "like 'b' must name one line that skips layers at 16 bits",
         ),
+        (HEAD + "  - {name: a, method: full, perturb: {noise: 1}}\n", "perturb: the method full has no θ"),
+        (HEAD + "  - {name: a, method: qtale, theta: 0.5, perturb: {nois: 1}}\n", "perturb.nois: there is no such"),
+        (HEAD + "  - {name: a, method: qtale, theta: 0.5, perturb: {noise: -1}}\n", "--noise -1.0: must be >= 0"),
+        (HEAD + "  - {name: a, method: qtale, theta: 0.5, perturb: {random_gates: 0.1}}\n", "needs --random_ratio"),
         ("title: t\ncells: []\n", "cells: List should have at least 1"),
         ("title: t\ncolumns: [speed]\ncells: [{name: a, method: full}]\n", "columns.0: Input should be"),
         (
@@ -70,8 +90,8 @@ def test_an_unknown_table_is_refused_with_those_that_are_there(monkeypatch: pyte
 def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
     assert names("tables") == [
-        "ablation", "baselines", "cost", "csqa", "fairness", "generality", "low-bit", "phases", "quantizers",
-        "sensitivity", "toolbox",
+        "ablation", "baselines", "cost", "csqa", "diversity", "fairness", "generality", "low-bit",
+        "phases", "quantizers", "sensitivity", "toolbox",
     ]  # fmt: skip
     fairness = load_declaration(FOLDER / "fairness.yaml")
     like = [line for line in fairness.lines if isinstance(line.theta, BudgetRule) and line.theta.like]

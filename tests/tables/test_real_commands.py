@@ -62,7 +62,8 @@ def shortened(declaration: dict[str, Any]) -> dict[str, Any]:
     for cell in declaration["cells"]:
         theta = cell.get("theta")
         rule = (theta["rule"], *theta) if isinstance(theta, dict) else type(theta)
-        key = (cell["method"], rule, *cell.get("options", {}), *cell.get("bits", []), *cell.get("engine", []))
+        listed = (part for name in ("options", "perturb", "bits", "engine") for part in cell.get(name, ()))
+        key = (cell["method"], rule, *listed)
         kept.setdefault(key, cell)
     *others, _ = cells = list(kept.values())
     for number, cell in enumerate(others):
@@ -71,9 +72,8 @@ def shortened(declaration: dict[str, Any]) -> dict[str, Any]:
     for cell in cells:
         if isinstance(cell.get("theta"), list):
             cell["theta"] = cell["theta"][:2]
-        for name, value in cell.get("options", {}).items():
-            if isinstance(value, list):
-                cell["options"][name] = value[:2]
+        for part in (cell.get("options", {}), cell.get("perturb", {})):
+            part |= {name: value[:2] for name, value in part.items() if isinstance(value, list)}
     return declaration | {"cells": cells}
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qtale_lightning.losses import answer_places
 from qtale_lightning.models.families import route, routed_config
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import load_base
@@ -30,7 +31,7 @@ def test_the_teacher_is_the_model_at_full_depth() -> None:
     """Without dropout, gradient, or a trace in the model: it goes on training as it was."""
     module, batch = make_module(distillation=1.0, lora_dropout=0.5), make_batch()
     answer = batch["labels"][:, 1:] != -100
-    taught = module.teacher.logits(batch, answer)
+    taught = module.teacher.logits(batch, answer_places(batch["labels"]))
     assert not taught.requires_grad
     assert all(part.training for part in module.modules())
     module.eval()
@@ -68,7 +69,11 @@ def test_another_run_teaches(folder: Path) -> None:
     answer = batch["labels"][:, 1:] != -100
     with torch.no_grad():
         expected = load_base("tiny", seed=3).eval()(batch["input_ids"], batch["attention_mask"]).logits
-    close(module.teacher.logits(batch, answer), expected[:, :-1][answer], depth(module.model.config))
+    close(
+        module.teacher.logits(batch, answer_places(batch["labels"])),
+        expected[:, :-1][answer],
+        depth(module.model.config),
+    )
     assert not [name for name in module.state_dict() if "teacher" in name]
 
 
