@@ -331,7 +331,8 @@ def _inner_tiles(inputs: int) -> int:
 
 def choose_kernel(weight: Quantized, rounded: bool = False) -> Kernel:
     """The fastest kernel that takes a weight where it lies, for tokens as they are or `rounded` to 8 bits."""
-    few = bool(weight.codes.max() < 8) and not (rounded and _whole(weight.zeros))
+    # Of 3 bits a plane of single bits takes more time than int4's further one: benchmarks/planes.py.
+    few = bool(weight.codes.max() < 4) and not (rounded and _whole(weight.zeros))
     if (few or not _whole(weight.zeros)) and PlaneStrips.supports(weight):
         return PlaneStrips(weight)
     for kernel in (Int4Strips, Int4CPU, Int4Rows, Int4CUDA):
