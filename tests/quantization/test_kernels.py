@@ -349,7 +349,7 @@ def test_the_choice_on_the_cpu() -> None:
     of_bits = {bits: make_weight(64, 128, Scheme(bits, 32)) for bits in (2, 3, 4)}
     assert [type(choose_kernel(of_bits[bits])) for bits in (2, 3, 4)] == [
         PlaneStrips,
-        PlaneStrips,
+        Int4Strips,
         Int4Strips,
     ]
     assert [type(choose_kernel(of_bits[bits], rounded=True)) for bits in (2, 3)] == [Int4Strips] * 2
