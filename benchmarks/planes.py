@@ -42,7 +42,8 @@ def bytes_of(kernel: Any) -> int:
 
 def linears(outputs: int, inputs: int, of_all: int) -> dict[str, Copies]:
     """Contenders of one shape."""
-    weight, found = torch.randn(outputs, inputs) / inputs**0.5, {}
+    weight = torch.randn(outputs, inputs) / inputs**0.5
+    found: dict[str, Any] = {}
     for bits in WIDTHS:
         quantized = quantize(weight, Scheme(bits, 128))
         if bits == 4:

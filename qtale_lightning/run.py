@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,10 @@ CONFIG_REMEDY = (
     "remove it and start the run's command again, which results.json has under run.command; it writes it anew"
 )
 LOG_REMEDY = "remove it, and the curves of the run lack its steps"
+
+
+# Of a folder that holds several precisions: bits that complete one, or one's own scales and zero points.
+_NESTED = re.compile(r"\.(plane|scales|zeros)(\d)$")
 
 
 class RunDirectory:
@@ -137,8 +142,10 @@ class RunDirectory:
             with file.open("rb") as opened:
                 tensors = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
             for name, tensor in tensors.items():
-                _, _, completes = name.rpartition(".plane")
-                if name != "__metadata__" and not (completes.isdecimal() and int(completes) > bits):
+                part = _NESTED.search(name)
+                width = bits if part is None else int(part[2])
+                others = width > bits if part is not None and part[1] == "plane" else width != bits
+                if name != "__metadata__" and not others:
                     first, last = tensor["data_offsets"]
                     total += last - first
         return total

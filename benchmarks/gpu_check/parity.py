@@ -147,7 +147,7 @@ def generation(device: str, quick: bool) -> Iterator[Check]:
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    found: Any = model.generate(ids, attention_mask=mask, **greedy)  # type: ignore[misc]
+    found: Any = model.generate(ids, attention_mask=mask, **greedy)
     for _ in range(new):
         passed = model(ids, attention_mask=mask, routing=Routing(execution="masked"), use_cache=False)
         ids = torch.cat([ids, passed.logits[:, -1:].argmax(-1)], 1)

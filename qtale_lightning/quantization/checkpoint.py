@@ -9,7 +9,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qtale_lightning.quantization.linear import PLANE, Layout, QuantizedLinear
+from qtale_lightning.quantization.linear import PLANE, TERMS, Layout, QuantizedLinear
 from qtale_lightning.quantization.mappings import decoder_layers
 from qtale_lightning.quantization.recipe import Recipe, check_recipe, quantized_weight, scale_vectors
 from qtale_lightning.quantization.rtn import check_quantizable
@@ -133,8 +133,10 @@ class PackedQuantizer(HfQuantizer):
                     )
                 packed.switches = packed.switches and config.read is None
                 layer.module.set_submodule(name, packed)
-        if left := [width for width in config.held if width > (config.read or width)]:
-            names = rf"\.{PLANE}({'|'.join(map(str, left))})$"
+        if config.held and config.read not in (None, config.bits):
+            left = [f"{PLANE}{width}" for width in config.held if width > (config.read or 0)]
+            left += [f"{kind}{width}" for width in config.held[:-1] for kind in TERMS if width != config.read]
+            names = rf"\.({'|'.join(left)})$"
             known = model._keys_to_ignore_on_load_unexpected or ()
             model._keys_to_ignore_on_load_unexpected = {*known, names}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -183,7 +185,12 @@ def quantize_model(
             try:
                 weight = quantized_weight(layer, name, recipe)
                 packed[name] = QuantizedLinear.of(
-                    weight, recipe.bits[full], config.layout, linear.bias, config.held
+                    weight,
+                    recipe.bits[full],
+                    config.layout,
+                    linear.bias,
+                    config.held,
+                    {w: own[full] for w, own in recipe.terms.items()},
                 )
             except ValueError as error:
                 raise ValueError(f"{full}: {error}") from error

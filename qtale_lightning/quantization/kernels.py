@@ -5,7 +5,7 @@
 A kernel is prepared once for a weight and a device, and keeps the weight in its own layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from functools import cache
 from typing import Protocol
 
@@ -340,18 +340,28 @@ def choose_kernel(weight: Quantized, rounded: bool = False) -> Kernel:
     return Dequantize(weight)
 
 
-def kernels_for(weight: Quantized, widths: Sequence[int], rounded: bool = False) -> dict[int, Kernel]:
-    """Kernels for a weight's codes, and for their highest bits, by rising widths of which the last is the codes' own.
+def kernels_for(
+    weight: Quantized, bits: int, narrower: Mapping[int, tuple[Tensor, Tensor]], rounded: bool = False
+) -> dict[int, Kernel]:
+    """Kernels for a weight's codes, and for their highest bits, by width.
 
-    On a CPU of which our operations were built they share memory.
+    Where our operations for the CPU take it, their codes share memory.
+
+    Args:
+        bits: of the codes.
+        narrower: by fewer bits, the scales and zero points of these, `(out, in / group_size)`.
     """
-    *narrower, bits = widths
     if not narrower:
         return {bits: choose_kernel(weight, rounded)}
     if PlaneStrips.supports(weight):
         planes = PlaneStrips(weight, bits)
-        return {width: planes.at(width) for width in widths}
-    return {width: choose_kernel(narrowed(weight, bits - width), rounded) for width in widths}
+        return {bits: planes, **{width: planes.at(width, *terms) for width, terms in narrower.items()}}
+    found = {bits: choose_kernel(weight, rounded)}
+    for width, (scales, zeros) in narrower.items():
+        codes = narrowed(weight, bits - width).codes
+        part = Quantized(codes, scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1))
+        found[width] = choose_kernel(part, rounded)
+    return found
 
 
 def _whole(zeros: Tensor) -> bool:

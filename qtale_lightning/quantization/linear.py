@@ -1,7 +1,8 @@
 """The quantized linear: how it is stored, and by which kernel it runs."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,9 @@ further one."""
 
 PLANE = "plane"
 """What buffers of nested codes' lower bits are called, with the width that they complete behind it."""
+
+TERMS = ("scales", "zeros")
+"""The same of a narrower width's own scales and zero points, with the width behind it."""
 
 ActivationBits = Literal[16, 8]
 """8: tokens are rounded, and multiplied by integer instructions where there are some; 16: as they are."""
@@ -68,7 +72,9 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.layout = bits, group_size, layout
         self.held = tuple(held) or (bits,)
-        self.switches = len(self.widths) > 1
+        whole = bits == self.held[-1]
+        self.switches = len(self.widths) > 1 and whole
+        self.narrower = self.widths[:-1] if whole else (bits,)
         groups = in_features // group_size
         if layout == "gemm":
             self.register_buffer("qweight", torch.zeros(in_features, out_features // 8, dtype=torch.int32))
@@ -81,6 +87,9 @@ class QuantizedLinear(nn.Module):
             for width in more:
                 plane = torch.zeros(out_features, columns, dtype=torch.uint8)
                 self.register_buffer(f"{PLANE}{width}", plane)
+            for width, kind in product(self.narrower, TERMS):
+                term = torch.zeros(out_features, groups, dtype=torch.float16)
+                self.register_buffer(f"{kind}{width}", term)
             zeros = out_features * groups * self.held[-1] // 8
             self.register_buffer("qzeros", torch.zeros(zeros, dtype=torch.uint8))
             self.register_buffer("scales", torch.zeros(out_features, groups, dtype=torch.float16))
@@ -103,8 +112,13 @@ class QuantizedLinear(nn.Module):
         layout: Layout,
         bias: Tensor | None = None,
         held: Sequence[int] = (),
+        terms: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     ) -> "QuantizedLinear":
         """Packs codes, shape `(out, in / group_size, group_size)`, with their scales and zero points.
+
+        Args:
+            terms: by a narrower width that is held, scales and zero points of its codes, `(out, in / group_size)`; by
+                default they follow from these.
 
         Raises:
             ValueError: a scale leaves float16's range, or the shape doesn't fit the layout.
@@ -129,6 +143,13 @@ class QuantizedLinear(nn.Module):
             module.qweight, *more = pack_planes(codes, module.widths)
             for width, plane in zip(module.widths[1:], more, strict=True):
                 setattr(module, f"{PLANE}{width}", plane)
+            for width in module.narrower:
+                own = (terms or {}).get(width)
+                if own is None:
+                    derived = of_highest(weight.scales, weight.zeros, bits - width)
+                    own = derived[0].squeeze(-1), derived[1].squeeze(-1)
+                for kind, term in zip(TERMS, own, strict=True):
+                    setattr(module, f"{kind}{width}", term.half().contiguous())
             module.qzeros = pack_tight(zeros.flatten(), bits)
             module.scales = scales.contiguous()
         if bias is not None:
@@ -149,8 +170,14 @@ class QuantizedLinear(nn.Module):
             codes = unpack_planes(planes, self.widths[0])
             zeros = unpack_tight(qzeros, self.held[-1]).view(self.out_features, -1)
         groups = codes.unflatten(1, (-1, self.group_size))
-        terms = scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1)
-        return Quantized(groups, *of_highest(*terms, self.held[-1] - self.bits))
+        if self.bits != self.held[-1]:
+            scales, zeros = self._terms_of(self.bits)
+        return Quantized(groups, scales.float().unsqueeze(-1), zeros.float().unsqueeze(-1))
+
+    def _terms_of(self, width: int) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of a narrower width, `(out, in / group_size)`, float16."""
+        scales, zeros = (getattr(self, f"{kind}{width}") for kind in TERMS)
+        return scales, zeros
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for, shape `(out, in)`, float32."""
@@ -159,15 +186,15 @@ class QuantizedLinear(nn.Module):
     def prepare(self) -> None:
         """Chooses a kernel for the device that the module is on, and gives up the storage for its layout."""
         weight = self.quantized()
-        widths = self.widths if self.switches else [self.bits]
-        self.kernels = kernels_for(weight, widths, self.activation_bits == 8)
+        narrower = {width: self._terms_of(width) for width in self.narrower} if self.switches else {}
+        self.kernels = kernels_for(weight, self.bits, narrower, self.activation_bits == 8)
         self.kernel, self.device = self.kernels[self.bits], weight.codes.device
         if self.kernel.name not in _logged:
             _logged.add(self.kernel.name)
             log.info("quantized linears on %s (%d bits first): %s", self.device, self.bits, self.kernel.name)
         self.qweight = self.qzeros = self.scales = None
-        for width in self.widths[1:]:
-            setattr(self, f"{PLANE}{width}", None)
+        for name in [*self._buffers]:
+            setattr(self, name, None)
 
     def read_at(self, bits: int) -> None:
         """Computes with the codes' highest `bits` from now on, of those that are in memory.
@@ -220,8 +247,14 @@ class QuantizedLinear(nn.Module):
             if fn(torch.empty(0, device=self.device)).device != self.device:
                 self._storage()
             return self
-        _, _, scales = self._storage()
+        self._storage()
+        kept = {
+            name: part
+            for name, part in self._buffers.items()
+            if part is not None and part.is_floating_point()
+        }
         super()._apply(fn, recurse)
         _, _, moved = self._storage()
-        self.scales = scales.to(moved.device)
+        for name, part in kept.items():
+            setattr(self, name, part.to(moved.device))
         return self

@@ -3,9 +3,10 @@
     code = step · high + low,  step = 2^(bits dropped)
     (high - z') · s',  s' = step · scale,  z' = (zero - (step - 1) / 2) / step
 
-Of the `step` codes that share their highest bits, what is left stands for the middle. So scales and zero points of a
-narrower width follow from those that are stored, and cost no bytes; in float16 s' is exact, and z' is a whole number of
-eighths. MatQuant (Nair et al. 2025) rounds where this takes the highest bits as they are, which a kernel can read.
+Of the `step` codes that share their highest bits, what is left stands for the middle: so scales and zero points of a
+narrower width follow from the codes' own. They are where learning begins; what is stored beside the codes is fitted
+from there (`terms`), which measurably loses less (benchmarks/README.md). MatQuant (Nair et al. 2025) rounds codes to
+narrower ones; this takes their highest bits as they are, which a kernel can read.
 """
 
 from collections.abc import Sequence

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qtale_lightning import cpu
 from qtale_lightning.huge_pages import placed
-from qtale_lightning.quantization.nested import of_highest
 from qtale_lightning.quantization.rtn import Quantized
 
 HIGH, WIDEST = 2, 4  # bits of the first plane, and of all
@@ -26,7 +25,7 @@ class PlaneStrips:
     """4 bits or fewer in the layout of our own operations for the CPU, `cpu/planes.h`.
 
     The highest 2 bits of all codes, and a plane for each further one: a model `at` fewer bits is what is read of them,
-    from the same memory. Codes, scales (float16) and zero points, which may be fractions, are exact.
+    from the same memory. Codes, scales (float16) and zero points, which may be fractions, are those of float16.
 
     Raises:
         ValueError: `supports` is False for this weight.
@@ -48,10 +47,7 @@ class PlaneStrips:
         codes = weight.codes.flatten(1).to(torch.int64)
         self.high = placed(_plane(codes >> self.held - HIGH, HIGH))
         self.single = [placed(_plane(codes >> place & 1, 1)) for place in reversed(range(self.held - HIGH))]
-        scales, zeros = (
-            placed(term.view(-1, 16, groups).transpose(1, 2).half()) for term in (weight.scales, weight.zeros)
-        )
-        self.scales, self.zeros = scales, zeros
+        self.scales, self.zeros = (_by_strip(term.squeeze(-1)) for term in (weight.scales, weight.zeros))
 
     @staticmethod
     def supports(weight: Quantized) -> bool:
@@ -64,12 +60,15 @@ class PlaneStrips:
             and cpu.available()
         )
 
-    def at(self, bits: int) -> "PlaneStrips":
-        """The model at fewer bits than are held, from the same planes."""
-        narrower, dropped = copy.copy(self), self.bits - bits
-        scales, zeros = of_highest(self.scales.float(), self.zeros.float(), dropped)
+    def at(self, bits: int, scales: Tensor, zeros: Tensor) -> "PlaneStrips":
+        """The weight at fewer bits than are held, from the same planes.
+
+        Args:
+            scales, zeros: of it, `(out, in / group_size)`.
+        """
+        narrower = copy.copy(self)
         narrower.bits, narrower.single = bits, self.single[: bits - HIGH]
-        narrower.scales, narrower.zeros = scales.half(), zeros.half()
+        narrower.scales, narrower.zeros = _by_strip(scales), _by_strip(zeros)
         return narrower
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -100,6 +99,11 @@ def by_blocks(x: Tensor, outputs: int, dequantize: Callable[[int, int, Tensor], 
         first, end = (16 * (strips * place // blocks) for place in (block, block + 1))
         torch.mm(x, dequantize(first, end - first, x).T, out=output[:, first:end])
     return output
+
+
+def _by_strip(terms: Tensor) -> Tensor:
+    """Of groups, `(out, groups)`, by strip of 16 outputs, float16."""
+    return placed(terms.view(-1, 16, terms.shape[1]).transpose(1, 2).half())
 
 
 def _plane(fields: Tensor, bits: int) -> Tensor:

@@ -68,6 +68,8 @@ class Recipe:
         made_from: the model, the calibration sequences and the options that were searched with.
         held: rising widths at which the codes' highest bits are models, too, `bits` the last of them; see
             `quantization.nested`. Empty: there is one at `bits` alone.
+        terms: by the narrower ones of these and the linear's name, scales and zero points of its codes' highest bits,
+            `(out, in / group_size)`, float16; where there are none, they follow from the codes' own.
     """
 
     engine: str
@@ -83,6 +85,7 @@ class Recipe:
     tokens: dict[str, int] = field(default_factory=dict)
     made_from: dict[str, Any] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
+    terms: dict[int, dict[str, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
         """How the linear of a full name is rounded."""
@@ -119,6 +122,12 @@ class Recipe:
         tensors |= {f"clips/{name}": clip for name, clip in self.clips.items()}
         for name, own in self.codes.items():
             tensors |= {f"{kind}{name}": part.contiguous() for kind, part in zip(_CODES, own, strict=True)}
+        for width, by_name in self.terms.items():
+            for name, pair in by_name.items():
+                tensors |= {
+                    f"{kind}{width}/{name}": part.contiguous()
+                    for kind, part in zip(_TERMS, pair, strict=True)
+                }
         plain = {name: getattr(self, name) for name in (*_PLAIN, *_LATER)}
         metadata = {"format": FILE_FORMAT} | {name: json.dumps(value) for name, value in plain.items()}
         save_file(tensors, path, metadata)
@@ -152,10 +161,17 @@ class Recipe:
             for kind in ("scales/", "clips/", *_CODES)
         )
         codes = {name: Codes(*(part[name] for part in own)) for name in own[0]}
-        return cls(scales=scales, clips=clips, codes=codes, **plain)
+        terms: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+        for key, tensor in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind.startswith(_TERMS[0]):
+                width = kind.removeprefix(_TERMS[0])
+                terms.setdefault(int(width), {})[name] = tensor, tensors[f"{_TERMS[1]}{width}/{name}"]
+        return cls(scales=scales, clips=clips, codes=codes, terms=terms, **plain)
 
 
 _CODES = ("codes/", "code scales/", "code zeros/")
+_TERMS = ("narrower scales ", "narrower zeros ")
 _PLAIN = ("engine", "bits", "group_size", "symmetric", "errors", "damage", "tokens")
 # What older files don't say, and what it was.
 _LATER: dict[str, Any] = {"made_from": {}, "family": "llama", "held": []}

@@ -30,6 +30,7 @@ from qtale_lightning.quantization.precision import Bits
 from qtale_lightning.quantization.recipe import Recipe, scale_vectors
 from qtale_lightning.quantization.replay import unwatched
 from qtale_lightning.quantization.rounding import REACH, Rounding
+from qtale_lightning.quantization.terms import fit_terms
 
 # Where codes' highest bits are learned, too: the reach of a value, since of the highest 2 one is 4 codes wide; and the
 # rate of steps for fewer than all bits, at which these gain nearly as much and all of them lose less.
@@ -73,12 +74,14 @@ class Window:
             hidden = layer.module(hidden, **arguments)
         return hidden
 
+    def outputs(self, calls: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
+        """The hidden states behind the window as it is rounded now, by batch."""
+        self.write()
+        return self.given(calls)
+
     @torch.no_grad()
-    def outputs(
-        self, calls: Sequence[tuple[Tensor, dict[str, Any]]], bits: int | None = None
-    ) -> list[Tensor]:
-        """The hidden states behind the window as it is rounded now, by batch; `bits` as `write` takes them."""
-        self.write(bits)
+    def given(self, calls: Sequence[tuple[Tensor, dict[str, Any]]]) -> list[Tensor]:
+        """The hidden states behind the window with the weights that it has, by batch."""
         return [self(*call) for call in calls]
 
     @property
@@ -194,7 +197,7 @@ def _learned(
     seed: int,
 ) -> Recipe:
     """A recipe's scales with learned codes, whose highest bits are learned, too, at each of some widths (None: all)."""
-    learned = replace(start, clips={}, errors={}, damage={})
+    learned = replace(start, clips={}, errors={}, damage={}, terms={})
     layers, reach = decoder_layers(model), REACH if len(widths) == 1 else NESTED_REACH
     exact, arguments = first_calls(model, batches)
     seen = dict.fromkeys(widths, exact)
@@ -206,7 +209,16 @@ def _learned(
         calls = {bits: [*zip(inputs, arguments, strict=True)] for bits, inputs in seen.items()}
         fit(learner, calls, exact, shares, steps, lr / steps, seed)
         learned.codes.update({name: own.codes().cpu() for name, own in learner.roundings.items()})
-        seen = {bits: learner.outputs(calls[bits], bits) if sequential else exact for bits in widths}
+        for bits in widths:
+            if bits is None:
+                outputs = learner.outputs(calls[bits]) if sequential else exact
+            else:
+                own = fit_terms(learner, bits, calls[bits], exact, shares, steps // 2, seed)
+                learned.terms.setdefault(bits, {}).update(
+                    {n: (s.cpu(), z.cpu()) for n, (s, z) in own.items()}
+                )
+                outputs = learner.given(calls[bits]) if sequential else exact
+            seen[bits] = outputs
         for layer in here:
             if progress:
                 progress(layer.name, start.tokens[layer.name])

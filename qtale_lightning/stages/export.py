@@ -124,5 +124,5 @@ def load_exported(
     model = load_model(run, folder, dtype, alone).eval().to(device)
     if schedule is not None:
         Phases(model, schedule, Routing()).end()  # refuses what it doesn't hold
-        model.generation_config.bits_schedule = schedule.rows()  # type: ignore[attr-defined]
+        model.generation_config.bits_schedule = schedule.rows()
     return model

@@ -29,7 +29,7 @@ from qtale_lightning.quantization.kernels import (
     kernel_block,
     kernels_for,
 )
-from qtale_lightning.quantization.nested import narrowed
+from qtale_lightning.quantization.nested import narrowed, of_highest
 from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
 from tests.tolerance import close
@@ -201,7 +201,7 @@ def test_all_widths_by_planes(bits: int, symmetric: bool, monkeypatch: pytest.Mo
 def test_narrower_models_are_read_of_the_same_planes(dtype: torch.dtype) -> None:
     """Fractions of zero points are exact, too: tokens that choose single inputs give back the weight's columns."""
     weight, one_hot = make_weight(80, 96, Scheme(4, 32)), torch.eye(96, dtype=dtype)
-    found = kernels_for(weight, (2, 3, 4))
+    found = kernels_for(weight, 4, _terms(weight))
     for bits, kernel in found.items():
         assert isinstance(kernel, PlaneStrips)
         exact = narrowed(weight, 4 - bits).dequantize()
@@ -210,10 +210,19 @@ def test_narrower_models_are_read_of_the_same_planes(dtype: torch.dtype) -> None
         assert kernel.high.data_ptr() == found[4].high.data_ptr()  # type: ignore[attr-defined]
 
 
+def _terms(weight: Quantized) -> dict[int, tuple[Tensor, Tensor]]:
+    """Scales and zero points of 2 and 3 bits that follow from those of 4."""
+    found = {}
+    for bits in (2, 3):
+        scales, zeros = of_highest(weight.scales, weight.zeros, 4 - bits)
+        found[bits] = scales.squeeze(-1), zeros.squeeze(-1)
+    return found
+
+
 def test_narrower_models_without_planes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "available", lambda: False)
     weight, x = make_weight(64, 128, Scheme(4, 32)), make_tokens(128)[:3]
-    for bits, kernel in kernels_for(weight, (2, 4)).items():
+    for bits, kernel in kernels_for(weight, 4, _terms(weight)).items():
         torch.testing.assert_close(kernel(x), x @ narrowed(weight, 4 - bits).dequantize().T)
 
 

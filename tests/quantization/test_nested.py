@@ -1,6 +1,7 @@
 """Nested codes: what is stored, loaded and learned at several precisions from one folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from qtale_lightning.__main__ import main
 from qtale_lightning.models import RoutedForCausalLM
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.quantization.linear import QuantizedLinear
-from qtale_lightning.quantization.mappings import linear_shapes
+from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.nested import narrowed, pack_planes, unpack_planes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import uniform
-from qtale_lightning.quantization.recipe import Codes, Recipe
+from qtale_lightning.quantization.recipe import Codes, Recipe, scale_vectors
 from qtale_lightning.quantization.rounding import Rounding
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
+from qtale_lightning.results import load_results
+from qtale_lightning.run import RunDirectory
 from tests.quantization.conftest import GROUP, MakeModel, MakeRouted
 
 FEW = {"steps": 4, "batch": 2}
@@ -84,8 +88,15 @@ def test_all_widths_are_learned(make_model: MakeModel, rows: Tensor) -> None:
     def damage(recipe: Recipe, bits: int) -> float:
         model = make_model()
         exact = model(rows).logits.log_softmax(-1)
-        cut = {name: _cut(own, 4 - bits) for name, own in recipe.codes.items()}
-        quantize_model(model, Recipe("", dict.fromkeys(cut, 8), GROUP, scales=recipe.scales, codes=cut))
+        for layer in decoder_layers(model):
+            for name, linear in layer.linears.items():
+                full = layer.path(name)
+                weight = narrowed(recipe.codes[full].quantized(), 4 - bits)
+                if bits in recipe.terms:
+                    scales, zeros = (term.float()[..., None] for term in recipe.terms[bits][full])
+                    weight = Quantized(weight.codes, scales, zeros)
+                linear.weight.copy_(weight.dequantize())
+            scale_vectors(layer, recipe)
         found = model(rows).logits.log_softmax(-1)
         return torch.nn.functional.kl_div(found, exact, log_target=True, reduction="batchmean").item()
 
@@ -95,13 +106,7 @@ def test_all_widths_are_learned(make_model: MakeModel, rows: Tensor) -> None:
     assert nested.held == [2, 3, 4]
     assert damage(nested, 2) < 0.7 * damage(plain, 2)
     assert damage(nested, 3) < damage(plain, 3)
-    assert damage(nested, 4) < 0.5 * damage(nested, 3)
-
-
-def _cut(own: Codes, dropped: int) -> Codes:
-    """Codes without their lowest bits as codes of 8 bits with whole zero points: of eight times as many levels."""
-    codes, scales, zeros = narrowed(own.quantized(), dropped)
-    return Codes((codes.flatten(1) * 8).byte(), scales.squeeze(-1) / 8, (zeros.squeeze(-1) * 8).byte())
+    assert damage(nested, 4) < 0.8 * damage(nested, 3)
 
 
 # ------------------------------------------------------------------------------------------------ in a folder
@@ -141,15 +146,36 @@ def test_one_folder_gives_every_precision(folder: Path, rows: Tensor) -> None:
 def test_only_the_bits_that_are_read_are_loaded(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     names = {name.rpartition(".")[2] for name in stored if "q_proj" in name}
-    assert names == {"qweight", "plane3", "plane4", "qzeros", "scales"}
+    terms = {f"{kind}{width}" for kind in ("scales", "zeros") for width in (2, 3)}
+    assert names == {"qweight", "plane3", "plane4", "qzeros", "scales"} | terms
     for bits in (2, 3):
         model = RoutedForCausalLM.from_pretrained(folder, bits=bits)
-        planes = {
-            name for part in linears(model).values() for name, _ in part.named_buffers() if "plane" in name
-        }
-        assert planes == {f"plane{width}" for width in range(3, bits + 1)}
+        found = {name for part in linears(model).values() for name, _ in part.named_buffers()}
+        planes = {f"plane{width}" for width in range(3, bits + 1)}
+        assert found == {"qweight", "qzeros", "scales", f"scales{bits}", f"zeros{bits}"} | planes
         with pytest.raises(ValueError, match="not serializable"):  # a part of it
             model.save_pretrained(folder / "again")
+
+
+@torch.no_grad()
+def test_a_widths_own_scales_and_zeros_are_kept(
+    make_routed: MakeRouted, rows: Tensor, tmp_path: Path
+) -> None:
+    """From the search's file to a linear that reads 2 bits."""
+    model = make_routed(kv_heads=2)
+    found = found_by("nested", model, rows, **FEW)
+    found.save(tmp_path / "recipe.safetensors")
+    kept = Recipe.load(tmp_path / "recipe.safetensors")
+    quantize_model(model, kept)
+    model.save_pretrained(tmp_path)
+    alone = linears(RoutedForCausalLM.from_pretrained(tmp_path, bits=2))
+    for name, (scales, zeros) in found.terms[2].items():
+        part = alone[name].quantized()
+        assert torch.equal(part.codes.flatten(1), (found.codes[name].codes >> 2).float())
+        assert torch.equal(part.scales.squeeze(-1), scales.float())
+        assert torch.equal(part.zeros.squeeze(-1), zeros.float())
+    derived = narrowed(found.codes["model.layers.1.mlp.up_proj"].quantized(), 2).scales.squeeze(-1)
+    assert not torch.equal(derived.half(), found.terms[2]["model.layers.1.mlp.up_proj"][0])  # they are fitted
 
 
 @torch.no_grad()
@@ -196,3 +222,46 @@ def test_options_that_dont_fit_are_refused(given: dict[str, Any], said: str) -> 
     options = QuantizationOptions(engine="nested", group_size=64, **{"bits": (4, 3), **given})
     with pytest.raises(ValueError, match=said):
         options.check(SHAPES, 2)
+
+
+@pytest.mark.slow
+def test_a_run_has_one_folder_for_all(
+    options: Callable[..., list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From fit to answers written by a schedule; another precision of the folder needs no other search."""
+    small = (
+        *("--data.batch_size", "8", "--data.limit_train", "64", "--data.limit_validation", "12"),
+        *("--data.calibration_rows", "8", "--trainer.max_steps", "4", "--sweep.thresholds", "[0.5]"),
+        *("--data.answers", "generated", "--data.prompt_style", "choice", "--wandb", "disabled"),
+        *("--quantize.engine", "nested", "--quantize.bits", "[4,2]", "--quantize.group_size", "64"),
+        *("--quantize.options", '{"steps": 2, "batch": 2}', "--quantize.sequences", "16"),
+    )
+    main(["fit", *options("tiny", "qtale", *small, "--out", str(tmp_path))])
+    run = RunDirectory(tmp_path / "tiny-qtale-facts-s0")
+    assert run.model(4, "nested") == run.model(2, "nested") == run.root / "model-nested"
+    made = (run.model(4, "nested") / "model.safetensors").read_bytes()
+    at_3 = ("--quantize.engine", "nested", "--theta", "0.5", "--bits")
+    main(["evaluate", str(run.root), *at_3, "3"])
+    main(["evaluate", str(run.root), *at_3[:-1], "--bits_schedule", "0:4,2:3:0.6"])
+    assert (run.model(4, "nested") / "model.safetensors").read_bytes() == made
+    rows = [row for row in load_results(run.root)["evaluation"] if row["split"] == "validation"]
+    size = {(row["bits"], row["engine"]): row["weight_bytes"] for row in rows if row["bits"] != 16}
+    assert size.keys() == {(4, "nested"), (3, "nested"), (2, "nested"), (4, "nested+0:4,2:3:0.6")}
+    a_bit = (
+        6 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256) // 8
+    )  # bytes of one bit of each of tiny's weights
+    assert size[3, "nested"] - size[2, "nested"] == a_bit
+    assert (
+        size[4, "nested"] - size[3, "nested"] == a_bit / 2
+    )  # 4 bits have no terms but the codes' own, in groups of 64
+    assert all(row["writing_tokens"] > 0 for row in rows)
+    for wrong, said in (
+        (["--bits", "5"], "holds no model at 5 bits"),
+        (["--bits_schedule", "0:3,2:4"], "rises from 3 to 4 bits"),
+        (["--bits_schedule", "0:8,2:4"], "no model at 8 bits"),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main(["evaluate", str(run.root), *at_3[:-1], *wrong])
+        assert end.value.code == 2
+        assert said in " ".join(capsys.readouterr().err.split())
