@@ -174,7 +174,7 @@ def test_a_wrong_result_fails_the_comparisons(
         part.__name__ = name
     monkeypatch.setattr(parity, "PARTS", tuple(parts.values()))
     context = stages.Context("cpu", True, tmp_path, 1.0, tmp_path / "figures.json")
-    with pytest.raises(stages.StageFailed, match="3 of 4 comparisons failed: nothing; flat_attention; wrong"):
+    with pytest.raises(stages.StageFailed, match="3 of 4 comparisons failed: nothing; wrong; flat_attention"):
         parity.parity(context)
     kept = json.loads(context.figures.read_text(encoding="utf-8"))["checks"]
     assert kept["flat_attention"]["error"] == "RuntimeError: no kernel"
