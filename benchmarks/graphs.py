@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report; every model is written as soon as it is done."""
     args = options().parse_args(arguments)
     if args.quick:
-        args.model, args.layers, args.batch, args.ratios, args.repeats = ["tiny"], 1, [1], [1.0, 0.5], 1
+        args.model, args.layers, args.batch, args.ratios, args.repeats = ["tiny"], 2, [1], [0.5], 1
     done: list[dict[str, Any]] = []
     for rows in attempts(args):
         done += rows
