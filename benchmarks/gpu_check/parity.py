@@ -186,9 +186,9 @@ def graphs(device: str, quick: bool) -> Iterator[Check]:
         "pad_token_id": 0,
         "eos_token_id": None,
     }
-    found: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)  # type: ignore[misc]
+    found: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)
     with mock.patch.object(sampling, "sample", return_value=None):
-        by_layers: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)  # type: ignore[misc]
+        by_layers: Any = model.generate(tokens().to(device), attention_mask=mask, **settings)
     yield Check("tokens of the graph that differ", float((found != by_layers).sum()), 0)
 
 
