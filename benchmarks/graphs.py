@@ -22,6 +22,7 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -150,32 +151,18 @@ def measure(name: str, layers: int, batch: int, args: Namespace) -> list[dict[st
         except Exception as error:  # the others are worth measuring
             broken[form, ratio] = f"{type(error).__name__}: {error}"[:300]
 
-    add("dense", 1.0, 2 * per_layer * layers + head, lambda: dense(base, batch, args.device))
+    add("dense", 1.0, 2 * per_layer * layers + head, partial(dense, base, batch, args.device))
     for ratio in args.ratios:
         forced, executed = forced_steps(ratio, layers, batch, args.device)
-        kept = max(1, round(ratio * layers))
-        routers = router * layers
-        add("bf16", ratio, 2 * per_layer * executed + routers + head, lambda f=forced: ours(model, batch, f))
-        width = (4 + (16 + 8) / group) / 8
-        add(
-            "int4",
-            ratio,
-            width * per_layer * executed + routers + head,
-            lambda f=forced: ours(packed, batch, f),
-        )
-        if ratio < 1:
-            add(
-                "static",
-                ratio,
-                2 * per_layer * kept + head,
-                lambda k=kept: ours(pruned(base, k), batch, None),
-            )
-        if graph.has_conditional_nodes() and args.device == "cuda":
-            for form, one in (("bf16", model), ("int4", packed)):
-                add(
-                    f"{form}, nodes", ratio, limits[form, ratio] * speed / 1e3,
-                    lambda f=forced, m=one: ours(m, batch, f, True),
-                )  # fmt: skip
+        always, width = router * layers + head, (4 + (16 + 8) / group) / 8
+        for form, one, bytes_ in (("bf16", model, 2.0), ("int4", packed, width)):
+            needed = bytes_ * per_layer * executed + always
+            add(form, ratio, needed, partial(ours, one, batch, forced))
+            if graph.has_conditional_nodes() and args.device == "cuda":
+                add(f"{form}, nodes", ratio, needed, partial(ours, one, batch, forced, conditional=True))
+        if (kept := max(1, round(ratio * layers))) < layers:
+            shallow = pruned(base, kept)
+            add("static", ratio, 2 * per_layer * kept + head, partial(ours, shallow, batch, None))
     seconds = interleaved(runs, args.repeats, warmup=1)
     peer, steps = seconds.get(("dense", 1.0)), STEPS if args.device == "cuda" else 1
     rows = []
@@ -254,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report; every model is written as soon as it is done."""
     args = options().parse_args(arguments)
     if args.quick:
-        args.model, args.layers, args.batch, args.ratios, args.repeats = ["tiny"], 2, [1], [1.0, 0.5], 1
+        args.model, args.layers, args.batch, args.ratios, args.repeats = ["tiny"], 2, [1], [0.5], 1
     done: list[dict[str, Any]] = []
     for rows in attempts(args):
         done += rows

@@ -10,7 +10,7 @@ import mmap
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 SIZE = 2**21
 """Bytes of one, on x86, and on ARM with pages of 4 KB."""
@@ -28,7 +28,7 @@ def placed(tensor: Tensor) -> Tensor:
         return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def settle(parameter: nn.Parameter) -> None:
+def settle(parameter: Tensor) -> None:
     """Move a parameter's data into huge pages, unless others see its memory, too: views of it, or other processes."""
     data = parameter.detach()
     alone = data.untyped_storage().nbytes() == data.numel() * data.element_size()

@@ -22,7 +22,7 @@ from gpu_check.stages import ROOT
 from gpu_check.wheels import BUNDLE, distribution
 
 WHEELS = Path(__file__).parent / "wheels.txt"
-PROJECT = ("qtale_lightning", "experiments", "benchmarks", "pyproject.toml", "requirements.txt")
+PROJECT = ("qtale_lightning", "experiments", "benchmarks", "tests", "pyproject.toml", "requirements.txt")
 RUN = '#!/bin/sh\ncd "$(dirname "$0")/project" && PYTHONPATH=benchmarks exec python3 -m gpu_check "$@"\n'
 MIB = 2**20
 

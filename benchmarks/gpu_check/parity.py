@@ -160,7 +160,7 @@ def graphs(device: str, quick: bool) -> Iterator[Check]:
     """A token by `models.graph` against the layers, at given decisions; then tokens in a row, by their own."""
     if device == "cpu" and not interprets():
         return
-    for dtype, limit in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16)):
+    for dtype, limit in ((torch.float32, FLOAT32), (torch.bfloat16, BFLOAT16))[: 1 if quick else 2]:
         model, ids = routed(device, dtype), tokens().to(device)
         layers = range(model.config.num_hidden_layers)
         given = torch.tensor([[(i + row) % 2 for row in range(BATCH)] for i in layers]).to(device, torch.int8)

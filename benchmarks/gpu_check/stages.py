@@ -65,17 +65,12 @@ class Stage:
 STAGES = (
     Stage("tests", "tests marked `cuda`", 60, "tests:tests"),
     Stage("parity", "packed = masked, int4, generation and graphs = their references", 80, "parity:parity"),
-    Stage("decode", "a decoded token of LLaMA-2-7B and 3.1-8B as one CUDA graph", 100, "speed:decode"),
-    Stage("latency", "prefill and decode at LLaMA-2-7B's widths, layer by layer", 60, "speed:speed"),
+    Stage("decode", "a decoded token of LLaMA-2-7B and 3.1-8B as one CUDA graph", 90, "speed:decode"),
+    Stage("latency", "prefill and decode at LLaMA-2-7B's widths, layer by layer", 50, "speed:speed"),
     Stage(
-        "step",
-        "a training step at LLaMA-2-7B's shape against Hugging Face + peft, and its memory",
-        50,
-        "step:step",
+        "step", "a training step of LLaMA-2-7B, and its memory, beside Hugging Face + peft", 60, "step:step"
     ),
-    Stage(
-        "quantize", "seconds and memory of quantizing a layer of LLaMA-2-7B's shape", 30, "quantize:quantize"
-    ),
+    Stage("quantize", "a layer of LLaMA-2-7B: AWQ's seconds and memory", 40, "quantize:quantize"),
     Stage("lora", "MODEL=tiny with LoRA on a frozen base, bf16-mixed", 40, "training:lora"),
     Stage("tiny", "MODEL=tiny from fit to report, in float32", 60, "training:tiny"),
 )

@@ -39,19 +39,7 @@ def tests(context: Context) -> dict[str, Any]:
 
     outcomes = Outcomes(context)
     where = [str(ROOT / "tests" / "cuda"), str(ROOT / "tests" / "training" / "test_host_waits.py")]
-    given = [
-        "-m",
-        "cuda",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(ROOT),
-        "-c",
-        str(ROOT / "pyproject.toml"),
-    ]
-    if context.device == "cuda":  # what the interpreter has proved, compiled: the slow ones, too
-        given[1] = "cuda or slow or not slow"
+    given = ["-m", "cuda", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     status = pytest.main([*where, *given], plugins=[outcomes])
     if outcomes.failures or status not in (ALL_SKIPPED, NONE_FOUND):
         raise StageFailed(

@@ -50,7 +50,7 @@ def test_the_stages_fit_their_time(load: Load) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "parity", "lora"])
+@pytest.mark.parametrize("name", ["tiny", "parity", "lora", "decode", "step", "quantize"])
 def test_a_stage_runs_on_the_cpu(name: str, load: Load, tmp_path: Path) -> None:
     """In this process; how stages are started as their own is the same for all of them."""
     context = load("gpu_check.stages").Context("cpu", True, tmp_path, 1000.0, tmp_path / "figures.json")
@@ -60,12 +60,16 @@ def test_a_stage_runs_on_the_cpu(name: str, load: Load, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_stage_starts_as_a_process_of_its_own(load: Load, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu_check", "--device", "cpu", "--quick", "--budget", "1000"]
-    subprocess.run([*command, "--out", str(tmp_path), "--stages", "latency"], cwd=BENCHMARKS, check=True)
-    (stage,) = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["stages"]
-    assert stage == json.loads((tmp_path / "latency.json").read_text(encoding="utf-8"))
-    passed(stage)
-    every = [stage.name for stage in load("gpu_check.stages").STAGES]
-    assert every == ["tiny", "parity", "lora", "latency"], "these and those above"
+    subprocess.run(
+        [*command, "--out", str(tmp_path), "--stages", "latency", "tests"], cwd=BENCHMARKS, check=True
+    )
+    stages = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["stages"]
+    for stage in stages:
+        assert stage == json.loads((tmp_path / f"{stage['stage']}.json").read_text(encoding="utf-8"))
+        passed(stage)
+    every = {stage.name for stage in load("gpu_check.stages").STAGES}
+    above = {"tiny", "parity", "lora", "decode", "step", "quantize"}
+    assert every == above | {stage["stage"] for stage in stages}, "these and those above"
 
 
 def passed(outcome: dict[str, Any]) -> None:
@@ -166,13 +170,11 @@ def test_a_wrong_result_fails_the_comparisons(
         "caches": lambda *_: [parity.Check("wrong", 0.5, 1e-4)],
         "flat_attention": breaks,
     }
-    others = ("generation", "gradients", "int4_linears", "int4_model", "search")
-    for name, part in (parts | dict.fromkeys(others, lambda *_: [])).items():
-        if name in parts:
-            part.__name__ = name
-        monkeypatch.setattr(parity, name, part)
+    for name, part in parts.items():
+        part.__name__ = name
+    monkeypatch.setattr(parity, "PARTS", tuple(parts.values()))
     context = stages.Context("cpu", True, tmp_path, 1.0, tmp_path / "figures.json")
-    with pytest.raises(stages.StageFailed, match="3 of 4 comparisons failed: nothing; flat_attention; wrong"):
+    with pytest.raises(stages.StageFailed, match="3 of 4 comparisons failed: nothing; wrong; flat_attention"):
         parity.parity(context)
     kept = json.loads(context.figures.read_text(encoding="utf-8"))["checks"]
     assert kept["flat_attention"]["error"] == "RuntimeError: no kernel"
