@@ -232,7 +232,9 @@ def options() -> ArgumentParser:
     made.add_argument("--batch", type=int, nargs="*", default=[1, 8])
     made.add_argument("--ratios", type=float, nargs="*", default=[1.0, 0.75, 0.5, 0.25])
     made.add_argument("--repeats", type=int, default=5)
-    made.add_argument("--device", default="cuda", help="cuda, or cpu with --quick")
+    made.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, or cpu with --quick"
+    )
     made.add_argument("--seconds", type=float, help="no model is begun later")
     return made
 

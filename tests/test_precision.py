@@ -11,6 +11,7 @@ import yaml
 from qtale_lightning import precision
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.cpu import build
+from qtale_lightning.routing.perturbation import UNPERTURBED
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.runs import Request, known_runs, resolve
@@ -185,7 +186,7 @@ def test_a_table_finds_runs_that_began_on_another_processor(
     request = Request("smollm2-135m", "facts", (0,), tmp_path, ("--trainer.accelerator", "cpu"))
 
     def wanted(*given: tuple[str, str]) -> Path:
-        line = Line("a", "qtale", given, (), 16, "none", None, (), "")
+        line = Line("a", "qtale", given, (), 16, "none", None, UNPERTURBED, (), "")
         return resolve(request, base, line, "facts", 0, known_runs(tmp_path)).directory.root
 
     has_bfloat16(monkeypatch, False)

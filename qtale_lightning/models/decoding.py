@@ -225,8 +225,9 @@ class Parts(NamedTuple):
 def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
     """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, or skipping isn't leaving out."""
     config, layers = model.config, model.layers
-    plain = not (config.keep_kv or config.stand_in_rank) and config.hidden_act == "silu"
-    if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
+    if not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
+        return None
+    if config.keep_kv or config.stand_in_rank or config.hidden_act != "silu":
         return None
     found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
     return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]

@@ -36,6 +36,11 @@ def test_a_commands_own_options_stand_anywhere(argv: tuple[str, ...]) -> None:
         "theta": (0.3,),
         "activation_bits": 16,
         "head_bits": 16,
+        "noise": 0.0,
+        "random_gates": 0.0,
+        "random_ratio": None,
+        "draw": 0,
+        "bits_schedule": None,
         "options": ("--data.limit_validation", "8"),
     }
 

@@ -149,11 +149,13 @@ class FakeCommands:
                 save_results(run.root, results)
 
     def _evaluate(self, options: list[str]) -> None:
-        at = {name: options[options.index(name) + 1] for name in ("--bits", "--theta", "--quantize.engine")}
-        bits = float(at["--bits"])
-        engine = "none" if bits == 16 else at["--quantize.engine"]
-        theta, perturbation = float(at["--theta"]), _perturbation(options)
-        self._row(RunDirectory(options[0]), bits, engine, theta, "validation", perturbation)
+        asked = ("--bits", "--theta", "--quantize.engine", "--bits_schedule")
+        at = {name: options[options.index(name) + 1] for name in asked if name in options}
+        bits, theta = float(at["--bits"]), float(at["--theta"]) if "--theta" in at else None
+        engine, schedule = "none" if bits == 16 else at["--quantize.engine"], at.get("--bits_schedule", "")
+        self._row(
+            RunDirectory(options[0]), bits, engine, theta, "validation", _perturbation(options), schedule
+        )
 
     def _grid(self, run: RunDirectory, bits: Sequence[float], engine: str, grid: Sequence[float]) -> None:
         has_theta = METHODS[self._configuration(run)["model"]["method"]].theta
@@ -181,6 +183,7 @@ class FakeCommands:
         theta: float | None,
         split: str,
         perturbation: dict[str, float] | None = None,
+        schedule: str = "",
     ) -> None:
         """Accuracy falls with the bits, with θ and with noise; every second question that is right differs by seed."""
         perturbation = perturbation or {}
@@ -194,12 +197,12 @@ class FakeCommands:
         value, error = float(right.mean()), 0.04
         row: Any = {
             "bits": int(bits) if bits == int(bits) else bits,
-            "engine": engine,
+            "engine": "+".join(part for part in (engine, schedule) if part),
             "theta": theta,
             "split": split,
             "examples": QUESTIONS,
             "execution_ratio": ratio,
-            "execution_ratio_per_layer": [1.0, 1.0] + [ratio] * (LAYERS - 2),
+            "execution_ratio_per_layer": [1.0, 1.0] + [ratio if METHODS[method].decides else 1.0] * (LAYERS - 2),
             "flops_ratio": ratio,
             "accuracy": {task: _score(task, value, error)},
             "average": value if task not in TEXTS else None,
