@@ -25,6 +25,8 @@ def _configure() -> None:
     for message in (".*does not have many workers", ".*exists and is not empty", ".*treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # it is given what argv holds
+    # The module's is the one that is meant: no data module has one.
+    warnings.filterwarnings("ignore", message=".*overridden `on_before_batch_transfer`")
     keep_freed_memory()
 
 
