@@ -253,4 +253,4 @@ def _score(column: ColumnOf) -> str:
 def _sides(table: Table, column: ColumnOf, index: int, answers: dict[Any, Answer]) -> list[Side]:
     data = column.data or table.data_of(table.lines[index])[0]
     found = [answers[index, data, seed] for seed in table.request.seeds]
-    return [Side(answer.run.directory.root, answer.row) for answer in found if answer.row is not None]
+    return [side for answer in found if (side := answer.side)]

@@ -47,7 +47,7 @@ def added_nll(table: Table, line: Line, data: str) -> Estimate | None:
 
 def _sides(table: Table, line: Line, data: str) -> list[Side]:
     found = [table.answer(line, data, seed) for seed in table.request.seeds]
-    return [Side(answer.run.directory.root, answer.row) for answer in found if answer.row is not None]
+    return [side for answer in found if (side := answer.side)]
 
 
 def related(table: Table, data: str, bits: float) -> list[Related]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qtale_lightning.experiments import names
 from qtale_lightning.results.schema import Evaluation, Results
+from qtale_lightning.tables.bold import Side
 from qtale_lightning.tables.declaration import Declaration, Line
 from qtale_lightning.tables.request import Request
 from qtale_lightning.tables.rows import Command, Demand, find_row, missing_commands
@@ -20,6 +21,11 @@ class Answer:
     run: TableRun
     results: Results
     row: Evaluation | None
+
+    @property
+    def side(self) -> Side | None:
+        """What of it is compared with other lines; None where the row is missing."""
+        return None if self.row is None else Side(self.run.directory.root, self.row)
 
 
 @dataclass(frozen=True)
