@@ -96,22 +96,14 @@ def _estimate(*numbers: float) -> Estimate:
     return Estimate(*(round(float(number), 12) for number in numbers))
 
 
-def paired_difference(ours: ByTask, theirs: ByTask) -> Estimate:
-    """:func:`average` of the differences ``ours − theirs`` of two models on the same questions, question by question.
+def paired_difference_over_seeds(ours: Sequence[ByTask], theirs: Sequence[ByTask]) -> Estimate:
+    """:func:`average_over_seeds` of the differences ``ours − theirs`` of two methods' models, seed by seed and question
+    by question.
 
     What makes a question hard for both cancels out, so far smaller differences show than between two averages.
 
     Raises:
-        ValueError: The two weren't asked the same number of questions of the same tasks.
-    """
-    return average(_differences(ours, theirs))
-
-
-def paired_difference_over_seeds(ours: Sequence[ByTask], theirs: Sequence[ByTask]) -> Estimate:
-    """:func:`average_over_seeds` of the differences of two methods' models, seed by seed and question by question.
-
-    Raises:
-        ValueError: See there, and :func:`paired_difference`.
+        ValueError: See there, or a pair wasn't asked the same number of questions of the same tasks.
     """
     return average_over_seeds([_differences(*pair) for pair in zip(ours, theirs, strict=True)])
 

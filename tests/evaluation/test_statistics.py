@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from qtale_lightning.evaluation.statistics import (
+    ByTask,
     Estimate,
     average,
     average_over_seeds,
-    paired_difference,
     paired_difference_over_seeds,
 )
 
@@ -21,6 +21,10 @@ TOLERANCE = 0.03
 def hits(seed: int, sizes: dict[str, int], rates: dict[str, float]) -> dict[str, np.ndarray]:
     generator = np.random.default_rng(seed)
     return {task: (generator.random(n) < rates[task]).astype(float) for task, n in sizes.items()}
+
+
+def paired_difference(ours: ByTask, theirs: ByTask) -> Estimate:
+    return paired_difference_over_seeds([ours], [theirs])
 
 
 SIZES = {"piqa": 1800, "boolq": 200, "openbookqa": 500}

@@ -9,7 +9,7 @@ import pytest
 
 from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation.accuracy import accuracy_by_task
-from qtale_lightning.evaluation.statistics import paired_difference
+from qtale_lightning.evaluation.statistics import paired_difference_over_seeds
 from qtale_lightning.manifest import DamagedFileError
 from qtale_lightning.results.predictions import (
     Prediction,
@@ -182,7 +182,7 @@ def test_a_damaged_file_is_named_by_its_line(tmp_path: Path, damage: Any, messag
 def test_pairs_are_compared_question_by_question() -> None:
     ours, theirs = outcomes(0), outcomes(1)
     for score in ("value", "nll"):
-        expected = paired_difference(by_task(ours, score), by_task(theirs, score))
+        expected = paired_difference_over_seeds([by_task(ours, score)], [by_task(theirs, score)])
         assert compare_predictions(ours, theirs, score) == expected
         assert expected.value != 0
 
