@@ -206,7 +206,7 @@ class GraphDecoder:
 
 
 def has_conditional_nodes() -> bool:
-    """Whether this PyTorch captures conditional nodes (CUDA 12.4; not PyTorch 2.11)."""
+    """Whether this PyTorch captures conditional nodes (from CUDA 12.4 on)."""
     return hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
 
 
