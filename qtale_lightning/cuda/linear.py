@@ -188,24 +188,17 @@ def _dense_rows(
 ) -> tl.tensor:  # fmt: skip
     """Products of some rows of a dense weight, float32 ``(ROWS, TOKENS)``."""
     at = weight + row.to(tl.int64)[:, None] * INPUTS
-    if TOKENS == 1:
-        sums = tl.zeros((ROWS, BLOCK), tl.float32)
-        for start in range(0, INPUTS, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            token = _tokens(x, norm, factor, column, INPUTS, BATCH, TOKENS)
-            inside = (row < outputs)[:, None] & (column < INPUTS)[None, :]
-            value = tl.load(at + column[None, :], mask=inside, other=0.0)
+    sums = tl.zeros((ROWS, BLOCK if TOKENS == 1 else TOKENS), tl.float32)
+    for start in range(0, INPUTS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        token = _tokens(x, norm, factor, column, INPUTS, BATCH, TOKENS)
+        inside = (row < outputs)[:, None] & (column < INPUTS)[None, :]
+        value = tl.load(at + column[None, :], mask=inside, other=0.0)
+        if TOKENS == 1:
             sums += value.to(tl.float32) * token.to(tl.float32)
-        product = tl.sum(sums, 1)[:, None]
-    else:
-        product = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in range(0, INPUTS, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            token = _tokens(x, norm, factor, column, INPUTS, BATCH, TOKENS)
-            inside = (row < outputs)[:, None] & (column < INPUTS)[None, :]
-            value = tl.load(at + column[None, :], mask=inside, other=0.0)
-            product = dot(value, tl.trans(token.to(value.dtype)), product)
-    return product
+        else:
+            sums = dot(value, tl.trans(token.to(value.dtype)), sums)
+    return tl.sum(sums, 1)[:, None] if TOKENS == 1 else sums
 
 
 @triton.jit
