@@ -84,6 +84,10 @@ class RunConfiguration:
                 f"--model.stand_in_rank {rank} is above the width {config.hidden_size} of {self.model.name}: give a "
                 "smaller one"
             )
+        if self.quantization.refit_routers and self.model.routing_options["gates"] == "sublayer":
+            raise ValueError(
+                "--quantize.refit_routers fits routers of layers: leave it, or --model.gates sublayer, out"
+            )
         if self.model.how.theta:
             self.sweep.check_budgets(start / config.num_hidden_layers)
         metrics = self.datamodule.asking.metrics("calibration")

@@ -49,7 +49,7 @@ def answer_loss(logits: Tensor, targets: Tensor, answer: Tensor) -> Tensor:
 
 
 def ratio_loss(
-    gates: Tensor,
+    executed: Tensor,
     layers: int,
     target: float,
     free: Tensor,
@@ -58,7 +58,7 @@ def ratio_loss(
     """L_ratio (D-LLM): mean over tokens of |share of all layers that the token executes − target|.
 
     Args:
-        gates: Decisions of the routed layers, ``(R, B, T)``.
+        executed: Decisions about the routed layers, or how much of them tokens execute, ``(R, B, T)``.
         layers: Number of all layers; those without a router count as executed.
         target: R_target.
         free: Tokens that are held to it: none of padding, none that always execute, bool ``(B, T)``.
@@ -66,7 +66,7 @@ def ratio_loss(
             tokens, of which hard ones may execute more (after SkipGPT, arXiv 2506.04179); or the mean over all, whose
             signed excess is returned, since a mean over some of them, a micro-batch, has no distance of its own.
     """
-    excess = (gates.sum(0) + (layers - len(gates))) / layers - target
+    excess = (executed.sum(0) + (layers - len(executed))) / layers - target
     if held == "token":
         return sequence_mean(excess.abs(), free)
     if held == "sequence":

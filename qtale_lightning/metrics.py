@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.routing import Routing, by_layer
 from qtale_lightning.paths import PathDiversity
 from qtale_lightning.routing.router import execute_probability, logit_gap
 
@@ -15,36 +15,49 @@ from qtale_lightning.routing.router import execute_probability, logit_gap
 class ExecutionRatio(Metric):
     """Share of layer executions over all real tokens, per layer; reserved tokens and layers without router included.
 
-    So it is the share of the dense model's layer work that is done, not the routers' own rate.
+    So it is the share of the dense model's layer work that is done, not the routers' own rate. Of a layer whose
+    sublayers are decided about apart it is the share of its weights that are computed.
 
     Args:
         layers: Number of the model's layers.
         dropped: Layers of its base model that it was made without: none of them is executed.
+        shares: Of a layer's units, as `architectures.unit_shares` gives them.
     """
 
     executed: Tensor
     tokens: Tensor
     full_state_update = False
 
-    def __init__(self, layers: int, dropped: Sequence[int] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        layers: int,
+        dropped: Sequence[int] | None = None,
+        shares: Sequence[float] = (1.0,),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
-        self.layers, self.dropped = layers, {*(dropped or ())}
-        self.add_state("executed", torch.zeros(layers, dtype=torch.long), dist_reduce_fx="sum")
+        self.layers, self.dropped, self.shares = layers, {*(dropped or ())}, shares
+        executed = torch.zeros(layers * len(shares), dtype=torch.long)
+        self.add_state("executed", executed, dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, routing: Routing) -> None:
         """Count a forward pass."""
-        self.executed += routing.executed(self.layers)
+        self.executed += routing.executed(len(self.executed))
         self.tokens += routing.tokens.sum()
 
     def compute(self) -> Tensor:
         """Ratio of each layer of the base model, ``(layers,)``; its mean is the model's."""
-        ratios = self.executed / self.tokens.clamp_min(1)
+        ratios = by_layer(self.by_unit(), self.shares)
         if not self.dropped:
             return ratios
         kept, none = iter(ratios.unbind()), ratios.new_zeros(())
         layers = range(self.layers + len(self.dropped))
         return torch.stack([none if layer in self.dropped else next(kept) for layer in layers])
+
+    def by_unit(self) -> Tensor:
+        """Ratio of each unit of the model's layers, ``(layers · n,)``."""
+        return self.executed / self.tokens.clamp_min(1)
 
 
 class Histogram(Metric):

@@ -135,7 +135,10 @@ class QTALEModule(ModelSettings, L.LightningModule):
         self.model.train()  # from_pretrained leaves it in evaluation mode, and Lightning would keep it there
 
     def _ratio(self, **options: Any) -> ExecutionRatio:
-        return ExecutionRatio(len(self.model.model.layers), self.model.config.dropped_layers, **options)
+        config = self.model.config
+        return ExecutionRatio(
+            len(self.model.model.layers), config.dropped_layers, config.unit_shares, **options
+        )
 
     def merge(self) -> RoutedForCausalLM:
         """Fold LoRA into the model, in place, and return it; nothing can be trained afterwards."""

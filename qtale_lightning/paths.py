@@ -1,6 +1,6 @@
 """Execution paths: which layers a token executes, and how many different ways a model really uses.
 
-A token's path is its vector of decisions over the routed layers.
+A token's path is its vector of decisions over the routed layers, or what is decided about in their place.
 """
 
 import math

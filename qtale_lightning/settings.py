@@ -64,6 +64,9 @@ class ModelSettings:
             what began goes on at a tenth of its rate.
         noise_bits: In the second half of training, round the weights of half of the blocks, drawn anew in every step,
             to so many bits. None: of none.
+        gates: What a router decides about: a layer (D-LLM), or a sublayer: attention and MLP have a router each, and
+            count by their weights. Two routers of router_width 256 cost what one of 512 does. Not for families whose
+            layers are computed whole (gemma3), nor with keep_kv or stand_in_rank.
         keep_kv: A token leaves its keys and values in layers that it skips, too, instead of none. Costs their
             computation and memory; not for families whose layers are computed whole (gemma3).
         stand_in_rank: Rank of the map that stands in for a layer where tokens skip it, fitted in closed form before
@@ -113,6 +116,7 @@ class ModelSettings:
         teacher: UserPath | None = None,
         stages: Literal["joint", "lora-first", "routers-first"] = "joint",
         noise_bits: CodeBits | None = None,
+        gates: Literal["layer", "sublayer"] = "layer",
         keep_kv: bool = False,
         stand_in_rank: NonNegativeInt = 0,
         train_all: bool = False,
@@ -150,14 +154,18 @@ class ModelSettings:
                     "must be 0 (METHOD=… of make sets it)"
                 )
         self._check_tools(ratio_budget, ratio_ascent, distillation, teacher, stages)
-        if keep_kv and not (self.how.decides and family.fused):
-            why = (
-                "skips nothing by tokens"
-                if family.fused
-                else "is of a family whose layers are computed whole"
-            )
-            subject = f"method {method}" if family.fused else name
-            raise ValueError(f"--model.keep_kv: {subject} {why}: leave it out")
+        for option, given in (("keep_kv", keep_kv), ("gates sublayer", gates == "sublayer")):
+            if given and not (self.how.decides and family.fused):
+                why = (
+                    "skips nothing by tokens"
+                    if family.fused
+                    else "is of a family whose layers are computed whole"
+                )
+                subject = f"method {method}" if family.fused else name
+                raise ValueError(f"--model.{option}: {subject} {why}: leave it out")
+        if gates == "sublayer" and (keep_kv or stand_in_rank):
+            other = "keep_kv" if keep_kv else "stand_in_rank"
+            raise ValueError(f"--model.gates sublayer doesn't go with --model.{other}: leave one of them out")
         if stand_in_rank and not self.how.decides:
             raise ValueError(f"--model.stand_in_rank: method {method} skips nothing by tokens: leave it out")
         if not lora_targets and not train_all:
@@ -176,6 +184,7 @@ class ModelSettings:
             "router_width": router_width,
             "start_layer": start_layer,
             "reserved_tokens": reserved_tokens,
+            "gates": gates,
             "keep_kv": keep_kv,
             "stand_in_rank": stand_in_rank,
         }

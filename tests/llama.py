@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 import qtale_lightning.models.families  # noqa: F401  # registers it
 from qtale_lightning.models import RoutedConfig, RoutedForCausalLM
+from qtale_lightning.routing.router import Router
 
 
 def llama_config(**options: Any) -> RoutedConfig:
@@ -16,8 +17,8 @@ def llama_config(**options: Any) -> RoutedConfig:
 
 def mix_decisions(model: RoutedForCausalLM) -> RoutedForCausalLM:
     """Make a model's routers random, in place, so that their decisions at θ = 0.5 are mixed; in evaluation mode."""
-    for layer in model.model.layers:
-        if layer.router is not None:
-            nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
-            nn.init.zeros_(layer.router.out.bias)
+    for part in model.modules():
+        if isinstance(part, Router):
+            nn.init.normal_(part.out.weight, 0.0, 2.0)
+            nn.init.zeros_(part.out.bias)
     return model.eval()

@@ -29,6 +29,7 @@ __all__ = [
     "known_models",
     "planned_config",
     "register",
+    "unit_shares",
     "window",
 ]
 
@@ -71,6 +72,18 @@ def architecture_of(config: Any) -> Architecture:
             "(qtale_lightning/architectures declares one in a file)"
         )
     return known
+
+
+def unit_shares(config: Any) -> tuple[float, ...]:
+    """What routers decide about in a layer, its units, as they are computed: by their shares of its linears' weights.
+
+    (1.0,) is the layer as a whole. There are two, attention and MLP, where ``gates`` of the configuration says so.
+    Execution ratios weigh units by these shares: one of 0.8 computes 0.8 of the weights, whatever the units are.
+    """
+    if getattr(config, "gates", "layer") == "layer":
+        return (1.0,)
+    weights = architecture_of(config).sublayers(config).values()
+    return tuple(weight / sum(weights) for weight in weights)
 
 
 def known_models() -> dict[str, tuple[Architecture, KnownModel]]:

@@ -113,6 +113,14 @@ class Architecture:
         }
         return {name: widths[name.rpartition(".")[2]] for name in self.linears}
 
+    def sublayers(self, config: Any) -> dict[str, int]:
+        """Weights of the linears in each of a layer's sublayers, attention and MLP, by name and in that order."""
+        weights: dict[str, int] = {}
+        for name, (outputs, inputs) in self.shapes(config).items():
+            block = name.partition(".")[0]
+            weights[block] = weights.get(block, 0) + outputs * inputs
+        return weights
+
     def biased(self, config: Any) -> list[str]:
         """The linears that have a bias."""
         return [

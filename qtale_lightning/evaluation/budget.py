@@ -37,9 +37,10 @@ class Pass:
         ratio: Share of layers executed, over all computed tokens and all layers.
         nll: Of the gold answers, mean over tasks, nats a token.
         decisions: Layers × computed tokens, what `ratio` is a share of.
-        gaps: By routed layer, log(p / (1 − p)) of p(execute) at every decision that a router takes, ``(decisions,)``;
-            of a pass that was watched.
+        gaps: By routed unit, log(p / (1 − p)) of p(execute) at every decision that a router takes, ``(decisions,)``; of
+            a pass that was watched.
         scores: Of the questions.
+        shares: Of a layer's units, as `architectures.unit_shares` gives them: what a decision is worth of `decisions`.
     """
 
     ratio: float
@@ -47,6 +48,12 @@ class Pass:
     decisions: int
     gaps: list[np.ndarray]
     scores: Scores
+    shares: Sequence[float] = (1.0,)
+
+    @property
+    def worth(self) -> list[float]:
+        """What a decision is worth, by routed unit."""
+        return [self.shares[unit % len(self.shares)] for unit in range(len(self.gaps))]
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,14 @@ class Calibration:
 
     def watch(self, theta: Theta) -> Pass:
         """A pass that records p(execute)."""
-        gaps: list[list[np.ndarray]] = [[] for _ in self.model.config.routed_layers]
+        gaps: list[list[np.ndarray]] = [[] for _ in self.model.config.routed_units]
 
         def observe(routing: Routing) -> None:
-            for layer, (_, logits) in zip(gaps, sorted(routing.logits.items()), strict=True):
-                layer.append((logits[..., EXECUTE] - logits[..., SKIP])[routing.free].cpu().numpy())
+            for unit, (_, logits) in zip(gaps, sorted(routing.logits.items()), strict=True):
+                unit.append((logits[..., EXECUTE] - logits[..., SKIP])[routing.free].cpu().numpy())
 
         (seen,) = self._passes([theta], observe)
-        return replace(seen, gaps=[np.concatenate(layer) for layer in gaps])
+        return replace(seen, gaps=[np.concatenate(unit) for unit in gaps])
 
     def compare(self, thetas: Sequence[Theta]) -> list[Pass]:
         """Passes at several θ; the more of the first layers neighbours have in common, the faster."""
@@ -121,6 +128,7 @@ class Calibration:
                 decisions=len(scores.execution) * scores.tokens,
                 gaps=[],
                 scores=scores,
+                shares=self.model.config.unit_shares,
             )
             for scores in found
         ]
@@ -170,7 +178,7 @@ def search_threshold(
     Args:
         watch: Makes a pass.
         budget: Share of layers to execute, in (0, 1].
-        by_layer: θ by routed layer to start from: t is then added to the logit of each. None: one θ for all.
+        by_layer: θ by routed unit to start from: t is then added to the logit of each. None: one θ for all.
 
     Raises:
         UnmetBudgetError: The budget is below what always executes.
@@ -183,7 +191,8 @@ def search_threshold(
         error = seen.ratio - budget
         if abs(error) <= TOLERANCE:
             return Found(theta, seen)
-        floor = 1 - sum(map(len, seen.gaps)) / seen.decisions
+        decided = sum(worth * len(gap) for worth, gap in zip(seen.worth, seen.gaps, strict=True))
+        floor = 1 - decided / seen.decisions
         if budget < floor - TOLERANCE:
             raise UnmetBudgetError(
                 f"an execution ratio of {budget:g} can't be reached: reserved tokens and layers without a router "
@@ -203,12 +212,17 @@ def _quantile(seen: Pass, offsets: Sequence[float] | None, budget: float) -> flo
     margins = np.concatenate(
         [gap - offset for gap, offset in zip(seen.gaps, offsets or [0.0] * len(seen.gaps), strict=True)]
     )
-    skipped = min(max(round((1 - budget) * seen.decisions), 0), len(margins) - 1)
-    return float(np.partition(margins, skipped)[skipped])  # a decision at t itself executes
+    order = margins.argsort()
+    worth = np.repeat(seen.worth, [len(gap) for gap in seen.gaps])[order]
+    # A decision at t itself executes: those before it, in order, are to be worth what is skipped, to the nearest.
+    skipped = int(np.searchsorted(worth.cumsum() - worth / 2, (1 - budget) * seen.decisions))
+    return float(margins[order[min(skipped, len(margins) - 1)]])
 
 
 def find_layer_thresholds(calibration: Passes, budget: float) -> Found:
-    """θ of every routed layer: decisions go where they lower the calibration nll most a share of execution.
+    """θ of every routed unit: decisions go where they lower the calibration nll most a share of execution.
+
+    Units are layers, or where sublayers are decided about apart, these.
 
     From the common θ of the budget, each layer's θ alone is moved so that `STEP` of its decisions more, then less, are
     'execute', and the change of nll and of execution is measured: 2 passes a layer, which compute only what lies

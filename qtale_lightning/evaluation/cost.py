@@ -5,7 +5,11 @@ routers, `lm_head`); norms, activations, softmax, rotary embeddings and bias add
 
 Configurations are Hugging Face's (`model_type`, `hidden_size`, …) plus fields of routed models: `router_width` (absent
 or None: nothing is routed), `start_layer`, the first layer that tokens may skip, the `method` that decides (absent: one
-with routers), and `dropped_layers` of the base model, which the model was made without.
+with routers), `gates`, what it decides about (absent: layers), and `dropped_layers` of the base model, which the model
+was made without.
+
+`execution` is the share of tokens that execute each unit of the base model's layers, in their order: each layer, or
+where sublayers are decided about apart, each layer's attention and MLP.
 """
 
 import math
@@ -13,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qtale_lightning.architectures import architecture_of, head_width
+from qtale_lightning.architectures import architecture_of, head_width, unit_shares
 from qtale_lightning.quantization.rtn import check_quantizable
 from qtale_lightning.routing import method_of
 
@@ -73,12 +77,23 @@ def routed_layers(config: Any) -> range:
     return decided_layers(config) if method_of(getattr(config, "method", "qtale")).routers else range(0)
 
 
+def _units(config: Any) -> int:
+    """What is decided about in a layer."""
+    return len(unit_shares(config))
+
+
+def _routers(config: Any) -> int:
+    """Number of routers."""
+    return len(routed_layers(config)) * _units(config)
+
+
 def expected_execution(config: Any, target_ratio: float) -> list[float]:
-    """Each layer's execution ratio where a token executes `target_ratio` of all layers, as far as the model can."""
+    """Each unit's execution ratio where a token executes `target_ratio` of all layers, as far as the model can."""
     layers, decided, dropped = base_layers(config), decided_layers(config), _dropped(config)
     always = layers - len(decided) - len(dropped)
     each = max(0.0, (target_ratio * layers - always) / len(decided)) if decided else 1.0
-    return [0.0 if i in dropped else each if i in decided else 1.0 for i in range(layers)]
+    of_layers = [0.0 if i in dropped else each if i in decided else 1.0 for i in range(layers)]
+    return [ratio for ratio in of_layers for _ in range(_units(config))]
 
 
 def layer_flops(config: Any, context: float) -> float:
@@ -91,6 +106,11 @@ def layer_flops(config: Any, context: float) -> float:
     """
     weights = sum(outputs * inputs for outputs, inputs in linear_shapes(config).values())
     return 2.0 * weights + 4.0 * context * config.num_attention_heads * head_width(config)
+
+
+def _mlp_flops(config: Any) -> float:
+    """FLOPs of one token in the MLP of one decoder layer."""
+    return 2.0 * architecture_of(config).sublayers(config)["mlp"]
 
 
 def _left_flops(config: Any) -> float:
@@ -114,15 +134,16 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
 
         Σ_l [ r_l · layer_flops(r_l · context) + router_flops, where l has a router ] + head_flops
 
-    and what stands in for layers that tokens skip, if anything does.
+    and what stands in for layers that tokens skip, if anything does. Where sublayers are decided about apart, r_l is
+    the attention's, the MLP's FLOPs count by its own, and a layer has two routers.
 
     A token executes layer l with probability r_l and then meets only the keys of tokens that executed it too,
     so attention costs r_l² of the full model's. This takes executions of different tokens to be independent. Where
     keys and values of skipping tokens are kept (`keep_kv`), all tokens compute them, and attention costs r_l.
 
     Args:
-        execution: each of the base model's layers' execution ratio r_l, in 0..1; 1 for one that can't be skipped, 0 for
-            one that was dropped.
+        execution: r_l of each unit of the base model's layers, in 0..1; 1 for one that can't be skipped, 0 for one that
+            was dropped.
         context: tokens up to and including this one, see `layer_flops`.
         head: whether `lm_head` runs for this token.
 
@@ -134,8 +155,10 @@ def token_flops(config: Any, execution: Sequence[float], context: float, head: b
         left = _left_flops(config)
         layers = sum(ratio * (layer_flops(config, context) - left) + left for ratio in execution)
     else:
-        layers = sum(ratio * layer_flops(config, ratio * context) for ratio in execution)
-    routers = len(routed_layers(config)) * router_flops(config)
+        attention, mlp = execution[:: _units(config)], execution[_units(config) - 1 :: _units(config)]
+        layers = sum(ratio * layer_flops(config, ratio * context) for ratio in attention)
+        layers += _mlp_flops(config) * sum(more - ratio for more, ratio in zip(mlp, attention, strict=True))
+    routers = _routers(config) * router_flops(config)
     stand_ins = len(decided_layers(config)) * 4.0 * config.hidden_size * _stand_in_rank(config)
     return layers + routers + stand_ins + (head_flops(config) if head else 0.0)
 
@@ -159,7 +182,7 @@ def parameter_counts(config: Any) -> ParameterCounts:
     if routed_layers(config):
         width = config.router_width
         one_router = (hidden * width + width) + width + (width * 2 + 2)  # linear, RMSNorm, linear
-        routers = len(routed_layers(config)) * one_router
+        routers = _routers(config) * one_router
     return ParameterCounts(
         linears={name: layers * outputs * inputs for name, (outputs, inputs) in shapes.items()},
         biases=layers * sum(shapes[name][0] for name in biased),
@@ -214,15 +237,19 @@ def kv_bytes_per_token(config: Any, execution: Sequence[float]) -> float:
         ValueError: the ratios don't fit the configuration.
     """
     _check_execution(config, execution)
-    layers = config.num_hidden_layers if getattr(config, "keep_kv", False) else sum(execution)
+    attention = execution[:: _units(config)]
+    layers = config.num_hidden_layers if getattr(config, "keep_kv", False) else sum(attention)
     return layers * 2 * config.num_key_value_heads * head_width(config) * KV_BYTES
 
 
 def _check_execution(config: Any, execution: Sequence[float]) -> None:
-    if len(execution) != base_layers(config):
-        raise ValueError(f"got {len(execution)} execution ratios for {base_layers(config)} decoder layers")
+    units = _units(config)
+    if len(execution) != base_layers(config) * units:
+        what = "decoder layers" if units == 1 else f"decoder layers of {units} sublayers"
+        raise ValueError(f"got {len(execution)} execution ratios for {base_layers(config)} {what}")
     decided, dropped = decided_layers(config), _dropped(config)
-    for layer, ratio in enumerate(execution):
+    for unit, ratio in enumerate(execution):
+        layer = unit // units
         if not 0 <= ratio <= 1:
             raise ValueError(f"the execution ratio of layer {layer} is {ratio}, must be from 0 to 1")
         if layer in dropped:

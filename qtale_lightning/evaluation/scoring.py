@@ -18,7 +18,7 @@ from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.models.routing import Routing
 
 Threshold = float | Sequence[float] | None
-"""θ: one for all layers, or one a routed layer; None is the model's own."""
+"""θ: one for all layers, or one a routed unit; None is the model's own."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,19 @@ class Scores:
             questions, share is computed, and counted, once.
         tokens: Number of computed tokens.
         seconds: Measured time. Thresholds that are scored together share it: theirs add up to the whole.
+        sublayers: `execution` of each layer's attention and MLP, ``(2 · layers,)``, where they are decided about apart.
     """
 
     loglikelihoods: list[np.ndarray]
     execution: list[float]
     tokens: int
     seconds: float
+    sublayers: list[float] | None = None
+
+    @property
+    def units(self) -> list[float]:
+        """`execution` of what is decided about, as `cost` takes it."""
+        return self.sublayers or self.execution
 
 
 def score(
@@ -82,11 +89,15 @@ def score_thresholds(
     count = len(thresholds)
     # Scoring runs on one process, also where training ran on many.
     ratios = [
-        ExecutionRatio(len(model.model.layers), model.config.dropped_layers, sync_on_compute=False).to(
-            model.device
-        )
+        ExecutionRatio(
+            len(model.model.layers),
+            model.config.dropped_layers,
+            model.config.unit_shares,
+            sync_on_compute=False,
+        ).to(model.device)
         for _ in thresholds
     ]
+    apart = model.config.gates == "sublayer"
     results = [[np.zeros(len(question.contexts)) for question in questions] for _ in thresholds]
     seconds = [0.0] * count
     batch_tokens = batch_tokens or (1024 if model.device.type == "cpu" else 8192)
@@ -114,7 +125,13 @@ def score_thresholds(
             seconds[i] += time.perf_counter() - started
         on_progress(len({q for q, _ in branches.pairs}))
     return [
-        Scores(found, ratio.compute().tolist(), int(ratio.tokens), time_spent)
+        Scores(
+            found,
+            ratio.compute().tolist(),
+            int(ratio.tokens),
+            time_spent,
+            ratio.by_unit().tolist() if apart else None,
+        )
         for found, ratio, time_spent in zip(results, ratios, seconds, strict=True)
     ]
 
@@ -122,8 +139,8 @@ def score_thresholds(
 def _resume_at(config: RoutedConfig, thresholds: Sequence[Threshold]) -> list[int]:
     """The layer at which each θ's pass may resume from the one before it: the first where the two differ."""
     values = [config.thresholds(config.threshold if theta is None else theta) for theta in thresholds]
-    last = config.num_hidden_layers - 1
+    last, units = config.num_hidden_layers - 1, len(config.unit_shares)
     return [0] + [
-        next((layer for layer in config.routed_layers if one[layer] != other[layer]), last)
+        next((unit // units for unit in config.routed_units if one[unit] != other[unit]), last)
         for one, other in itertools.pairwise(values)
     ]

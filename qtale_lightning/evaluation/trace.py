@@ -3,15 +3,16 @@
 Traces of several precisions of a model, at one θ on the same texts, are kept in one JSON file (`document`):
 
     {"schema": 1, "title", "theta", "layers", "start_layer": first layer with a router, "reserved_tokens",
+     "shares": of a layer's n units, what routers decide about, [1] or of attention and MLP (`unit_shares`),
      "precisions": [{"bits", "engine", …}],     with the row of `changes` in results.json, where it was measured
      "texts": [{"name": task or "text", "tokens": [text of each, T], "answer": index of its first token,
                 "traces": [one a precision: {
-                    "executed":    T strings of R characters, a "1" for each executed routed layer,
+                    "executed":    T strings of R characters, a "1" for each executed routed unit,
                     "probability": T lists of R numbers, p(execute) in thousandths,
                     "nll":         T numbers, of each token after those before, in nats; null for the first}]}]}
 
-R = layers − start_layer. Layers before start_layer have no router and execute always; so do the first reserved_tokens
-tokens of a text in every layer.
+R = (layers − start_layer) · n. Layers before start_layer have no router and execute always; so do the first
+reserved_tokens tokens of a text in every layer.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +28,7 @@ from qtale_lightning.batching import by_length
 from qtale_lightning.evaluation.accuracy import standard_error
 from qtale_lightning.models.config import RoutedConfig
 from qtale_lightning.models.modeling import RoutedForCausalLM
-from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.routing import Routing, by_layer
 from qtale_lightning.paths import path_codes, path_statistics
 from qtale_lightning.routing.router import execute_probability
 
@@ -51,11 +52,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Trace:
-    """A model's decisions about the T tokens of a text in its R routed layers, on the CPU.
+    """A model's decisions about the T tokens of a text in its R routed units, on the CPU.
 
     Attributes:
         probability: p(execute), float32 ``(T, R)``.
-        executed: Decisions, bool ``(T, R)``; reserved tokens execute every layer.
+        executed: Decisions, bool ``(T, R)``; reserved tokens execute every unit.
         free: Tokens that routers decide about, bool ``(T,)``.
         nll: Of each token after those before it, in nats, ``(T,)``; NaN for the first.
     """
@@ -91,8 +92,8 @@ def trace(
         routing = Routing(threshold=threshold)
         if forced is not None:
             decisions = _pad([forced[i].executed for i in batch])
-            layers = model.config.routed_layers
-            routing.forced = dict(zip(layers, decisions.to(model.device).unbind(-1), strict=True))
+            units = model.config.routed_units
+            routing.forced = dict(zip(units, decisions.to(model.device).unbind(-1), strict=True))
         hidden = model.model(ids, attention_mask=mask, use_cache=False, routing=routing).last_hidden_state
         nll = _nll(model, hidden[:, :-1], ids[:, 1:])
         probability = execute_probability(routing.stacked_logits()).permute(1, 2, 0).cpu()
@@ -152,16 +153,17 @@ def measure_changes(
         np.array([float(trace.nll[text.answer :].mean()) for text, trace in zip(texts, traces, strict=True)])
         for traces in (own, forced)
     )
-    unrouted, layers = config.start_layer, config.num_hidden_layers
+    unrouted, layers, shares = config.start_layer, config.num_hidden_layers, config.unit_shares
     return {
         "examples": len(texts),
         "tokens": int(free.sum()),
-        "execution_ratio": float((unrouted + executed.double().sum(1).mean()) / layers),
+        "execution_ratio": float((unrouted + by_layer(executed.double().mean(0), shares).sum()) / layers),
         "decisions_changed": float(changed.mean()),
         "paths_changed": float(changed.amax(1).mean()),
-        "changed_per_layer": [None] * unrouted + changed.mean(0).tolist(),
+        "changed_per_layer": [None] * unrouted
+        + changed.mean(0).unflatten(0, (-1, len(shares))).mean(1).tolist(),
         "flip_ratio": float(torch.minimum(probability, 1 - probability).mean()),
-        "paths": path_statistics(path_codes(executed[free].T), layers - unrouted),
+        "paths": path_statistics(path_codes(executed[free].T), len(config.routed_units)),
         "nll": float(nll.mean()),
         "nll_same_decisions": float(same.mean()),
         "nll_difference_stderr": standard_error(nll - same),
@@ -193,6 +195,7 @@ def document(
         "layers": config.num_hidden_layers,
         "start_layer": config.start_layer,
         "reserved_tokens": config.reserved_tokens,
+        "shares": list(config.unit_shares),
         "precisions": [dict(known) for known, _ in precisions],
         "texts": [
             {

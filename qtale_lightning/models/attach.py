@@ -12,6 +12,7 @@ from qtale_lightning.models.fused import FASTER, FusedLayer
 from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.routed_layer import RoutedLayer, attach_router
 from qtale_lightning.models.stand_in import StandIn
+from qtale_lightning.models.sublayers import SublayersLayer
 from qtale_lightning.routing import method_of
 from qtale_lightning.routing.router import Router
 
@@ -30,23 +31,28 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
     faster: dict[str, Any] = {
         family.causal_lm.replace("ForCausalLM", part): ours for part, ours in FASTER.items() if family.fused
     }
-    routed = FusedLayer if family.fused else RoutedLayer
+    units = len(config.unit_shares)
+    routed = (SublayersLayer if units > 1 else FusedLayer) if family.fused else RoutedLayer
     config._attn_implementation = ATTENTION
     for index, layer in enumerate(model.model.layers):
-        router, stand_in, weight = None, None, next(layer.parameters())
+        stand_in, weight = None, next(layer.parameters())
+        routers: list[Router | None] = [None] * units
         if index in config.routed_layers and method_of(config.method).routers:
-            router = Router(config.hidden_size, config.router_width).to(weight.device)
+            routers = [Router(config.hidden_size, config.router_width).to(weight.device) for _ in routers]
         if index in config.routed_layers and config.stand_in_rank:
             stand_in = StandIn(config.hidden_size, config.stand_in_rank).to(weight)
         attach_router(
             layer,
             _made(routed, layer.__class__),
             index,
-            router,
+            index * units,
+            routers[0],
             stand_in,
             is_last=index == config.num_hidden_layers - 1,
             window=window(config, index),
         )
+        if units > 1:
+            layer.mlp.router = routers[1]
     for module in model.modules():
         kind: Any = type(module)
         if kind is nn.Linear:

@@ -1,9 +1,9 @@
 """The configuration of a routed model: the routing's part, shared by all families."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from qtale_lightning.architectures import architecture_of
+from qtale_lightning.architectures import architecture_of, unit_shares
 from qtale_lightning.routing import method_of
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ class RoutedConfig(_Base):
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer with a router (D-LLM: 2); ``num_hidden_layers`` for a model without routers.
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2), padding not counted.
-        threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a routed layer.
+        threshold: θ of inference: execute iff p(execute) ≥ θ. One for all layers, or a list of one a router.
         method: That decides, by name; of folders that don't say it, one with routers and θ.
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         routing_seed: Of decisions by chance.
+        gates: What a router decides about: a layer (D-LLM), or a sublayer, attention and MLP apart (SkipGPT, arXiv
+            2506.04179).
         keep_kv: Whether a token leaves its keys and values in layers that it skips, too (FlexiDepth, arXiv 2503.23798);
             otherwise none of them are there for other tokens.
         stand_in_rank: Of the maps that stand in for layers that tokens skip; 0: there are none.
@@ -37,6 +39,7 @@ class RoutedConfig(_Base):
     method: str = "qtale"
     rate: float = 1.0
     routing_seed: int = 0
+    gates: Literal["layer", "sublayer"] = "layer"
     keep_kv: bool = False
     stand_in_rank: int = 0
     dropped_layers: list[int] | None = None
@@ -66,6 +69,14 @@ class RoutedConfig(_Base):
             raise ValueError(
                 f"keep_kv: layers of {self.model_type} compute all of a token or nothing: leave it out"
             )
+        if self.gates == "sublayer" and not architecture_of(self).fused:
+            raise ValueError(
+                f"gates: layers of {self.model_type} compute all of a token or nothing: leave it out"
+            )
+        if self.gates == "sublayer" and (self.keep_kv or self.stand_in_rank):
+            raise ValueError(
+                "gates of sublayers go with neither keep_kv nor stand_in_rank: leave one of them out"
+            )
         method_of(self.method)
         self.thresholds(self.threshold)
 
@@ -88,23 +99,34 @@ class RoutedConfig(_Base):
         return range(self.start_layer, self.num_hidden_layers)
 
     @property
+    def unit_shares(self) -> tuple[float, ...]:
+        """Of a layer's units, what routers decide about, by weights: see `architectures.unit_shares`."""
+        return unit_shares(self)
+
+    @property
+    def routed_units(self) -> range:
+        """The units that are decided about: n units of layer i are i · n and those behind it."""
+        count = len(self.unit_shares)
+        return range(self.start_layer * count, self.num_hidden_layers * count)
+
+    @property
     def has_theta(self) -> bool:
         """Whether decisions go by a threshold."""
         return bool(self.routed_layers) and method_of(self.method).theta
 
     def thresholds(self, threshold: float | Sequence[float]) -> dict[int, float]:
-        """θ by routed layer, from one for all of them or one each.
+        """θ by routed unit, from one for all of them or one each.
 
         Raises:
-            ValueError: A θ is no probability, or there aren't as many as routed layers.
+            ValueError: A θ is no probability, or there aren't as many as routed units.
         """
-        layers = self.routed_layers
-        if isinstance(threshold, Sequence) and len(threshold) != len(layers):
+        units = self.routed_units
+        if isinstance(threshold, Sequence) and len(threshold) != len(units):
             raise ValueError(
-                f"{len(threshold)} thresholds for {len(layers)} routed layers: give one, or one for each of them"
+                f"{len(threshold)} thresholds for {len(units)} routed {self.gates}s: give one, or one for each of them"
             )
-        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(layers))
+        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(units))
         for value in values:
             if not 0 <= value <= 1:
                 raise ValueError(f"threshold {value} is not a probability: give a value in [0, 1]")
-        return dict(zip(layers, values, strict=False))
+        return dict(zip(units, values, strict=False))

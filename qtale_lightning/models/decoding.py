@@ -227,7 +227,7 @@ def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
     config, layers = model.config, model.layers
     if not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
         return None
-    if config.keep_kv or config.stand_in_rank or config.hidden_act != "silu":
+    if config.gates != "layer" or config.keep_kv or config.stand_in_rank or config.hidden_act != "silu":
         return None
     found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
     return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]

@@ -97,8 +97,17 @@ class FusedLayer(RoutedLayer):
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
         """``layer(x)``, ``(B, T', D)`` of the asked tokens, from ``(B, T, D)``."""
+        return self.add_mlp(self.add_attention(hidden_states, rotary, attend))
+
+    def add_attention(
+        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention
+    ) -> Tensor:
+        """``x + attn(norm(x))``, ``(B, T', D)`` of the asked tokens, from ``(B, T, D)``."""
         attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
-        hidden_states = attend.asked(hidden_states) + attention
+        return attend.asked(hidden_states) + attention
+
+    def add_mlp(self, hidden_states: Tensor) -> Tensor:
+        """``y + mlp(norm(y))``, ``(B, T, D)`` from ``(B, T, D)``."""
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
     def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:

@@ -111,6 +111,7 @@ class RoutedModel(PreTrainedModel):
 
     def _complete(self, routing: Routing) -> None:
         """Fill in what the caller left to the model, and forget what an earlier call with the same object made."""
+        routing.shares = self.config.unit_shares
         routing.start()
         if routing.threshold is None:
             routing.threshold = self.config.threshold
@@ -228,7 +229,8 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if wrong:
             raise ValueError(
                 f"the weights in {path} don't match its config.json (start_layer "
-                f"{model.config.start_layer}, router_width {model.config.router_width}): " + "; ".join(wrong)
+                f"{model.config.start_layer}, router_width {model.config.router_width}, gates {model.config.gates}): "
+                + "; ".join(wrong)
             )
         # Of a generation configuration that came from the model's, transformers reads nothing that it doesn't know.
         file = Path(path or "") / "generation_config.json"

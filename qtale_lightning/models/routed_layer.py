@@ -24,6 +24,7 @@ class RoutedLayer(nn.Module):
     router: Router | None
     stand_in: StandIn | None
     layer_idx: int
+    unit: int
     is_last: bool
     window: int | None
 
@@ -44,15 +45,16 @@ class RoutedLayer(nn.Module):
         """
         if self.layer_idx < routing.resume:  # the pass began with the states behind it
             return hidden_states
-        gate = routing.decide(self.layer_idx, self.router, hidden_states)
+        if self.layer_idx in routing.keep:
+            routing.states[self.layer_idx] = hidden_states
+        gate = routing.decide(self.unit, self.router, hidden_states)
         if routing.execution == "masked":
             bias = routing.attention_bias(hidden_states.dtype, self.window)
             if gate is routing.tokens:  # a layer that isn't decided about
                 return self.execute(hidden_states, position_embeddings, Masked(bias, None))
             kept = None if routing.keep_kv else gate
             output = self.execute(hidden_states, position_embeddings, Masked(bias, kept))
-            weight = gate.to(output.dtype).unsqueeze(-1)
-            return weight * output + (1 - weight) * self.skip(hidden_states)
+            return mixed(gate, output, self.skip(hidden_states))
 
         asked = routing.asked if self.is_last and self.prunes else None
         present = gate  # tokens that leave keys and values
@@ -91,10 +93,17 @@ class RoutedLayer(nn.Module):
         )
 
 
+def mixed(gate: Tensor, executed: Tensor, skipped: Tensor) -> Tensor:
+    """w · executed + (1 − w) · skipped, of states ``(B, T, D)`` and decisions ``(B, T)``."""
+    weight = gate.to(executed.dtype).unsqueeze(-1)
+    return weight * executed + (1 - weight) * skipped
+
+
 def attach_router(
     layer: nn.Module,
     routed: type[RoutedLayer],
     index: int,
+    unit: int,
     router: Router | None,
     stand_in: StandIn | None = None,
     is_last: bool = False,
@@ -106,6 +115,7 @@ def attach_router(
         layer: A transformers decoder layer.
         routed: What it becomes: a class of `RoutedLayer` and of its own.
         index: Its place in the model.
+        unit: Number of what its router decides about.
         router: None for a layer that always executes.
         stand_in: For tokens that skip it; None: they are left as they are.
         is_last: Of the model: nothing but the head reads what it gives.
@@ -113,6 +123,7 @@ def attach_router(
     """
     layer.__class__ = routed
     layer.layer_idx = index  # type: ignore[assignment]
+    layer.unit = unit  # type: ignore[assignment]
     layer.router = router  # type: ignore[assignment]
     layer.stand_in = stand_in  # type: ignore[assignment]
     layer.is_last = is_last  # type: ignore[assignment]

@@ -23,13 +23,13 @@ class Routing:
 
     Attributes:
         threshold: Execute iff p(execute) ≥ threshold; 0 is exactly the base model. One for all layers, or one a routed
-            layer, in order. None: the model's configured one.
+            unit, in order. None: the model's configured one.
         execution: ``masked`` computes every token and mixes; ``packed`` computes executing tokens only (needs no
             gradient). None: masked while training, packed otherwise.
         sample: Decide as the method does in training. None: while training.
         temperature: Of the Gumbel-softmax.
         rate: Share of a layer's free tokens that execute it, of methods that fix it. None: the model's configured one.
-        forced: Decisions to use instead of the routers', layer → bool ``(B, T)``.
+        forced: Decisions to use instead of the routers', unit → bool ``(B, T)``.
         branch: Several continuations of one text in one sequence, and of these again, int ``(B, T, levels)``: a token
             sees those before it whose number is 0 or its own at every level. Give their ``position_ids`` to the model,
             and no cache.
@@ -47,12 +47,15 @@ class Routing:
             the model.
         places: Of real tokens in their sequences, from 0, int64 ``(B, T)``. Set by the model.
         length: Of the longest sequence so far, with what a cache holds and padding. Set by the model.
-        logits: Layer → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
-        gates: Layer → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
+        shares: Of a layer's units, what routers decide about, as `architectures.unit_shares` gives them: one unit is
+            the layer, and has its number; of two, attention and MLP, those of layer i are 2i and 2i + 1. Set by the
+            model.
+        logits: Unit → router logits ``(B, T, 2)`` in float32. Filled by the forward pass.
+        gates: Unit → decisions ``(B, T)``, 1 = executed; padding is 0, reserved tokens are 1. Filled by it too.
         method: How decisions are made. Set by the model.
         seed: Of decisions by chance at inference. Set by the model.
         keep_kv: Whether tokens leave keys and values in layers that they skip, too. Set by the model.
-        thresholds: Routed layer, one that is decided about, → its θ. Set by the model.
+        thresholds: Routed unit, one that is decided about, → its θ. Set by the model.
         perturber: Changes the routers' logits, for what decisions depend on; None: nothing does. Set by the model.
         states: Layer in ``keep`` → its input ``(B, T, D)``. Filled by the forward pass.
     """
@@ -73,6 +76,7 @@ class Routing:
     ids: Tensor | None = None
     places: Tensor = field(default_factory=lambda: torch.empty(0))
     length: int = 0
+    shares: Sequence[float] = (1.0,)
     logits: dict[int, Tensor] = field(default_factory=dict)
     gates: dict[int, Tensor] = field(default_factory=dict)
     method: Method = METHODS["qtale"]
@@ -87,32 +91,30 @@ class Routing:
 
     def start(self) -> None:
         """Forget what belongs to one pass, but what it resumes from: generate() hands the same object to every step."""
-        kept = range(self.resume)
-        self.logits = {layer: logits for layer, logits in self.logits.items() if layer in kept}
-        self.gates = {layer: gate for layer, gate in self.gates.items() if layer in kept}
+        kept = range(self.resume * len(self.shares))
+        self.logits = {unit: logits for unit, logits in self.logits.items() if unit in kept}
+        self.gates = {unit: gate for unit, gate in self.gates.items() if unit in kept}
         self.states = {layer: state for layer, state in self.states.items() if layer <= self.resume}
         self._packing = self._visible = None
         self._attention_bias = {}
 
-    def decide(self, layer: int, router: Router | None, hidden_states: Tensor) -> Tensor:
-        """Which tokens execute a layer: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
-        if layer in self.keep:
-            self.states[layer] = hidden_states
-        if layer not in self.thresholds:
+    def decide(self, unit: int, router: Router | None, hidden_states: Tensor) -> Tensor:
+        """Which tokens execute a unit: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
+        if unit not in self.thresholds:
             return self.tokens
         if router is not None:
             logits = router(hidden_states)
-            self.logits[layer] = logits if self.perturber is None else self.perturber(logits, self, layer)
-        if self.forced is not None and layer in self.forced:
-            decided = self.forced[layer]
+            self.logits[unit] = logits if self.perturber is None else self.perturber(logits, self, unit)
+        if self.forced is not None and unit in self.forced:
+            decided = self.forced[unit]
         else:
-            decided = (self.method.sample if self.sample else self.method.decide)(self, layer)
+            decided = (self.method.sample if self.sample else self.method.decide)(self, unit)
         gate = torch.where(self.free, decided, self.tokens.to(decided.dtype))
-        self.gates[layer] = gate
+        self.gates[unit] = gate
         return gate
 
     def packing(self, gate: Tensor) -> Packing:
-        """Where the executing tokens of a layer go; the same for all layers that all tokens execute."""
+        """Where the executing tokens of a unit go; the same for all units that all tokens execute."""
         if gate is not self.tokens:
             return Packing.of(gate, self.align)
         if self._packing is None:
@@ -163,16 +165,29 @@ class Routing:
         return self._attention_bias[window]
 
     def stacked_logits(self) -> Tensor:
-        """Logits of all routed layers, in order, ``(R, B, T, 2)``."""
-        return torch.stack([self.logits[layer] for layer in sorted(self.logits)])
+        """Logits of all routed units, in order, ``(R, B, T, 2)``."""
+        return torch.stack([self.logits[unit] for unit in sorted(self.logits)])
 
     def stacked_gates(self) -> Tensor:
-        """Decisions of all routed layers, in order, ``(R, B, T)`` in float32."""
-        return torch.stack([self.gates[layer].float() for layer in sorted(self.gates)])
+        """Decisions of all routed units, in order, ``(R, B, T)`` in float32."""
+        return torch.stack([self.gates[unit].float() for unit in sorted(self.gates)])
 
-    def executed(self, layers: int) -> Tensor:
-        """Number of real tokens that executed each of the model's layers, ``(layers,)`` int64."""
+    def stacked_shares(self) -> Tensor:
+        """How much of each routed layer tokens execute, by weights, in order, ``(routed layers, B, T)`` in float32."""
+        return by_layer(self.stacked_gates(), self.shares)
+
+    def executed(self, units: int) -> Tensor:
+        """Number of real tokens that executed each of the model's units, ``(units,)`` int64."""
         everyone = self.tokens.sum()
         return torch.stack(
-            [(self.gates[i].detach() != 0).sum() if i in self.gates else everyone for i in range(layers)]
+            [(self.gates[i].detach() != 0).sum() if i in self.gates else everyone for i in range(units)]
         )
+
+
+def by_layer(of_units: Tensor, shares: Sequence[float]) -> Tensor:
+    """Of values of units ``(layers · n, …)``, those of layers ``(layers, …)``: means by the units' n shares.
+
+    Where units have the same value, it is exactly their layer's.
+    """
+    *others, last = (of_units[unit :: len(shares)] for unit in range(len(shares)))
+    return sum((share * (other - last) for share, other in zip(shares, others, strict=False)), last)

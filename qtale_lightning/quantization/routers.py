@@ -50,12 +50,12 @@ def refit_routers(model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) ->
         batches: calibration tokens, as arguments of `model.model`.
 
     Raises:
-        ValueError: the model has no routers, the recipe is of another one, or a router saw no tokens.
+        ValueError: the model has no routers, or has them for sublayers, the recipe is of another one, or a router saw
+            no tokens.
     """
     check_recipe(model, recipe)
     layers = decoder_layers(model)
-    if not any(getattr(layer.module, "router", None) is not None for layer in layers):
-        raise ValueError("the model has no routers to fit: leave --quantize.refit_routers out")
+    check_routers(model)
     streams = [_Stream(model, batches) for _ in range(3)]
     exact, kept, fitted = streams
     weights: dict[str, Tensor] = {}
@@ -72,6 +72,17 @@ def refit_routers(model: nn.Module, recipe: Recipe, batches: Sequence[Batch]) ->
     decisions = exact.decisions()
     turned = [(stream.decisions() != decisions).float().mean().item() for stream in (kept, fitted)]
     return Refit(weights, (turned[0], turned[1]))
+
+
+def check_routers(model: nn.Module) -> None:
+    """Refuses a model without routers, or with routers of sublayers (ValueError)."""
+    if not any(getattr(layer.module, "router", None) is not None for layer in decoder_layers(model)):
+        raise ValueError("the model has no routers to fit: leave --quantize.refit_routers out")
+    if getattr(model.config, "gates", "layer") == "sublayer":
+        raise ValueError(
+            "the model's routers decide about sublayers, and only those of layers can be fitted: leave "
+            "--quantize.refit_routers out"
+        )
 
 
 class _Stream:

@@ -74,11 +74,12 @@ class Evaluation(TypedDict):
     (routers included, so it can pass 1), `seconds` the measured time of this evaluation, and `engine` the
     quantizer ("none" at 16 bits; "+a8+h4" behind it: tokens in 8 bits, the head in 4; "+0:4,32:3": answers written at 4
     bits, which `bits` says, until they have 32 tokens, then at 3).
-    `execution_ratio_per_layer` has shape `(layers,)`. Evaluations made together share the time of what can't differ
-    between them; written answers, of `writing_tokens`, take `writing_seconds` more. `dtype` is what the model computed
-    in. What was answered to each question lies in `predictions/`, and what was written in `generations/`.
-    `fingerprint` says which model answered which questions; older rows have none, and are measured again where they
-    are asked for.
+    `execution_ratio_per_layer` has shape `(layers,)`; where attention and MLP are decided about apart, these are shares
+    of a layer's weights, and `execution_ratio_per_sublayer` has both, `(2 · layers,)`. Evaluations made together share
+    the time of what can't differ between them; written answers, of `writing_tokens`, take `writing_seconds` more.
+    `dtype` is what the model computed in. What was answered to each question lies in `predictions/`, and what was
+    written in `generations/`. `fingerprint` says which model answered which questions; older rows have none, and are
+    measured again where they are asked for.
     """
 
     bits: Bits
@@ -95,6 +96,7 @@ class Evaluation(TypedDict):
     average_nll: Number
     average_nll_stderr: Quantity
     execution_ratio_per_layer: list[Fraction]
+    execution_ratio_per_sublayer: NotRequired[list[Fraction]]
     weight_bytes: Count
     seconds: Quantity
     dtype: NotRequired[str]
@@ -102,6 +104,11 @@ class Evaluation(TypedDict):
     writing_tokens: NotRequired[Count]
     protocol: dict[str, Any]
     fingerprint: NotRequired[Fingerprint]
+
+
+def units_executed(row: Evaluation) -> list[float]:
+    """Share of tokens that execute each unit of a model, what is decided about: each layer, or each sublayer."""
+    return row.get("execution_ratio_per_sublayer", row["execution_ratio_per_layer"])
 
 
 class Results(TypedDict):

@@ -24,8 +24,9 @@ class Pass(Protocol):
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         seed: Of decisions by chance at inference.
         temperature: Of the Gumbel-softmax.
-        thresholds: Layer that is decided about → θ.
-        logits: Layer → router logits ``(B, T, 2)``, float32; those of this layer and before.
+        shares: Of a layer's units, what is decided about: of the layer itself, (1.0,), or of its sublayers.
+        thresholds: Unit that is decided about → θ.
+        logits: Unit → router logits ``(B, T, 2)``, float32; those of this unit and before.
     """
 
     tokens: Tensor
@@ -35,16 +36,21 @@ class Pass(Protocol):
     rate: float | None
     seed: int
     temperature: float
+    shares: Sequence[float]
     thresholds: Any
     logits: dict[int, Tensor]
     gates: dict[int, Tensor]
 
     def stacked_logits(self) -> Tensor:
-        """Of all layers with a router, ``(R, B, T, 2)``."""
+        """Of all units with a router, ``(R, B, T, 2)``."""
         ...
 
     def stacked_gates(self) -> Tensor:
-        """Decisions of all layers that are decided about, float32 ``(R, B, T)``."""
+        """Decisions of all units that are decided about, float32 ``(R, B, T)``."""
+        ...
+
+    def stacked_shares(self) -> Tensor:
+        """How much of each layer that is decided about tokens execute, float32 ``(layers, B, T)``."""
         ...
 
 
@@ -125,17 +131,19 @@ class Method:
         if not self.routers:
             return "Every token executes every layer."
         return (
-            f"Layers {config.start_layer} to {config.num_hidden_layers - 1} have routers of width "
-            f"{config.router_width}: a token executes such a layer iff p(execute) ≥ θ = {config.threshold} "
+            f"{'' if config.gates == 'layer' else 'Attention and MLP of '}layers {config.start_layer} to "
+            f"{config.num_hidden_layers - 1} have routers of width {config.router_width}: a token executes such a "
+            f"{config.gates} iff p(execute) ≥ θ = {config.threshold} "
             "(`config.threshold`; 0 is the dense model)."
         )
 
     # ------------------------------------------------------------------------------------------------ decisions
 
     def sample(self, routing: Pass, layer: int) -> Tensor:
-        """Decisions of a layer in training, ``(B, T)`` of 0 and 1; their gradient is what reaches the router.
+        """Decisions of a layer, or of the unit of that number, in training, ``(B, T)`` of 0 and 1.
 
-        They are the mixing weight w, too. Only free tokens' are used. At inference's decisions by default.
+        Their gradient is what reaches the router. They are the mixing weight w, too. Only free tokens' are used. At
+        inference's decisions by default.
         """
         return self.decide(routing, layer)
 

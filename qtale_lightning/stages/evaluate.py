@@ -133,7 +133,7 @@ class Subject:
             "examples": len(questions),
             "execution_ratio": sum(scores.execution) / len(scores.execution),
             "execution_ratio_per_layer": scores.execution,
-            "flops_ratio": cost.flops_ratio(self.model.config, scores.execution, _mean_context(questions)),
+            "flops_ratio": cost.flops_ratio(self.model.config, scores.units, _mean_context(questions)),
             "accuracy": accuracy,
             **average(accuracy),  # type: ignore[typeddict-item]
             "weight_bytes": self.run.weight_bytes(self.bits, self.engine),
@@ -142,6 +142,8 @@ class Subject:
             "protocol": protocol,
             "fingerprint": self.fingerprint(split),
         }
+        if scores.sublayers is not None:
+            row["execution_ratio_per_sublayer"] = scores.sublayers
         if row["average"] is not None:  # then both averages are means over questions, within tasks
             row["average_stderr"] = statistics.average(predictions.by_task(outcomes, "value")).stderr
             row["average_nll_stderr"] = statistics.average(predictions.by_task(outcomes, "nll")).stderr

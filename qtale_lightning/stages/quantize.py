@@ -19,7 +19,7 @@ from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
 from qtale_lightning.quantization.recipe import REMEDY, Recipe
-from qtale_lightning.quantization.routers import refit_routers
+from qtale_lightning.quantization.routers import check_routers, refit_routers
 from qtale_lightning.results.fingerprints import FORMAT, differences, made
 from qtale_lightning.results.predictions import predictions_file
 from qtale_lightning.results.store import forget
@@ -69,6 +69,8 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
         return
     started = time.perf_counter()
     model = load_exported(run)
+    if options.refit_routers:
+        check_routers(model)
     shapes = linear_shapes(model)
     wanted = {
         bits: uniform(shapes, int(bits), options.patterns or {}) for bits in missing if bits == int(bits)

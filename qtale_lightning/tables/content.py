@@ -12,7 +12,7 @@ from qtale_lightning.manifest import read_object
 from qtale_lightning.paths import path_distance
 from qtale_lightning.report.notes import quantization_lines
 from qtale_lightning.results.fingerprints import comparable
-from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.schema import Evaluation, units_executed
 from qtale_lightning.tables import paper
 from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.columns import ColumnOf, columns_of, heading
@@ -140,7 +140,7 @@ def _number(column: ColumnOf, answer: Answer, row: Evaluation) -> Any:
         case "nll":
             return row["average_nll"], row["average_nll_stderr"]
         case "path_distance":
-            return path_distance(row["execution_ratio_per_layer"]), None
+            return path_distance(units_executed(row)), None
         case "weight_mb":
             return row["weight_bytes"] / 1e6, None
         case "tokens_per_second":
@@ -156,7 +156,7 @@ def _kv_bytes(answer: Answer, row: Evaluation) -> float:
     """Bytes of keys and values that a token leaves, by the layers that it executes on average."""
     run = answer.run.directory
     config = SimpleNamespace(**read_object(run.root, run.model() / "config.json", run.remedy(run.model())))
-    return cost.kv_bytes_per_token(config, row["execution_ratio_per_layer"])
+    return cost.kv_bytes_per_token(config, units_executed(row))
 
 
 def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:

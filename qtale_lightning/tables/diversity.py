@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qtale_lightning.evaluation.statistics import Estimate
 from qtale_lightning.paths import path_distance
-from qtale_lightning.results.schema import Results
+from qtale_lightning.results.schema import Results, units_executed
 from qtale_lightning.routing import method_of
 from qtale_lightning.tables.bold import Side, difference
 from qtale_lightning.tables.declaration import Line
@@ -62,7 +62,7 @@ def related(table: Table, data: str, bits: float) -> list[Related]:
         answers = [table.answer(base, data, seed) for seed in table.request.seeds]
         rows = [(answer, answer.row) for answer in answers if answer.row is not None]
         values = (
-            _mean([path_distance(row["execution_ratio_per_layer"]) for _, row in rows]),
+            _mean([path_distance(units_executed(row)) for _, row in rows]),
             # Perturbed at inference, a run is the same run: it counts once.
             None if line.perturbation.record else _mean([trained_distance(a.results) for a, _ in rows]),
             _mean([row["average_nll"] for _, row in rows]),

@@ -56,6 +56,7 @@ def make_document() -> dict[str, Any]:
         "layers": 5,
         "start_layer": 1,
         "reserved_tokens": 2,
+        "shares": [1.0],
         "precisions": [{"bits": 16, "engine": "none"} | measured, quantized],
         "texts": [
             {

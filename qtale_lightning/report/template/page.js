@@ -1,7 +1,10 @@
 "use strict";
 // Everything shown is made from the JSON in the page, as text nodes: a token is never read as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
-const routed = data.layers - data.start_layer;
+// What routers decide about: layers, or each layer's attention and MLP, by their shares of its weights.
+const units = data.shares.length;
+const [firstUnit, all] = [data.start_layer * units, data.layers * units];
+const unitOf = (unit) => (units === 1 ? `layer ${unit}` : `layer ${Math.floor(unit / units)}'s ${["attention", "MLP"][unit % units]}`);
 const get = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(1)} %`;
 const mean = (values) => values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
@@ -22,13 +25,15 @@ function svg(tag, attributes, ...children) {
 }
 
 const names = data.precisions.map((precision) => `${precision.bits} bits`);
-const countOf = (executed) => data.start_layer + executed.split("1").length - 1;
+const countOf = (executed) => data.shares.reduce((sum, share, unit) =>
+  sum + share * [...executed].filter((decision, i) => i % units === unit && decision === "1").length, data.start_layer);
+const counted = (layers) => layers.toFixed(units === 1 ? 0 : 1);
 const reserved = (token) => token < data.reserved_tokens;
 
-// The layers that a precision decides otherwise than the first one (16 bits).
-function changedLayers(text, precision, token) {
+// The units that a precision decides otherwise than the first one (16 bits).
+function changedUnits(text, precision, token) {
   const [one, other] = [text.traces[0].executed[token], text.traces[precision].executed[token]];
-  return [...one].flatMap((decision, i) => (decision === other[i] ? [] : [data.start_layer + i]));
+  return [...one].flatMap((decision, i) => (decision === other[i] ? [] : [firstUnit + i]));
 }
 
 // ---------------------------------------------------------------------------------------------- strips of layers
@@ -38,15 +43,15 @@ function strip(caption, label, columns, theta) {
   const [width, height, top] = [13, 46, 9];
   const drawing = svg("svg", { role: "img", "aria-label": label, width: width * columns.length + 24, height: height + top + 13,
     viewBox: `0 0 ${width * columns.length + 24} ${height + top + 13}` });
-  columns.forEach((column, layer) => {
-    const [x, tall] = [layer * width, Math.max(1, column.height * (height - 1))];
-    const group = svg("g", { class: "layer", "data-layer": layer });
+  columns.forEach((column, unit) => {
+    const [x, tall] = [unit * width, Math.max(1, column.height * (height - 1))];
+    const group = svg("g", { class: "layer", "data-layer": unit / units });
     group.append(svg("title", {}, column.title), svg("rect", { class: "back", x, y: top, width: width - 2, height }));
     group.append(svg("rect", { class: column.kind, x: x + 0.5, y: top + height - tall - 0.5, width: width - 3, height: tall }));
     if (column.mark) group.append(svg("path", { class: "mark", d: `M${x} 0 h${width - 2} l${1 - width / 2} 8 z` }));
     if (column.changed) group.append(svg("rect", { class: "mark", x, y: top + height * (1 - column.changed) - 1.5, width: width - 2, height: 3 }));
     drawing.append(group);
-    if (layer % 5 === 0) drawing.append(svg("text", { x, y: top + height + 10 }, `${layer}`));
+    if (unit % (5 * units) === 0) drawing.append(svg("text", { x, y: top + height + 10 }, `${unit / units}`));
   });
   if (theta !== undefined) {
     const [y, end] = [top + height * (1 - theta), width * columns.length];
@@ -57,40 +62,40 @@ function strip(caption, label, columns, theta) {
 
 function tokenStrip(text, precision, token) {
   const trace = text.traces[precision];
-  const changed = new Set(changedLayers(text, precision, token));
-  const columns = Array.from({ length: data.layers }, (_, layer) => {
-    const i = layer - data.start_layer;
+  const changed = new Set(changedUnits(text, precision, token));
+  const columns = Array.from({ length: all }, (_, unit) => {
+    const i = unit - firstUnit;
     const decision = i < 0 || trace.executed[token][i] === "1" ? "executed" : "skipped";
-    if (i < 0) return { height: 1, kind: "always", title: `layer ${layer}: no router, always executed` };
+    if (i < 0) return { height: 1, kind: "always", title: `${unitOf(unit)}: no router, always executed` };
     const p = trace.probability[token][i] / 1000;
-    const title = `layer ${layer}: p(execute) = ${p.toFixed(3)}, ${decision}`;
-    if (reserved(token)) return { height: 1, kind: "always", title: `layer ${layer}: reserved token, always executed` };
-    return { height: p, kind: decision, mark: changed.has(layer), title: title + (changed.has(layer) ? `, unlike ${names[0]}` : "") };
+    const title = `${unitOf(unit)}: p(execute) = ${p.toFixed(3)}, ${decision}`;
+    if (reserved(token)) return { height: 1, kind: "always", title: `${unitOf(unit)}: reserved token, always executed` };
+    return { height: p, kind: decision, mark: changed.has(unit), title: title + (changed.has(unit) ? `, unlike ${names[0]}` : "") };
   });
   const count = countOf(trace.executed[token]);
   const nll = trace.nll[token];
-  const parts = [el("b", {}, names[precision]), ` · ${count} of ${data.layers} layers`];
+  const parts = [el("b", {}, names[precision]), ` · ${counted(count)} of ${data.layers} layers`];
   if (nll !== null) parts.push(` · nll ${nll.toFixed(2)}`);
-  if (changed.size) parts.push(` · changed: ${[...changed].join(", ")}`);
+  if (changed.size) parts.push(` · changed: ${[...changed].map((unit) => (units === 1 ? unit : unitOf(unit))).join(", ")}`);
   return strip(parts, `${names[precision]}: p(execute) by layer`, columns, data.theta);
 }
 
 function layerStrip(precision) {
-  const columns = Array.from({ length: data.layers }, (_, layer) => ({ executed: [], changed: [], layer }));
+  const columns = Array.from({ length: all }, (_, unit) => ({ executed: [], changed: [], unit }));
   for (const text of data.texts) {
     text.tokens.forEach((_, token) => {
       if (reserved(token)) return;
-      const changed = new Set(changedLayers(text, precision, token));
+      const changed = new Set(changedUnits(text, precision, token));
       for (const column of columns) {
-        const i = column.layer - data.start_layer;
+        const i = column.unit - firstUnit;
         column.executed.push(i < 0 || text.traces[precision].executed[token][i] === "1" ? 1 : 0);
-        column.changed.push(changed.has(column.layer) ? 1 : 0);
+        column.changed.push(changed.has(column.unit) ? 1 : 0);
       }
     });
   }
-  const shown = columns.map(({ executed, changed, layer }) => ({
-    height: mean(executed), kind: layer < data.start_layer ? "always" : "executed", changed: mean(changed),
-    title: `layer ${layer}: ${percent(mean(executed))} of the tokens execute it` +
+  const shown = columns.map(({ executed, changed, unit }) => ({
+    height: mean(executed), kind: unit < firstUnit ? "always" : "executed", changed: mean(changed),
+    title: `${unitOf(unit)}: ${percent(mean(executed))} of the tokens execute it` +
       (precision ? `, ${percent(mean(changed))} decide otherwise than at ${names[0]}` : ""),
   }));
   return strip([el("b", {}, names[precision])], `${names[precision]}: share of tokens that execute each layer`, shown);
@@ -104,10 +109,10 @@ function summarised(precision) {
   for (const text of data.texts) {
     text.tokens.forEach((_, token) => {
       executed.push(countOf(text.traces[precision].executed[token]) / data.layers);
-      if (!reserved(token)) changed.push(changedLayers(text, precision, token).length);
+      if (!reserved(token)) changed.push(changedUnits(text, precision, token).length);
     });
   }
-  return { execution_ratio: mean(executed), decisions_changed: mean(changed) / routed, paths_changed: mean(changed.map((n) => n > 0)) };
+  return { execution_ratio: mean(executed), decisions_changed: mean(changed) / (all - firstUnit), paths_changed: mean(changed.map((n) => n > 0)) };
 }
 
 const signed = (value) => (value < 0 ? "−" : "+") + Math.abs(value).toFixed(3);
@@ -144,7 +149,7 @@ function showSummary() {
 
 const MODES = [
   { id: "executed", name: "layers executed", unit: "layers", value: (text, p, t) => countOf(text.traces[p].executed[t]) },
-  { id: "changed", name: `decisions unlike ${names[0]}`, unit: "decisions", value: (text, p, t) => changedLayers(text, p, t).length },
+  { id: "changed", name: `decisions unlike ${names[0]}`, unit: "decisions", value: (text, p, t) => changedUnits(text, p, t).length },
 ].slice(0, several ? 2 : 1);
 for (const mode of MODES) {
   const values = data.texts.flatMap((text) => text.traces.flatMap((_, p) => text.tokens.flatMap((_, t) => (reserved(t) ? [] : [mode.value(text, p, t)]))));
@@ -182,7 +187,7 @@ function showTexts() {
       const caption = [el("b", {}, names[precision]), ` · ${mean(trace.executed.map(countOf)).toFixed(1)} layers a token`];
       const answer = trace.nll.slice(text.answer).filter((value) => value !== null);
       if (answer.length) caption.push(` · nll ${mean(answer).toFixed(2)}`);
-      if (precision) caption.push(` · ${percent(mean(free.map((t) => changedLayers(text, precision, t).length)) / routed)} changed`);
+      if (precision) caption.push(` · ${percent(mean(free.map((t) => changedUnits(text, precision, t).length)) / (all - firstUnit))} changed`);
       const tokens = el("p", { class: "tokens", role: "listbox", "aria-label": `text ${at + 1}, ${names[precision]}`, "aria-orientation": "horizontal" },
         ...text.tokens.map((_, token) => tokenSpan(text, at, precision, token)));
       return el("div", { class: "version" }, el("h4", {}, ...caption), tokens);
@@ -200,7 +205,7 @@ function paint(mode) {
   }
   const scale = el("span", { id: "scale" });
   scale.style.background = `linear-gradient(to right, ${data.palette.join(", ")})`;
-  get("legend").replaceChildren(mode.id === "changed" ? "0: white, 1" : `${mode.low}`, scale, `${mode.high} ${mode.unit}`);
+  get("legend").replaceChildren(mode.id === "changed" ? "0: white, 1" : counted(mode.low), scale, `${counted(mode.high)} ${mode.unit}`);
 }
 
 function showModes() {
@@ -252,7 +257,7 @@ function step(event) {
 
 const engines = [...new Set(data.precisions.map((precision) => precision.engine))].filter((engine) => engine !== "none");
 get("run").textContent = `${data.title} · ${engines.map((engine) => `quantized by ${engine} · `).join("")}θ = ${data.theta} · ${data.texts.length} text${data.texts.length === 1 ? "" : "s"}: ` +
-  `a token executes a layer where the layer's router gives p(execute) ≥ θ, and skips it otherwise.`;
+  `a token executes ${units === 1 ? "a layer" : "the attention, or the MLP, of a layer"} where the router of that gives p(execute) ≥ θ, and skips it otherwise.`;
 showSummary();
 get("layers").append(...data.precisions.map((_, precision) => layerStrip(precision)));
 showModes();

@@ -34,7 +34,7 @@ class DLLM(Method):
 
         counted = routing.free & predicting(routing.tokens)
         return {
-            "ratio": ratio_loss(routing.stacked_gates(), layers, budget.target, counted, budget.held),
+            "ratio": ratio_loss(routing.stacked_shares(), layers, budget.target, counted, budget.held),
             "entropy": entropy_loss(routing.stacked_logits(), routing.free),
         }
 
