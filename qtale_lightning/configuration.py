@@ -86,7 +86,8 @@ class RunConfiguration:
             )
         if self.quantization.refit_routers and self.model.routing_options["gates"] == "sublayer":
             raise ValueError(
-                "--quantize.refit_routers fits routers of layers: leave it, or --model.gates sublayer, out"
+                "--quantize.refit_routers fits routers that decide about layers, and with --model.gates sublayer none "
+                "does: leave one of them out"
             )
         if self.model.how.theta:
             self.sweep.check_budgets(start / config.num_hidden_layers)

@@ -228,6 +228,7 @@ TOOLS: dict[str, Any] = {
     "keep_kv": True,
     "stand_in_rank": 4,
 }
+SUBLAYERS: dict[str, Any] = {"gates": "sublayer", "ratio_ascent": 0.5}  # which doesn't go with the last two
 
 
 def train(
@@ -265,7 +266,7 @@ def train(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("interrupt", "accumulate", "options"),
-    [(3, 1, {}), (6, 1, {}), (7, 1, {}), (4, 2, {}), (7, 2, TOOLS)],
+    [(3, 1, {}), (6, 1, {}), (7, 1, {}), (4, 2, {}), (7, 2, TOOLS), (7, 1, SUBLAYERS)],
 )
 def test_resumed_training_equals_uninterrupted(
     tmp_path: Path, interrupt: int, accumulate: int, options: dict[str, Any]
@@ -318,6 +319,10 @@ def test_options_are_taken_as_a_configuration_has_them() -> None:
             {"name": "gemma3-270m", "keep_kv": True},
             "gemma3-270m is of a family whose layers are computed whole",
         ),
+        ({**objective("static"), "gates": "sublayer"}, "--model.gates sublayer: method static skips nothing"),
+        ({"name": "gemma3-270m", "gates": "sublayer"}, "--model.gates sublayer: gemma3-270m is of a family"),
+        ({"gates": "sublayer", "keep_kv": True}, "--model.gates sublayer doesn't go with --model.keep_kv"),
+        ({"gates": "sublayer", "stand_in_rank": 4}, "doesn't go with --model.stand_in_rank"),
         ({**objective("full"), "ratio_ascent": 0.1}, "full has no ratio loss, so --model.ratio_ascent"),
         ({**objective("mod"), "ratio_budget": "sequence"}, "mod has no ratio loss, so --model.ratio_budget"),
         (

@@ -49,6 +49,28 @@ def test_keys_and_values_that_are_kept_cost_what_they_do() -> None:
     assert cost.kv_bytes_per_token(kept, [1, 0.5, 0]) == 3 * 16
 
 
+def test_sublayers_cost_what_they_compute() -> None:
+    """Attention is 192 of a layer's 576 weights; its keys are those of tokens that execute it."""
+    apart = routed(gates="sublayer")
+    # A full layer; attention at 1/2, the MLP skipped; the MLP at 1/4 alone; four routers.
+    expected = 1312 + (384 / 2 + 160 / 4) + 768 / 4 + 4 * 120 + 160
+    assert cost.token_flops(apart, [1, 1, 0.5, 0, 0, 0.25], context=5) == expected
+    assert cost.kv_bytes_per_token(apart, [1, 1, 0.5, 0, 0, 0.25]) == 1.5 * 16
+    assert cost.parameter_counts(apart).routers == 2 * cost.parameter_counts(routed()).routers
+    assert cost.expected_execution(apart, 0.5) == [1, 1, 0.25, 0.25, 0.25, 0.25]
+    with pytest.raises(ValueError, match="got 3 execution ratios for 3 decoder layers of 2 sublayers"):
+        cost.token_flops(apart, [1, 1, 1], context=5)
+
+
+def test_equal_ratios_cost_the_same_whatever_routers_decide_about() -> None:
+    """With routers of half the width; what attention does more, the MLP does less: by weights, without the keys met."""
+    narrow = config(router_width=3, start_layer=1, gates="sublayer")
+    whole = cost.token_flops(routed(), [1, 0.5, 0.5], context=0)
+    assert cost.token_flops(narrow, [1, 1, 0.5, 0.5, 0.5, 0.5], context=0) == whole
+    # By the weights 192 and 384: 0.9 · 1/3 + 0.3 · 2/3 = 0.5
+    assert cost.token_flops(narrow, [1, 1, 0.9, 0.3, 0.5, 0.5], context=0) == pytest.approx(whole)
+
+
 def test_stand_ins_cost_two_products_of_every_token() -> None:
     with_them, without = routed(stand_in_rank=2), routed()
     more = cost.token_flops(with_them, [1, 0.5, 0], context=5) - cost.token_flops(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, route
-from tests.llama import llama_config
+from tests.llama import llama_config, mix_decisions
 from tests.tolerance import close, depth
 
 ARCHITECTURE: dict[str, Any] = {
@@ -27,24 +27,30 @@ ARCHITECTURE: dict[str, Any] = {
 
 
 @functools.cache
-def model(start_layer: int, reserved_tokens: int, keep_kv: bool, stand_in_rank: int) -> RoutedForCausalLM:
-    options: dict[str, Any] = {"keep_kv": keep_kv, "stand_in_rank": stand_in_rank}
+def model(
+    start_layer: int, reserved_tokens: int, keep_kv: bool, stand_in_rank: int, gates: str
+) -> RoutedForCausalLM:
+    options: dict[str, Any] = {"keep_kv": keep_kv, "stand_in_rank": stand_in_rank, "gates": gates}
     options |= {"start_layer": start_layer, "reserved_tokens": reserved_tokens}
     config = llama_config(**ARCHITECTURE, **options)
     torch.manual_seed(0)
     routed = route(LlamaForCausalLM(config), config)
+    mix_decisions(routed)
     for layer in routed.model.layers:
-        if layer.router is not None:
-            nn.init.normal_(layer.router.out.weight, 0.0, 2.0)
         if layer.stand_in is not None:
             nn.init.normal_(layer.stand_in.up.weight, 0.0, 0.5)
-    return routed.eval()
+    return routed
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[int, Tensor]]:
     """A model, token ids `(B, T)`, a mask of sequences padded on either side each, and a decision for every token."""
-    tools = draw(st.booleans()), draw(st.sampled_from([0, 4]))
+    tools = draw(
+        st.one_of(
+            st.tuples(st.booleans(), st.sampled_from([0, 4]), st.just("layer")),
+            st.just((False, 0, "sublayer")),
+        )
+    )
     routed = model(draw(st.integers(0, 3)), draw(st.integers(1, 4)), *tools)
     lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=4))
     longest = max(lengths) + draw(st.integers(0, 2))  # no sequence may be whole
@@ -54,7 +60,7 @@ def batches(draw: st.DrawFn) -> tuple[RoutedForCausalLM, Tensor, Tensor, dict[in
     left = draw(st.booleans())
     place, length = torch.arange(longest), torch.tensor(lengths)[:, None]
     mask = (place >= longest - length if left else place < length).long()
-    gates = {i: torch.rand(ids.shape, generator=generator) < share for i in routed.config.routed_layers}
+    gates = {i: torch.rand(ids.shape, generator=generator) < share for i in routed.config.routed_units}
     return routed, ids, mask, gates
 
 
@@ -98,5 +104,6 @@ def test_calls_that_share_a_cache_are_one_call(
     kept = sum(sum(cache.layer(i).lengths) for i in range(routed.config.num_hidden_layers))
     routing, layers = Routing(forced=gates), routed.config.num_hidden_layers
     logits(routed, ids, mask, routing)
-    every = layers * int(mask.sum())
-    assert kept == (every if routed.config.keep_kv else int(routing.executed(layers).sum()))
+    every, units = layers * int(mask.sum()), len(routed.config.unit_shares)
+    attended = routing.executed(layers * units)[::units]  # of a layer's units the first leaves keys
+    assert kept == (every if routed.config.keep_kv else int(attended.sum()))

@@ -178,6 +178,26 @@ def test_hovering_shows_the_layers_of_a_token_at_each_precision(page: webdriver.
 
 
 @in_a_browser
+def test_sublayers_are_shown_and_counted_by_their_weights(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    """Three layers, the last two with a router each of attention, a quarter of a layer, and of the MLP."""
+    path = tmp_path / "page.html"
+    path.write_text(render_page(make_document() | {"layers": 3, "shares": [0.25, 0.75]}), encoding="utf-8")
+    browser.get(path.as_uri())
+    ActionChains(browser).move_to_element(token(browser, 0, 1, 3)).perform()
+    first, second = strips(browser)
+    assert first[2:] == [
+        "layer 1's attention: p(execute) = 0.903, executed",
+        "layer 1's MLP: p(execute) = 0.903, executed",
+        "layer 2's attention: p(execute) = 0.103, skipped",
+        "layer 2's MLP: p(execute) = 0.103, skipped",
+    ]
+    assert second[3] == "layer 1's MLP: p(execute) = 0.103, skipped, unlike 16 bits"
+    text = browser.find_element(By.ID, "detail").text
+    assert "16 bits · 2.0 of 3 layers" in text
+    assert "4 bits · 1.5 of 3 layers · nll 1.50 · changed: layer 1's MLP, layer 2's attention" in text
+
+
+@in_a_browser
 def test_the_keyboard_reaches_every_token(page: webdriver.Chrome) -> None:
     """Tab stops once in each text; the arrows step through it."""
     page.find_element(By.CSS_SELECTOR, "input[value=executed]").send_keys(Keys.TAB)

@@ -13,6 +13,7 @@ from qtale_lightning.cli import QTALECLI
 from qtale_lightning.results.metadata import run_metadata
 from qtale_lightning.results.origin import origin
 from qtale_lightning.results.store import update_results
+from qtale_lightning.routing.router import Router
 from qtale_lightning.run import RunDirectory
 
 
@@ -30,10 +31,10 @@ def make_run(options: Callable[..., list[str]]) -> Callable[..., RunDirectory]:
         update_results(run.root, "run", made)
         module.configure_model()
         torch.manual_seed(0)
-        for layer in module.model.model.layers:
-            if layer.router is not None:
-                nn.init.normal_(layer.router.out.weight, 0.0, 0.5)
-                nn.init.zeros_(layer.router.out.bias)
+        for part in module.model.modules():
+            if isinstance(part, Router):
+                nn.init.normal_(part.out.weight, 0.0, 0.5)
+                nn.init.zeros_(part.out.bias)
         stages.export(run, cli.model.fresh(), module.state_dict(), dtype)
         if method == "qtale":
             stages.quantize(run, cli.prepare_data(), cli.quantization)
