@@ -223,7 +223,7 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
-    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, skipping isn't leaving out, or is by sublayers."""
+    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, or skipping leaves no layer out."""
     config, layers = model.config, model.layers
     if not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
         return None

@@ -19,8 +19,12 @@ MORE = ("--quantize.engine", "rtn", "--quantize.bits", "[4]", "--model.gates", "
 
 @pytest.mark.slow
 def test_a_run_is_swept_shown_and_refused_what_it_cannot_have(
-    make_run: Callable[..., RunDirectory], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    make_run: Callable[..., RunDirectory],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("qtale_lightning.report.write_report", lambda run: None)
     run = make_run(tmp_path, "qtale", *SMALL, *MORE)
     config: RoutedConfig = load_exported(run).config
     (attention, mlp), layers = config.unit_shares, config.num_hidden_layers
