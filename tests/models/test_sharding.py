@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -15,10 +16,13 @@ from qtale_lightning.models.sharding import shard
 from qtale_lightning.models.sources import load_base
 from qtale_lightning.module import QTALEModule
 
+Gates = Literal["layer", "sublayer"]
+KINDS: tuple[Gates, ...] = ("layer", "sublayer")
 
-def routed() -> QTALEModule:
+
+def routed(gates: Gates) -> QTALEModule:
     """A tiny routed model with a frozen bfloat16 base, and float32 LoRA and routers."""
-    module = QTALEModule(name="tiny", router_width=32)
+    module = QTALEModule(name="tiny", router_width=32, gates=gates)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module.attach(load_base("tiny", dtype=torch.bfloat16))
@@ -37,7 +41,7 @@ def gradients(module: QTALEModule, rows: torch.Tensor) -> dict[str, torch.Tensor
     batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows}
     with torch.autocast("cpu", torch.bfloat16):
         losses = module.losses(batch, routing := Routing(), target=0.5)
-    assert len(routing.gates) == 4, "the layers recorded their decisions elsewhere"
+    assert len(routing.stacked_shares()) == 4, "the layers recorded their decisions elsewhere"
     losses.total.backward()
     found = {"loss": losses.total.detach()}
     for name, weight in module.named_parameters():
@@ -53,13 +57,15 @@ def compare(rank: int, port: int, result: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rows = torch.randint(3, 700, (2, 12), generator=torch.Generator().manual_seed(0))
-    alone = gradients(routed(), rows)
-    module = routed()
-    shard(module.model, init_device_mesh("cpu", (2,)))
-    sharded = sum(isinstance(weight, DTensor) for weight in module.parameters())
-    together = gradients(module, rows)
+    found = {}
+    for gates in KINDS:
+        alone = gradients(routed(gates), rows)
+        module = routed(gates)
+        shard(module.model, init_device_mesh("cpu", (2,)))
+        sharded = sum(isinstance(weight, DTensor) for weight in module.parameters())
+        found[gates] = alone, gradients(module, rows), sharded
     if rank == 0:
-        torch.save((alone, together, sharded), result)
+        torch.save(found, result)
     dist.destroy_process_group()
 
 
@@ -70,15 +76,16 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     result = tmp_path / "result.pt"
     mp.spawn(compare, (port, str(result)), nprocs=2)
-    alone, together, sharded = torch.load(result, weights_only=True)
-    assert alone.keys() == together.keys()
-    assert sum(".router." in name for name in alone) == 20
-    assert sum("lora_" in name for name in alone) == 36
-    # The 7 linears of every layer's base have no gradient but are sharded, too; norms aren't.
-    assert sharded == 6 * 7 + 36 + 20
-    for name, value in alone.items():
-        # The same products in the same order; averaging two equal numbers is exact.
-        torch.testing.assert_close(together[name], value, rtol=0, atol=0)
+    for routers, gates in enumerate(KINDS, start=1):
+        alone, together, sharded = torch.load(result, weights_only=True)[gates]
+        assert alone.keys() == together.keys()
+        assert sum(".router." in name for name in alone) == 20 * routers
+        assert sum("lora_" in name for name in alone) == 36
+        # The 7 linears of every layer's base have no gradient but are sharded, too; norms aren't.
+        assert sharded == 6 * 7 + 36 + 20 * routers
+        for name, value in alone.items():
+            # The same products in the same order; averaging two equal numbers is exact.
+            torch.testing.assert_close(together[name], value, rtol=0, atol=0)
 
 
 def test_a_base_that_is_trained_isnt_sharded() -> None:
