@@ -24,6 +24,7 @@ class Pass(Protocol):
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         seed: Of decisions by chance at inference.
         temperature: Of the Gumbel-softmax.
+        noise: What Gumbel's draws are multiplied by.
         thresholds: Layer that is decided about → θ.
         logits: Layer → router logits ``(B, T, 2)``, float32; those of this layer and before.
     """
@@ -35,6 +36,7 @@ class Pass(Protocol):
     rate: float | None
     seed: int
     temperature: float
+    noise: float
     thresholds: Any
     logits: dict[int, Tensor]
     gates: dict[int, Tensor]
