@@ -223,6 +223,11 @@ class QTALEModule(ModelSettings, L.LightningModule):
         progress = min(1.0, done / self.ratio_schedule) if self.ratio_schedule else 1.0
         return 1.0 + progress * (final - 1.0)
 
+    def scheduled_noise(self) -> float:
+        """Gumbel noise in this step's decisions, of 1: falling linearly to 0 while ``noise_schedule`` lasts."""
+        done = max(0.0, self.routed_progress)
+        return max(0.0, 1.0 - done / self.noise_schedule) if self.noise_schedule else 1.0
+
     def scheduled_lambdas(self) -> dict[str, float]:
         """The losses' weights as they are in this step: λ1 rising along a sine, where it does (D-LLM's code)."""
         if self.routed_progress < 0:
@@ -252,7 +257,8 @@ class QTALEModule(ModelSettings, L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """One micro-batch: losses, routing statistics, logs."""
         rate = self.scheduled(self.model.config.rate)
-        routing, target = Routing(temperature=self.temperature, rate=rate), self.scheduled(self.target_ratio)
+        routing = Routing(temperature=self.temperature, noise=self.scheduled_noise(), rate=rate)
+        target = self.scheduled(self.target_ratio)
         if self.routed_progress < 0:
             routing.threshold, routing.sample = 0.0, False
         lambdas = self.scheduled_lambdas()

@@ -53,6 +53,8 @@ class ModelSettings:
         lambda_prediction: Weight of foreseeing which tokens a layer's capacity goes to (unpublished; ours). Of mod; 0
             for other methods.
         temperature: Of the Gumbel-softmax (paper: 1).
+        noise_schedule: Share of training, from its first step on, over which the noise in routers' decisions falls from
+            Gumbel's to none, so that the rest trains for inference's decisions; 0 keeps it (paper).
         ratio_schedule: Share of training over which the target ratio falls from 1 to target_ratio; 0 is the paper.
             Without effect for full and static.
         router_bias: Of (skip, execute), with which routers begin (D-LLM: 0.1 and 2.0, so that 13 % are skipped at
@@ -110,6 +112,7 @@ class ModelSettings:
         lambda_entropy: NonNegative = 0.5,
         lambda_prediction: NonNegative = 0.0,
         temperature: Positive = 1.0,
+        noise_schedule: ClosedUnitInterval = 0.0,
         ratio_schedule: ClosedUnitInterval = 0.0,
         router_bias: Floats[float] = Floats((0.1, 2.0)),  # noqa: B008 (a tuple)
         distillation: NonNegative = 0.0,
@@ -153,7 +156,7 @@ class ModelSettings:
                     f"method {method} has no {option.removeprefix('lambda_')} loss: --model.{option} is {value}, and "
                     "must be 0 (METHOD=… of make sets it)"
                 )
-        self._check_tools(ratio_budget, ratio_ascent, distillation, teacher, stages)
+        self._check_tools(ratio_budget, ratio_ascent, distillation, teacher, stages, noise_schedule)
         for option, given in (("keep_kv", keep_kv), ("gates sublayer", gates == "sublayer")):
             if given and not (self.how.decides and family.fused):
                 why = (
@@ -189,6 +192,7 @@ class ModelSettings:
             "stand_in_rank": stand_in_rank,
         }
         self.target_ratio, self.ratio_schedule, self.temperature = target_ratio, ratio_schedule, temperature
+        self.noise_schedule = noise_schedule
         self.lambdas = {option.removeprefix("lambda_"): value for option, value in lambdas.items()}
         self.ratio_rises = lambda_ratio_schedule == "sine"
         self.lambdas["distillation"] = distillation
@@ -210,7 +214,13 @@ class ModelSettings:
         self.decays_all = weight_decay_on == "all"
 
     def _check_tools(
-        self, ratio_budget: str, ratio_ascent: float, distillation: float, teacher: str | None, stages: str
+        self,
+        ratio_budget: str,
+        ratio_ascent: float,
+        distillation: float,
+        teacher: str | None,
+        stages: str,
+        noise_schedule: float,
     ) -> None:
         """Refuse tools that would do nothing (ValueError)."""
         how, name = self.how, self.how.name
@@ -222,6 +232,10 @@ class ModelSettings:
         if stages != "joint" and not how.routers:
             raise ValueError(
                 f"method {name} has no routers, so --model.stages {stages} has no effect: leave it out"
+            )
+        if noise_schedule and not how.noisy:
+            raise ValueError(
+                f"method {name} has no noise in its decisions, so --model.noise_schedule has no effect: leave it out"
             )
         if distillation and teacher is None and not how.decides:
             raise ValueError(

@@ -178,6 +178,13 @@ def stepping(module: QTALEModule, step: int, steps: int) -> QTALEModule:
     return module
 
 
+@pytest.mark.parametrize(("schedule", "noises"), [(0.0, [1.0] * 3), (0.8, [1.0, 0.375, 0.0])])
+def test_the_noise_in_decisions_falls(schedule: float, noises: list[float]) -> None:
+    module = QTALEModule(name="tiny", noise_schedule=schedule)
+    found = [stepping(module, step, 20).scheduled_noise() for step in (0, 10, 18)]
+    assert found == pytest.approx(noises)
+
+
 @pytest.mark.parametrize(
     ("schedule", "shares"), [("sine", [0.0, math.sqrt(0.5), 1.0]), ("constant", [1.0] * 3)]
 )
@@ -225,6 +232,7 @@ TOOLS: dict[str, Any] = {
     "distillation": 0.5,
     "stages": "lora-first",
     "noise_bits": 3,
+    "noise_schedule": 0.8,
     "keep_kv": True,
     "stand_in_rank": 4,
 }
@@ -308,6 +316,8 @@ def test_options_are_taken_as_a_configuration_has_them() -> None:
         ({"target_ratio": float("nan")}, "target_ratio nan"),
         ({"betas": (0.9,)}, r"--model.betas \[0.9\]: give two"),
         ({"router_bias": (0.1, float("inf"))}, r"--model.router_bias \[0.1, inf\]: give two numbers"),
+        ({**objective("random"), "noise_schedule": 0.5}, "random has no noise in its decisions"),
+        ({"noise_schedule": 1.5}, "noise_schedule 1.5"),
         ({"noise_bits": 9}, "--model.noise_bits 9: must be >= 2 and <= 8"),
         ({"distillation": float("nan")}, "--model.distillation nan"),
         ({"teacher": "there"}, "--model.teacher there has no effect without --model.distillation"),

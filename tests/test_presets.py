@@ -21,14 +21,8 @@ DEVICES = sorted(file.stem for file in (EXPERIMENTS / "devices").glob("*.yaml"))
 
 # Tools for training that the paper doesn't have, each off unless it is asked for.
 TOOLS = {
-    "ratio_ascent",
-    "distillation",
-    "teacher",
-    "stages",
-    "noise_bits",
-    "keep_kv",
-    "stand_in_rank",
-    "gates",
+    *("ratio_ascent", "distillation", "teacher", "stages", "noise_bits", "noise_schedule", "keep_kv"),
+    *("stand_in_rank", "gates"),
 }
 
 # What a tiny model on a CPU needs otherwise, and no more.

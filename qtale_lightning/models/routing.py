@@ -28,6 +28,7 @@ class Routing:
             gradient). None: masked while training, packed otherwise.
         sample: Decide as the method does in training. None: while training.
         temperature: Of the Gumbel-softmax.
+        noise: What Gumbel's draws are multiplied by where decisions are sampled.
         rate: Share of a layer's free tokens that execute it, of methods that fix it. None: the model's configured one.
         forced: Decisions to use instead of the routers', unit → bool ``(B, T)``.
         branch: Several continuations of one text in one sequence, and of these again, int ``(B, T, levels)``: a token
@@ -64,6 +65,7 @@ class Routing:
     execution: Execution | None = None
     sample: bool | None = None
     temperature: float = 1.0
+    noise: float = 1.0
     rate: float | None = None
     forced: Mapping[int, Tensor] | None = None
     branch: Tensor | None = None

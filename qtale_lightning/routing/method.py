@@ -24,6 +24,7 @@ class Pass(Protocol):
         rate: Share of a layer's free tokens that execute it, of methods that fix it.
         seed: Of decisions by chance at inference.
         temperature: Of the Gumbel-softmax.
+        noise: What Gumbel's draws are multiplied by.
         shares: Of a layer's units, what is decided about: of the layer itself, (1.0,), or of its sublayers.
         thresholds: Unit that is decided about → θ.
         logits: Unit → router logits ``(B, T, 2)``, float32; those of this unit and before.
@@ -36,6 +37,7 @@ class Pass(Protocol):
     rate: float | None
     seed: int
     temperature: float
+    noise: float
     shares: Sequence[float]
     thresholds: Any
     logits: dict[int, Tensor]

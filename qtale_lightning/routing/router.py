@@ -143,9 +143,13 @@ def logit_gap(logits: Tensor) -> Tensor:
     return logits[..., EXECUTE] - logits[..., SKIP]
 
 
-def gumbel_gate(logits: Tensor, temperature: float) -> Tensor:
+def gumbel_gate(logits: Tensor, temperature: float, noise: float = 1.0) -> Tensor:
     """Hard straight-through Gumbel-softmax decision w ∈ {0, 1}, shape ``(...)`` from logits ``(..., 2)``.
 
     The value is the hard decision, the gradient that of the soft one (paper, training decision; tau = 1 there).
+    ``noise`` scales Gumbel's draws: with 0 the value is inference's decision at θ = 0.5.
     """
-    return nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)[..., EXECUTE]
+    draws = -torch.empty_like(logits).exponential_().log()
+    soft = ((logits + noise * draws) / temperature).softmax(-1)[..., EXECUTE]
+    hard = (soft >= 0.5).to(soft.dtype)
+    return hard - soft.detach() + soft

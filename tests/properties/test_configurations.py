@@ -37,9 +37,10 @@ lists = st.lists(numbers, max_size=3)
 values = st.one_of(numbers, words, lists).map(str)
 OPTIONS = (
     "model.router_width", "model.start_layer", "model.reserved_tokens", "model.target_ratio", "model.lambda_ratio",
-    "model.lambda_entropy", "model.temperature", "model.ratio_schedule", "model.train_all", "model.lora_rank",
-    "model.lora_dropout", "model.lora_targets", "model.lr", "model.router_lr", "model.warmup", "model.method",
-    "model.betas", "model.router_bias", "model.ratio_ascent", "model.distillation", "model.teacher", "model.noise_bits",
+    "model.lambda_entropy", "model.temperature", "model.ratio_schedule", "model.noise_schedule", "model.train_all",
+    "model.lora_rank", "model.lora_dropout", "model.lora_targets", "model.lr", "model.router_lr", "model.warmup",
+    "model.method", "model.betas", "model.router_bias", "model.ratio_ascent", "model.distillation", "model.teacher",
+    "model.noise_bits",
     "data.tasks", "data.batch_size", "data.max_length", "data.limit_train", "data.calibration_rows", "data.shots",
     "data.prompt_style", "data.choice_labels", "data.mix", "quantize.bits", "quantize.group_size", "quantize.engine",
     "quantize.sequences", "quantize.symmetric", "quantize.patterns", "sweep.thresholds", "sweep.rule", "sweep.budgets",

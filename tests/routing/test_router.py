@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qtale_lightning import cpu
 from qtale_lightning.routing import router as module
-from qtale_lightning.routing.router import Router
+from qtale_lightning.routing.router import EXECUTE, Router, gumbel_gate
 from tests.tolerance import close
 
 HIDDEN, WIDTH = 64, 32
@@ -187,3 +187,28 @@ def test_weights_made_in_inference_mode_are_float32() -> None:
     with torch.inference_mode():
         router = Router(HIDDEN, WIDTH).eval()
         assert torch.equal(router(states(5)), router(states(5).float()))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_a_sampled_decision_is_gumbel_softmaxs(temperature: float) -> None:
+    """Value and gradient of PyTorch's, from the same draws: bit for bit."""
+    logits = torch.randn(100, 2, requires_grad=True)
+    made, gradients = [], []
+    for sample in (
+        lambda: gumbel_gate(logits, temperature),
+        lambda: nn.functional.gumbel_softmax(logits, tau=temperature, hard=True)[..., EXECUTE],
+    ):
+        torch.manual_seed(0)
+        made.append(sample())
+        gradients.append(torch.autograd.grad(made[-1].sum(), logits)[0])
+    assert torch.equal(*made)
+    assert torch.equal(*gradients)
+
+
+def test_a_decision_without_noise_is_inferences_with_the_soft_ones_gradient() -> None:
+    logits = torch.tensor([[0.0, 2.0], [1.0, 0.5], [0.3, 0.3]], requires_grad=True)
+    decided = gumbel_gate(logits, 1.0, noise=0.0)
+    assert decided.tolist() == [1.0, 0.0, 1.0]  # p(execute) ≥ 0.5
+    (gradient,) = torch.autograd.grad(decided.sum(), logits)
+    p = logits.detach().softmax(-1)[:, EXECUTE]
+    close(gradient[:, EXECUTE], p * (1 - p), 1)

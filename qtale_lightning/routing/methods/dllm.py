@@ -26,7 +26,7 @@ class DLLM(Method):
         """Straight-through Gumbel-softmax of the router's logits."""
         from qtale_lightning.routing.router import gumbel_gate
 
-        return gumbel_gate(routing.logits[layer], routing.temperature)
+        return gumbel_gate(routing.logits[layer], routing.temperature, routing.noise)
 
     def losses(self, routing: Pass, layers: int, budget: Budget) -> dict[str, Tensor]:
         """``ratio`` and ``entropy``."""
