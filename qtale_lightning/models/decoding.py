@@ -223,7 +223,10 @@ class Parts(NamedTuple):
 
 
 def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
-    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`, or skipping leaves no layer out."""
+    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`.
+
+    None, too, where what a token skips isn't left out, or is a part of a layer.
+    """
     config, layers = model.config, model.layers
     if not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
         return None
