@@ -42,6 +42,7 @@ _ADDED: tuple[tuple[str, str, Any], ...] = (
     ("model", "teacher", None),
     ("model", "stages", "joint"),
     ("model", "noise_bits", None),
+    ("model", "noise_schedule", 0.0),
     ("model", "gates", "layer"),
     ("model", "keep_kv", False),
     ("model", "stand_in_rank", 0),
