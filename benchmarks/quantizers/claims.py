@@ -1,6 +1,5 @@
 """What the rows say: means over calibration sets, and ratios of engines on the same sets."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -50,8 +49,8 @@ def paired(rows: Sequence[Row], bits: float, first: str, second: str, key: str) 
 
 
 def error(values: Sequence[float]) -> float:
-    """Standard error of a mean; NaN for one value."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    """Standard error of a mean of two or more."""
+    return statistics.stdev(values) / len(values) ** 0.5
 
 
 def _mean(ratios: Sequence[float]) -> str:

@@ -76,8 +76,8 @@ class Judge:
         likelihoods = score(model, self.questions).loglikelihoods
         accuracy = accuracy_by_task(self.questions, likelihoods, self._metrics)
         return {
-            "bits": int(bits) if bits == int(bits) else bits, "engine": engine, "set": number, "threads": torch.get_num_threads(),
-            "search s": cost.seconds, "search CPU s": cost.processor,
+            "bits": int(bits) if bits == int(bits) else bits, "engine": engine, "set": number,
+            "threads": torch.get_num_threads(), "search s": cost.seconds, "search CPU s": cost.processor,
             "extra MB": cost.grown / 1e6, "a layer MB": self._limit / 1e6,
             "logits MSE": delta.square().mean().item(),
             "centred MSE": delta.sub_(delta.mean(-1, keepdim=True)).square_().mean().item(), "KL": kl.item(),
