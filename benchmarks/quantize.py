@@ -41,6 +41,7 @@ what this one freed before and still holds would hide growth, or fragment it.
 """
 
 import multiprocessing
+import signal
 import sys
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
@@ -129,6 +130,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what auto-round computes ends, too
     try:
         main()
     except ValueError as error:

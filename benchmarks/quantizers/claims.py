@@ -34,7 +34,7 @@ def claims(rows: Sequence[Row], autoawq_bits: Sequence[int], signround_bits: Seq
         first, second = (theirs, ours) if better == "higher" else (ours, theirs)
         ratios = paired(rows, bits, first, second, key)
         if ratios:
-            over = f"mean of {len(ratios)} set(s) (± {error(ratios):.2f})" if len(ratios) > 1 else "one set"
+            over = f"mean of {len(ratios)} sets (± {error(ratios):.2f})" if len(ratios) > 1 else "one set"
             name = f"{key}, {first} over {second}, {bits} bits, {over}"
             made.append(claim(name, statistics.mean(ratios), goal, better))
     return made
