@@ -41,7 +41,6 @@ what this one freed before and still holds would hide growth, or fragment it.
 """
 
 import multiprocessing
-import signal
 import sys
 from argparse import ArgumentParser
 from concurrent.futures import ProcessPoolExecutor
@@ -130,7 +129,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what auto-round computes ends, too
     try:
         main()
     except ValueError as error:

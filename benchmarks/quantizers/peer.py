@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import signal
 import subprocess
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +55,11 @@ def auto_round(
         load_tokenizer(args.model).save_pretrained(folder)
         (folder / "rows.json").write_text(rows, encoding="utf-8")
         script = Path(__file__).parent / "learn.py"
-        subprocess.run([args.auto_round, script, folder, json.dumps(asked)], check=True)
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends what it computes, too
+        try:
+            subprocess.run([args.auto_round, script, folder, json.dumps(asked)], check=True)
+        finally:
+            signal.signal(signal.SIGTERM, before)
     took = json.loads(said.read_text(encoding="utf-8"))
     if took["asked"] != asked:
         raise ValueError(
