@@ -24,7 +24,8 @@ from torch import nn
 
 from qtale_lightning import cpu
 from qtale_lightning.precision import instruction_sets
-from qtale_lightning.quantization.kernels import CROSSOVER_TOKENS, Int4CPU, Int4Strips, choose_kernel
+from qtale_lightning.quantization.int4_cpu import CROSSOVER_TOKENS, Int4CPU, Int4Strips
+from qtale_lightning.quantization.kernels import choose_kernel
 from qtale_lightning.quantization.rtn import Scheme, quantize
 
 SHAPES = {"q_proj": (4096, 4096), "gate_proj": (11008, 4096), "down_proj": (4096, 11008)}  # (out, in)

@@ -24,7 +24,7 @@ from qtale_lightning.models import route, routed_config
 from qtale_lightning.models.sources import load_base
 from qtale_lightning.precision import native_bfloat16
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.kernels import Int4Strips
+from qtale_lightning.quantization.int4_cpu import Int4Strips
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.planes import PlaneStrips
 from qtale_lightning.quantization.precision import uniform

@@ -129,8 +129,14 @@ def evaluate(
     """
     perturbation = Perturbation(noise, random_gates, random_ratio, draw)
     schedule = None if bits_schedule is None else Schedule.read(bits_schedule)
+    if schedule is not None and bits not in (16, schedule[0].bits):
+        raise ValueError(
+            f"--bits {bits:g}, but the schedule {schedule} begins with {schedule[0].bits}: leave --bits out"
+        )
     bits = bits if schedule is None else schedule[0].bits
     with _configured(run, options, "evaluate") as (directory, cli):
+        if schedule is not None:
+            cli.datamodule.asking.check_written(str(schedule))
         from qtale_lightning import stages
         from qtale_lightning.quantization.lighter import lighten
 

@@ -93,6 +93,19 @@ class Asking:
                 chosen[question.task] = [*rows, index]
         return chosen
 
+    def check_written(self, schedule: str) -> None:
+        """Refuses a schedule of bits where it would change no result: no task's measure is of a written answer.
+
+        Raises:
+            ValueError: None is.
+        """
+        if not set(self.metrics().values()) & {*GENERATED_METRICS}:
+            raise ValueError(
+                f"the schedule {schedule} is of answers in writing, but those of {', '.join(self.tasks)} are "
+                "scored: give --data.answers generated and --data.prompt_style choice, or tasks whose answers are "
+                "written, such as samsum"
+            )
+
     def new_tokens(self, task: str) -> int:
         """Tokens that a generated answer of a task may have."""
         return self.max_new_tokens or TASKS[task].new_tokens

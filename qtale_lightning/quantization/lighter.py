@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from qtale_lightning import cpu
-from qtale_lightning.quantization.kernels import BLOCK_INPUTS
+from qtale_lightning.quantization.int4 import BLOCK_INPUTS
 from qtale_lightning.quantization.linear import ActivationBits, QuantizedLinear
 from qtale_lightning.quantization.rtn import Scheme, quantize
 

@@ -8,7 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qtale_lightning.quantization.kernels import Int4Rows, Int4Strips, Kernel, kernels_for, rounded_product
+from qtale_lightning.quantization.int4_cpu import Int4Strips
+from qtale_lightning.quantization.int4_cuda import Int4Rows
+from qtale_lightning.quantization.kernels import Kernel, kernels_for, rounded_product
 from qtale_lightning.quantization.nested import of_highest, pack_planes, unpack_planes
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.planes import PlaneStrips

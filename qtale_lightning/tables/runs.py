@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from qtale_lightning.cli import QTALECLI
+from qtale_lightning.data.asking import Asking
 from qtale_lightning.evaluation.options import SweepOptions
 from qtale_lightning.experiments import find
 from qtale_lightning.manifest import digest
@@ -31,6 +32,7 @@ class TableRun:
         places: By option, where its rows and its base model lie now.
         steps: Optimizer steps of its training.
         flops: Of its training, about.
+        asking: How its questions are answered.
     """
 
     directory: RunDirectory
@@ -43,6 +45,7 @@ class TableRun:
     places: Mapping[str, str]
     steps: int
     flops: float
+    asking: Asking
 
     @property
     def finished(self) -> bool:
@@ -140,6 +143,7 @@ def resolve(
         },
         steps=optimizer_steps(cli),
         flops=training_flops(cli),
+        asking=cli.datamodule.asking,
     )
 
 

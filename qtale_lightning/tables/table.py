@@ -64,6 +64,8 @@ class Table:
                     key = self._key(line, data, seed)
                     if key not in found:  # parsing a configuration takes a third of a second
                         found[key] = resolve(self.request, self.base, line, data, seed, known)
+                    if line.bits_schedule:
+                        found[key].asking.check_written(line.bits_schedule)
         return found
 
     def data_of(self, line: Line) -> tuple[str, ...]:

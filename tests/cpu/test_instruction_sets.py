@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qtale_lightning import cpu, precision
-from qtale_lightning.quantization.kernels import Int4Strips
+from qtale_lightning.quantization.int4_cpu import Int4Strips
 from qtale_lightning.quantization.planes import PlaneStrips
 from qtale_lightning.quantization.rtn import Scheme, quantize
 

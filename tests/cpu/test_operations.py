@@ -14,7 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from qtale_lightning import cpu, precision
-from qtale_lightning.quantization.kernels import Dequantize, Int4Strips
+from qtale_lightning.quantization.int4_cpu import Int4Strips
+from qtale_lightning.quantization.kernels import Dequantize
 from qtale_lightning.quantization.rtn import Quantized, Scheme, quantize
 from qtale_lightning.routing.router import Router
 from tests.tolerance import close

@@ -14,7 +14,9 @@ pytest.importorskip("triton")
 
 from qtale_lightning import cpu, cuda
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, graph, sampling
-from qtale_lightning.quantization.kernels import Dequantize, Int4CPU, Int4Rows
+from qtale_lightning.quantization.int4_cpu import Int4CPU
+from qtale_lightning.quantization.int4_cuda import Int4Rows
+from qtale_lightning.quantization.kernels import Dequantize
 from qtale_lightning.quantization.linear import QuantizedLinear
 from tests.models.test_decoding import ids, made, quantize
 from tests.tolerance import close, depth

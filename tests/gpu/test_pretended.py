@@ -19,7 +19,8 @@ from qtale_lightning.module import QTALEModule
 from qtale_lightning.quantization.calibration import padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.final_norm import refit_final_norm
-from qtale_lightning.quantization.kernels import Dequantize, Int4CUDA, choose_kernel
+from qtale_lightning.quantization.int4_cuda import Int4CUDA
+from qtale_lightning.quantization.kernels import Dequantize, choose_kernel
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.precision import uniform

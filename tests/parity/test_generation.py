@@ -18,7 +18,8 @@ from transformers.generation.streamers import BaseStreamer
 from qtale_lightning import cpu
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, route
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.kernels import Dequantize, Int4CPU, Int4Strips, kernel_block
+from qtale_lightning.quantization.int4_cpu import Int4CPU, Int4Strips, kernel_block
+from qtale_lightning.quantization.kernels import Dequantize
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes
 from qtale_lightning.quantization.recipe import round_to_nearest

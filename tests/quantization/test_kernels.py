@@ -17,18 +17,10 @@ from qtale_lightning import cpu
 from qtale_lightning.architectures import known_models
 from qtale_lightning.evaluation.cost import linear_shapes
 from qtale_lightning.models.sources import base_config
-from qtale_lightning.quantization import kernels, planes
-from qtale_lightning.quantization.kernels import (
-    CROSSOVER_TOKENS,
-    Dequantize,
-    Int4CPU,
-    Int4CUDA,
-    Int4Strips,
-    Kernel,
-    choose_kernel,
-    kernel_block,
-    kernels_for,
-)
+from qtale_lightning.quantization import int4_cpu, planes
+from qtale_lightning.quantization.int4_cpu import CROSSOVER_TOKENS, Int4CPU, Int4Strips, kernel_block
+from qtale_lightning.quantization.int4_cuda import Int4CUDA
+from qtale_lightning.quantization.kernels import Dequantize, Kernel, choose_kernel, kernels_for
 from qtale_lightning.quantization.nested import narrowed, of_highest
 from qtale_lightning.quantization.planes import OUR_CROSSOVER_TOKENS, PlaneStrips
 from qtale_lightning.quantization.rtn import Quantized, Scheme, fake_quantize, quantize
@@ -295,7 +287,7 @@ def test_the_last_step_may_be_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     assert block is not None
     step = 3
     assert (outputs // block) % step
-    monkeypatch.setattr(kernels, "TILE_WEIGHTS", step * inputs * block)
+    monkeypatch.setattr(int4_cpu, "TILE_WEIGHTS", step * inputs * block)
     weight = make_weight(outputs, inputs, Scheme(4, 128))
     check(Int4CPU(weight), weight, torch.float32, torch.bfloat16)
 

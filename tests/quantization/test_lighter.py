@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qtale_lightning import cpu
 from qtale_lightning.quantization.checkpoint import quantize_model
-from qtale_lightning.quantization.kernels import Dequantize, Int4Strips, round_tokens
+from qtale_lightning.quantization.int4 import round_tokens
+from qtale_lightning.quantization.int4_cpu import Int4Strips
+from qtale_lightning.quantization.kernels import Dequantize
 from qtale_lightning.quantization.lighter import HEAD_GROUP_SIZE, lighten
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.quantization.mappings import linear_shapes

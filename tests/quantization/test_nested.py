@@ -259,6 +259,8 @@ def test_a_run_has_one_folder_for_all(
         (["--bits", "5"], "holds no model at 5 bits"),
         (["--bits_schedule", "0:3,2:4"], "rises from 3 to 4 bits"),
         (["--bits_schedule", "0:8,2:4"], "no model at 8 bits"),
+        (["--bits_schedule", "0:4,2:3", "--bits", "3"], "leave --bits out"),
+        (["--bits_schedule", "0:4,2:3", "--data.answers", "scored"], "those of facts are scored"),
     ):
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:

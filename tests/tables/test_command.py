@@ -169,3 +169,15 @@ def test_mistakes_are_refused_before_anything_runs(
     with pytest.raises((ArgumentError, ValueError, OSError), match=says):
         table(arguments("csqa", *more), commands)
     assert commands.started == []
+
+
+def test_a_schedule_is_refused_where_no_answer_is_written(
+    arguments: Arguments, commands: Any, tmp_path: Path
+) -> None:
+    """Before anything is trained, also where a line without one needs the same run."""
+    file = tmp_path / "mine.yaml"
+    cell = "{name: a, method: full, bits: [4], engine: [nested]"
+    file.write_text(f'title: t\ncells: [{cell}}}, {cell}, bits_schedule: "0:4,1:3"}}]\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"0:4,1:3 .* those of facts are scored"):
+        table(arguments(str(file)), commands)
+    assert commands.started == []

@@ -1,0 +1,1 @@
+"""Parts of quantize.py, which measures the quantization engines side by side."""
