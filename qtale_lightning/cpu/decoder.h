@@ -153,26 +153,6 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
       for (int64_t i = begin; i < end; i += LANES) store(y + at + i, load(y + at + i) + load(linear.bias + i));
 }
 
-constexpr int64_t FIRST_LINES = 24;  // of what a product reads first, of 64 bytes
-
-// Has the outputs of a linear from `begin` on on their way before others are waited for: memory takes as long for the
-// first of them as for kilobytes behind it.
-template <typename T>
-inline void fetch(const Linear<T>& linear, int64_t begin) {
-  const auto lines = [](const void* from, int64_t count) {
-    for (int64_t i = 0; i < count; i++) __builtin_prefetch(static_cast<const uint8_t*>(from) + i * BYTES, 0, 2);
-  };
-  if (linear.dense != nullptr) {
-    lines(linear.dense + begin * linear.inputs, 2 * FIRST_LINES);
-  } else if (linear.planes.high == nullptr) {
-    const Int4Weight& weight = linear.int4;
-    for (int64_t strip = begin / STRIP; strip < std::min(begin / STRIP + 2, weight.strips); strip++)  // read side by side
-      lines(weight.strip(strip), FIRST_LINES);
-    const int64_t term = weight.term(begin / STRIP, 0);
-    lines(weight.scales + term, FIRST_LINES / 4), lines(weight.zeros + term, FIRST_LINES / 8);
-  }
-}
-
 // This thread's part of y += x · Wᵀ + b, for those rows of y (B, outputs) that the tokens x (N, inputs) belong to.
 template <typename T>
 inline void add_product(Team& team, const Linear<T>& linear, const T* x, Private<T>& mine, T* output, T* y) {
@@ -241,7 +221,6 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
              std::clamp<int64_t>(last, 0, all) * LANES, mine, ready, to);
     first -= all, last -= all;
   }
-  fetch(layer.output, team.share(sizes.hidden / LANES).first * LANES);
   team.wait();
 
   const auto [begin, end] = team.share(tokens * sizes.groups);
@@ -261,12 +240,11 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
   }
   team.wait();
 
-  const auto [from, to] = team.share(sizes.inner / LANES);
   add_product(team, layer.output, shared.attended.data(), mine, shared.output.data(), x);
-  fetch(layer.gate, from * LANES), fetch(layer.up, from * LANES);
   team.wait();
 
   normalise(layer.mlp_norm, x, sizes.hidden, mine);
+  const auto [from, to] = team.share(sizes.inner / LANES);
   ready = 0;
   multiply(layer.gate, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, mine.gate.data());
   multiply(layer.up, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, shared.inner.data());
@@ -274,7 +252,6 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
     const int64_t at = n * sizes.inner + from * LANES;
     swiglu(mine.gate.data() + at, shared.inner.data() + at, (to - from) * LANES, shared.inner.data() + at);
   }
-  fetch(layer.down, team.share(sizes.hidden / LANES).first * LANES);
   team.wait();
 
   add_product(team, layer.down, shared.inner.data(), mine, shared.output.data(), x);
