@@ -141,19 +141,29 @@ def ggml(
                     install.format_of(file) | {"group": 32, "ratio": 1.0}, name, f"{package} {build}",
                 )
             )  # fmt: skip
-        if reason := broken(made[0]):
+        if reason := broken(made[0], "AVX512" if build == "AVX2" else None):
+            if build is not None:
+                reason += f" (built in {install.place_of(package, build)}: remove it to build it again)"
             continue
         yield from made
         return
     raise install.Unavailable(reason)
 
 
-def broken(contender: Contender) -> str:
-    """Why an engine doesn't decode with its usual settings: a build can crash on some processors. Empty if it does."""
+def broken(contender: Contender, without: str | None) -> str:
+    """Why an engine doesn't decode with its usual settings: a build can crash on some processors. Empty if it does.
+
+    Args:
+        contender: The engine.
+        without: What none of the instructions that it says it uses may begin with.
+    """
     tokens = {"context": [1, 2], "prompt": [1, 2], "warm": 0, "steps": 1}
     try:
         with contender.start(contender.usual(), tokens) as process:
             process.ask("decode")
+            says = process.says["instructions"]
+            if without and without in says:
+                return f"it says that it uses {says}, and is to do without {without}"
     except Failed as error:
         return str(error)
     return ""

@@ -39,6 +39,11 @@ def folder() -> Path:
     return user_cache() / "peers"
 
 
+def place_of(package: str, build: str | None = None) -> Path:
+    """The folder of a package's virtual environment, see :func:`environment`."""
+    return folder() / "-".join([package, VERSIONS[package], *([build] if build else [])])
+
+
 def environment(package: str, build: str | None = None) -> Path:
     """The interpreter of a virtual environment with a package, made where it is missing: minutes for a build.
 
@@ -49,7 +54,7 @@ def environment(package: str, build: str | None = None) -> Path:
     Raises:
         Unavailable: It couldn't be installed.
     """
-    place = folder() / "-".join([package, VERSIONS[package], *([build] if build else [])])
+    place = place_of(package, build)
     python, done = place / "bin" / "python", place / "installed"
     if done.is_file():
         return python
@@ -57,7 +62,8 @@ def environment(package: str, build: str | None = None) -> Path:
     pip = [str(python), "-m", "pip", "install", "--quiet", f"{package}=={VERSIONS[package]}"]
     more = {}
     if build is not None:
-        pip += ["--no-binary", package]
+        # pip would keep a wheel that it built, and take it for the next build too, whatever CMake is told then.
+        pip += ["--no-binary", package, "--no-cache-dir"]
         more["CMAKE_ARGS"] = f"{BUILDS[build]} -DLLAVA_BUILD=OFF"
         more["CMAKE_BUILD_PARALLEL_LEVEL"] = str(os.cpu_count())
     for command in ([sys.executable, "-m", "venv", "--clear", str(place)], pip):

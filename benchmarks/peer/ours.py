@@ -49,6 +49,7 @@ class PyTorch(Engine):
         logits = self._model(ids, past_key_values=self._cache, use_cache=True, **first).logits
         self._first = logits[:, -1:].argmax(-1)
 
+    @torch.inference_mode()
     def decode(self) -> tuple[float, list[int]]:
         self._rewind()
         token, tokens, started = self._first, [self._first.item()], 0.0
@@ -62,6 +63,7 @@ class PyTorch(Engine):
             token = torch.tensor([[tokens[-1]]])
         return time.perf_counter() - started, tokens
 
+    @torch.inference_mode()
     def read(self) -> float:
         ids = torch.tensor([self.prompt])
         started = time.perf_counter()
@@ -86,5 +88,7 @@ class PyTorch(Engine):
 
 if __name__ == "__main__":
     keep_freed_memory()
-    with torch.inference_mode():
+    # Not in inference mode, in which weights have no version: routers would be multiplied in float32, and nothing that
+    # isn't quantized laid into huge pages.
+    with torch.no_grad():
         serve(PyTorch)

@@ -3,21 +3,26 @@
 
 #pragma once
 
-#include "lanes.h"
+#include "dense.h"
 
 namespace qtale {
 
 constexpr int64_t WIDEST = 256;  // width of a head
 
-constexpr int64_t BLOCK = 256;  // keys or values that stay in a near cache while all heads that share them read them
+constexpr int64_t BLOCK = 256;  // values that stay in a near cache while all heads that share them read them
 
-// Products of a query and `length` keys.
+// Products of `shared` queries (shared, width) and `length` keys, to (shared, of_head).
 template <typename T>
-inline void score(const float* query, const T* keys, int64_t length, int64_t width, float* scores) {
-  constexpr int64_t some = 4;  // keys at a time
-  int64_t j = 0;
-  for (; j + some <= length; j += some) products<some>(keys + j * width, query, width, scores + j);
-  for (; j < length; j++) products<1>(keys + j * width, query, width, scores + j);
+inline void score(const DenseInput<T>* queries, int64_t shared, const T* keys, int64_t length, int64_t width, int64_t of_head,
+                  float* scores) {
+  const int64_t whole = length / LANES * LANES;
+  if (whole > 0) dense_linear<T>(keys, nullptr, queries, shared, width, of_head, 0, whole, scores);
+  for (int64_t j = whole; j < length; j++)
+    for (int64_t h = 0; h < shared; h++) {
+      Lanes partial;
+      dense_rows<1, 1>(keys + j * width, queries + h * width, width, &partial);
+      scores[h * of_head + j] = sum(partial);
+    }
 }
 
 // In place exp(scaling · (score - largest)), and the sum of that; what is behind the scores, up to sixteen, becomes 0.
@@ -35,24 +40,40 @@ inline float exponentials(float* scores, int64_t length, float scaling) {
   return sum(total);
 }
 
-// Adds `vectors` times sixteen columns of the values' weighted sum.
-template <int vectors, typename T>
-inline void add(const float* weights, const T* values, int64_t length, int64_t width, float* sums) {
-  Lanes total[vectors];
-  for (int v = 0; v < vectors; v++) total[v] = load(sums + v * LANES);
+// Adds `vectors` times sixteen columns of the values' weighted sums, of `heads` heads with weights (heads, of_head).
+template <int heads, int vectors, typename T>
+inline void add(const float* weights, int64_t of_head, const T* values, int64_t length, int64_t width, float* sums) {
+  Lanes total[heads][vectors];
+  for (int h = 0; h < heads; h++)
+    for (int v = 0; v < vectors; v++) total[h][v] = load(sums + h * width + v * LANES);
   for (int64_t j = 0; j < length; j++) {
-    const Lanes weight = all(weights[j]);
-    for (int v = 0; v < vectors; v++) total[v] = fma(weight, load(values + j * width + v * LANES), total[v]);
+    Lanes value[vectors];
+    for (int v = 0; v < vectors; v++) value[v] = load(values + j * width + v * LANES);
+    for (int h = 0; h < heads; h++) {
+      const Lanes weight = all(weights[h * of_head + j]);
+      for (int v = 0; v < vectors; v++) total[h][v] = fma(weight, value[v], total[h][v]);
+    }
   }
-  for (int v = 0; v < vectors; v++) store(sums + v * LANES, total[v]);
+  for (int h = 0; h < heads; h++)
+    for (int v = 0; v < vectors; v++) store(sums + h * width + v * LANES, total[h][v]);
 }
 
+// Adds the values' weighted sums of `shared` heads to (shared, width); what is widened of a value is used by several.
 template <typename T>
-inline void mix(const float* weights, const T* values, int64_t length, int64_t width, float* sums) {
-  constexpr int some = 4;  // vectors at a time
-  int64_t i = 0;
-  for (; i + some * LANES <= width; i += some * LANES) add<some>(weights, values + i, length, width, sums + i);
-  for (; i < width; i += LANES) add<1>(weights, values + i, length, width, sums + i);
+inline void mix(const float* weights, int64_t shared, int64_t of_head, const T* values, int64_t length, int64_t width,
+                float* sums) {
+  constexpr int some = 4, vectors = LANES_HELD >= 32 ? 4 : 1;  // heads and sixteens at a time, whose sums fit the registers
+  const auto heads = [&]<int count>(std::integral_constant<int, count>, int64_t h) {
+    int64_t i = 0;
+    for (; i + vectors * LANES <= width; i += vectors * LANES)
+      add<count, vectors>(weights + h * of_head, of_head, values + i, length, width, sums + h * width + i);
+    for (; i < width; i += LANES) add<count, 1>(weights + h * of_head, of_head, values + i, length, width, sums + h * width + i);
+  };
+  for (int64_t h = 0; h < shared; h += some)
+    [&]<int... n>(std::integer_sequence<int, n...>) {
+      const int64_t count = std::min<int64_t>(some, shared - h);
+      ((count == n + 1 ? heads(std::integral_constant<int, n + 1>(), h) : void()), ...);
+    }(std::make_integer_sequence<int, some>());
 }
 
 // Numbers that `attend_next` works in, of so many heads that share a key head and tokens that are kept, the new one too.
@@ -70,17 +91,17 @@ inline void attend_next(const T* query, const T* key, const T* value, T* keys, T
   float *scores = room, *wide = scores + shared * of_head, *sums = wide + shared * width, *totals = sums + shared * width;
   std::copy_n(key, width, keys + kept * width);
   std::copy_n(value, width, values + kept * width);
+  const DenseInput<T>* queries;
+  if constexpr (std::is_same_v<DenseInput<T>, T>) queries = query;
+  else queries = wide;
   for (int64_t i = 0; i < shared * width; i += LANES) {
-    store(wide + i, load(query + i));
+    if constexpr (!std::is_same_v<DenseInput<T>, T>) store(wide + i, load(query + i));
     store(sums + i, all(0));
   }
-  for (int64_t j = 0; j < length; j += BLOCK)
-    for (int64_t h = 0; h < shared; h++)
-      score(wide + h * width, keys + j * width, std::min(BLOCK, length - j), width, scores + h * of_head + j);
+  score(queries, shared, keys, length, width, of_head, scores);
   for (int64_t h = 0; h < shared; h++) totals[h] = exponentials(scores + h * of_head, length, scaling);
   for (int64_t j = 0; j < length; j += BLOCK)
-    for (int64_t h = 0; h < shared; h++)
-      mix(scores + h * of_head + j, values + j * width, std::min(BLOCK, length - j), width, sums + h * width);
+    mix(scores + j, shared, of_head, values + j * width, std::min(BLOCK, length - j), width, sums);
   for (int64_t i = 0; i < shared * width; i += LANES) store(y + i, load(sums + i) * all(1 / totals[i / width]));
 }
 

@@ -20,18 +20,19 @@ struct LayerTensors {
   std::vector<Tensor> norms, head_norms, router;
   std::vector<std::vector<Tensor>> linears;
   std::vector<std::optional<Tensor>> biases;
+  std::vector<qtale::Linear<float>> quantized;  // where their numbers are; of dense ones nothing
 };
 
-template <typename T>
-qtale::Linear<T> linear_of(const std::vector<Tensor>& weight, const std::optional<Tensor>& bias) {
-  const T* added = bias ? read<T>(*bias) : nullptr;
-  if (weight.size() == 1) return {read<T>(weight[0]), {}, false, added, weight[0].size(1), weight[0].size(0)};
+// Of quantized weights, what doesn't depend on the tokens' type. It is found once: to look it up takes a dozen waits for
+// memory, which would be a tenth of a small model's token. Dense weights can be given another storage.
+qtale::Linear<float> quantized_of(const std::vector<Tensor>& weight) {
+  if (weight.size() == 1) return {};
   if (weight[2].scalar_type() == at::kHalf) {
     const auto planes = plane_weight(weight[0], weight[1], weight[2], at::TensorList(weight).slice(3));
-    return {nullptr, {}, false, added, planes.inputs, planes.strips * qtale::STRIP, planes};
+    return {nullptr, {}, false, nullptr, planes.inputs, planes.strips * qtale::STRIP, planes};
   }
   const qtale::Int4Weight int4 = int4_weight(weight[0], weight[1], weight[2]);
-  return {nullptr, int4, weight.size() == 4, added, int4.inputs, int4.strips * qtale::STRIP};
+  return {nullptr, int4, weight.size() == 4, nullptr, int4.inputs, int4.strips * qtale::STRIP};
 }
 
 constexpr double ROUTER_EPS = 1e-6;
@@ -47,8 +48,9 @@ class Decoder : public torch::CustomClassHolder {
            std::vector<std::optional<Tensor>> biases, std::vector<Tensor> router) {
     for (const auto& weight : linears)
       for (const Tensor& tensor : weight) TORCH_CHECK(tensor.is_contiguous(), "weights must be contiguous");
-    layers_.push_back({std::move(norms), std::move(head_norms), std::move(router), std::move(linears), std::move(biases)});
-    const LayerTensors& layer = layers_.back();
+    layers_.push_back({std::move(norms), std::move(head_norms), std::move(router), std::move(linears), std::move(biases), {}});
+    LayerTensors& layer = layers_.back();
+    for (const auto& weight : layer.linears) layer.quantized.push_back(quantized_of(weight));
     TORCH_CHECK(layer.norms.size() == 2 && layer.linears.size() == 7 && layer.biases.size() == 7, "a layer is incomplete");
     const std::vector<Tensor>& up = layer.linears[5];
     sizes_.inner = up.size() == 1 ? up[0].size(0) : up[0].size(0) * qtale::STRIP;
@@ -120,7 +122,14 @@ class Decoder : public torch::CustomClassHolder {
  private:
   template <typename T>
   Layer<T> layer_of(const LayerTensors& layer) const {
-    const auto linear = [&](int index) { return linear_of<T>(layer.linears[index], layer.biases[index]); };
+    const auto linear = [&](int index) {
+      const T* bias = layer.biases[index] ? read<T>(*layer.biases[index]) : nullptr;
+      const auto& known = layer.quantized[index];
+      if (known.inputs != 0)
+        return qtale::Linear<T>{nullptr, known.int4, known.rounded, bias, known.inputs, known.outputs, known.planes};
+      const Tensor& dense = layer.linears[index][0];
+      return qtale::Linear<T>{read<T>(dense), {}, false, bias, dense.size(1), dense.size(0)};
+    };
     const auto norm = [&](const std::vector<Tensor>& norms, size_t index) {
       return qtale::Norm<T>{index < norms.size() ? read<T>(norms[index]) : nullptr, eps_};
     };

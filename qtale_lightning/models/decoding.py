@@ -4,14 +4,14 @@ The layers are those of `routed_layer` and `fused`; here is only said when C++ m
 """
 
 from collections.abc import Iterable, Mapping
-from itertools import repeat
-from operator import contains, is_
+from operator import is_
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.hooks import RemovableHandle
 
 from qtale_lightning import cpu
 from qtale_lightning.models.cache import RoutedCache
@@ -21,6 +21,12 @@ from qtale_lightning.models.routing import Routing
 
 MOST_SEQUENCES = 16
 """Of a step: with more, products of many tokens are faster one by one."""
+
+POSITIONS = 256
+"""Whose rotations are made together."""
+
+_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Transformers' rotary embeddings that give a position the same angles in every sequence."""
 
 _LINEARS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
@@ -56,7 +62,7 @@ def next_token(
         return None
     if position_ids is None:
         position_ids = torch.full((1, 1), cache.seen, device=hidden_states.device)
-    return stack.step(hidden_states, model.rotary_emb(hidden_states, position_ids), routing, cache)
+    return stack.step(hidden_states, stack.angles.at(hidden_states, position_ids), routing, cache)
 
 
 def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapping[str, Any]) -> bool:
@@ -98,13 +104,16 @@ class Watch:
             self.owners += [vars(module)] * len(own)
             self.names += own
         self.values = [*map(dict.get, self.owners, self.names)]
+        self.attributes = [vars(module) for module in modules]
+        self.counts = [*map(len, self.attributes)]  # more by one where a module is given a forward of its own
+        self.own_forward = any("forward" in attributes for attributes in self.attributes)
         self.hooks = [
             hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self.attributes = [vars(module) for module in modules]
+        self.handles = -1  # as many as there were when none of them was in `hooks`
 
     def unchanged(self) -> bool:
-        """Whether that is still so; asked at every token, so that it takes tens of microseconds."""
+        """Whether that is still so; asked at every token, by when what it looks at has left the caches."""
         try:
             same = self.tables == self.contents  # identical objects are equal, and no others but numbers
         except RuntimeError:  # of other tensors than before, which have no truth
@@ -112,17 +121,45 @@ class Watch:
         return (
             same
             and all(map(is_, map(dict.get, self.owners, self.names), self.values))
-            and not any(self.hooks)
-            and not any(map(contains, self.attributes, repeat("forward")))
-            and not _has_any_global_hook()
+            and [*map(len, self.attributes)] == self.counts
+            and not (self.own_forward or self._hooked() or _has_any_global_hook())
         )
+
+    def _hooked(self) -> bool:
+        """Whether hooks are there; looked for where any were made since, which PyTorch counts."""
+        handles = RemovableHandle.next_id
+        if handles != self.handles and not any(self.hooks):
+            self.handles = handles
+        return handles != self.handles
+
+
+class _Angles:
+    """A rotary embedding's cosines and sines, made for a block of positions at a time: one alone takes as long."""
+
+    def __init__(self, rotary: Any) -> None:
+        self.rotary, self.block = rotary, range(0)
+        self.source: Tensor | None = None  # frequencies that the block's were made from
+        self.cos = self.sin = torch.empty(0)
+
+    def at(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Of positions ``(1|B, 1)``: ``(d)`` where they are one, else ``(B, 1, d)``."""
+        place, *others = position_ids.flatten().tolist()
+        fixed = getattr(self.rotary, "rope_type", None) in _FIXED_ROTATIONS
+        if not fixed or any(other != place for other in others):
+            return self.rotary(hidden_states, position_ids)
+        if place not in self.block or self.rotary.inv_freq is not self.source:
+            first = place - place % POSITIONS
+            self.block, self.source = range(first, first + POSITIONS), self.rotary.inv_freq
+            of_block = torch.arange(first, first + POSITIONS, device=hidden_states.device).unsqueeze(0)
+            self.cos, self.sin = (angles[0] for angles in self.rotary(hidden_states, of_block))
+        return self.cos[place - self.block.start], self.sin[place - self.block.start]
 
 
 class _Stack:
     """A model's decoder layers and final norm in C++, for tokens of one dtype."""
 
     def __init__(self, model: Any, decoder: Any) -> None:
-        self.decoder = decoder
+        self.decoder, self.angles = decoder, _Angles(model.rotary_emb)
         self.routed = [layer.layer_idx for layer in model.layers if layer.router is not None]
         self.windows = {layer.layer_idx: layer.window for layer in model.layers if layer.window is not None}
 
