@@ -7,8 +7,8 @@ from qtale_lightning.configuration import PlannedRun
 from qtale_lightning.evaluation.cost import parameter_counts
 from qtale_lightning.experiments import find
 from qtale_lightning.machine import Finding, Mark, free_disk, free_memory, hub, hub_cache, in_words, machine
+from qtale_lightning.memory import training_bytes
 from qtale_lightning.models.locations import Location, locate
-from qtale_lightning.plan import training_bytes
 
 
 def examine(model: str | None, options: Sequence[str], out: Path) -> int:

@@ -18,18 +18,17 @@ def test_a_stored_model_computes_in_what_is_fast(
 ) -> None:
     """Exported in bfloat16, and packed: float32 without instructions for it, bfloat16 with them, and so on disk."""
     small = ("--data.limit_train", "64", "--data.calibration_rows", "8", "--quantize.engine", "rtn")
-    monkeypatch.setattr(precision, "native_bfloat16", lambda device: False)
+    monkeypatch.setattr(precision, "native_bfloat16", lambda device="cpu": False)
     run = make_run(tmp_path, "qtale", *small, "--quantize.bits", "[4]", dtype=torch.bfloat16)
     for folder in (run.model(), run.model(4, "rtn")):
         assert AutoConfig.from_pretrained(folder).dtype == torch.bfloat16
     for native, dtype in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(precision, "native_bfloat16", lambda device, native=native: native)
+        monkeypatch.setattr(precision, "native_bfloat16", lambda device="cpu", native=native: native)
         for bits in (16, 4):
             model = stages.load_exported(run, bits, "rtn")
             assert model.dtype == model.lm_head.weight.dtype == dtype
             with torch.no_grad():
                 assert model(torch.tensor([[5, 6, 7]])).logits.dtype == dtype
-        assert stages.load_exported(run, as_stored=True).dtype == torch.bfloat16
 
 
 def test_a_full_disk_is_named_and_leaves_nothing_half_written(tmp_path: Path) -> None:
