@@ -39,7 +39,7 @@ def merge(module: QTALEModule, dtype: torch.dtype) -> tuple[RoutedForCausalLM, f
         fold_lora(layer)
         after = layer(after, **calls[1][1])
         _cast(layer, dtype)
-    norm = copy.deepcopy(model.model.norm).float()
+    norm: Any = copy.deepcopy(model.model.norm).float()
     moved = norm(before), norm(after)
     drift = torch.zeros(())
     for rows in model.lm_head.weight.split(HEAD_ROWS):
