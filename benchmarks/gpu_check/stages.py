@@ -68,9 +68,9 @@ class Stage:
 
 STAGES = (
     Stage("tests", "tests marked `cuda`", 60, "tests:tests"),
-    Stage("parity", "packed = masked, int4, generation and graphs = their references", 80, "parity:parity"),
+    Stage("parity", "packed = masked, int4, generation and graphs = their references", 70, "parity:parity"),
     Stage("decode", "a decoded token of LLaMA-2-7B and 3.1-8B as one CUDA graph", 90, "speed:decode"),
-    Stage("latency", "prefill and decode at LLaMA-2-7B's widths, layer by layer", 50, "speed:speed"),
+    Stage("latency", "prefill and decode by layers at LLaMA-2-7B's and 3.1-8B's widths", 60, "speed:speed"),
     Stage(
         "step", "a training step of LLaMA-2-7B, and its memory, beside Hugging Face + peft", 60, "step:step"
     ),
