@@ -7,6 +7,7 @@ step, export, quantization of all layers and the scoring of single questions. LL
 of disk in --folder, and an hour. The folder is removed afterwards unless `--keep` is given.
 """
 
+import contextlib
 import json
 import math
 import shutil
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from qtale_lightning.allocator import give_back
 from qtale_lightning.configuration import PlannedRun
-from qtale_lightning.memory import quantizing_bytes, training_bytes
+from qtale_lightning.memory import PROCESS, quantizing_bytes, training_bytes
 from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.sources import base_config, load_tokenizer
 
@@ -105,11 +106,14 @@ class Watch:
         return status
 
     def _look(self) -> None:
-        before = time.perf_counter()
+        before, last = time.perf_counter(), STAGES[0]
         while self._process.poll() is None:
             stage, memory = self._stage(), _memory(self._process.pid)
+            if stage != last:
+                _forget_peak(self._process.pid)
+                memory, last = _memory(self._process.pid), stage
             self.anonymous[stage] = max(self.anonymous[stage], memory.get("RssAnon", 0.0))
-            self.resident[stage] = max(self.resident[stage], memory.get("VmRSS", 0.0))
+            self.resident[stage] = max(self.resident[stage], memory.get("VmHWM", 0.0))
             time.sleep(SECONDS_BETWEEN)
             self.seconds[stage] += time.perf_counter() - before
             before = time.perf_counter()
@@ -122,6 +126,12 @@ class Watch:
         results = self._run / "results.json"  # replaced as a whole, never half-written
         trained = results.is_file() and json.loads(results.read_text(encoding="utf-8")).get("train")
         return "export" if trained else "train"
+
+
+def _forget_peak(process: int) -> None:
+    """Have Linux count a process's largest resident size anew."""
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{process}/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _memory(process: int) -> dict[str, float]:
@@ -157,7 +167,8 @@ def measure(args: Any, folder: Path) -> None:
     given = options(args, weights, out)
     planned = PlannedRun(given, "real_size")
     width = 2 if str(args.precision).startswith("bf16") else 4
-    said = {"train": training_bytes(planned, width), "quantize": quantizing_bytes(planned, width)}
+    needed = {"train": training_bytes(planned, width), "quantize": quantizing_bytes(planned, width)}
+    said = {stage: bytes_ + PROCESS for stage, bytes_ in needed.items()}
     given += ["--trainer.precision", args.precision]
     command = [sys.executable, "-m", "qtale_lightning", "fit", *given]
     run = out / f"{args.model}-qtale-facts-s0"

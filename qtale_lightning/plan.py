@@ -11,7 +11,7 @@ from qtale_lightning import checks
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
 from qtale_lightning.machine import in_words
-from qtale_lightning.memory import quantizing_bytes, trainable_parameters, training_bytes
+from qtale_lightning.memory import PROCESS, quantizing_bytes, trainable_parameters, training_bytes
 from qtale_lightning.tasks import TASKS
 
 
@@ -86,7 +86,7 @@ def _training_flops(config: SimpleNamespace, context: float) -> float:
 
 def _memory(needed: Callable[[RunConfiguration, int], float], run: RunConfiguration) -> str:
     """In the precision that is asked for; in both where that is left to the device, which may be another one."""
-    low, full = (in_words(needed(run, width)) for width in (2, 4))
+    low, full = (in_words(needed(run, width) + PROCESS) for width in (2, 4))
     precision = run.config["trainer"]["precision"]
     if precision is None:
         return f"{low} in bfloat16, {full} in float32 (by the device)"

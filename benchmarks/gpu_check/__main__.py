@@ -14,6 +14,8 @@ from gpu_check import wheels
 from gpu_check.process import run_stage
 from gpu_check.stages import ROOT, STAGES, Stage
 
+PATIENCE = 5  # on a CPU, whose minutes nobody lends
+
 
 def gpus() -> int:
     """GPUs that CUDA's driver sees; asked without PyTorch, whose import takes seconds."""
@@ -43,10 +45,8 @@ def check(args: argparse.Namespace, stages: Sequence[Stage], device: str) -> lis
         names = wheels.unpack(wheels.missing(found), site)
         print(f"on {device}; unpacked: {', '.join(names) or 'nothing'}", flush=True)
         for stage in stages:
-            left = args.budget - (time.monotonic() - started)
-            outcomes.append(
-                run_stage(stage, device, args.quick, min(stage.seconds, left), Path(folder), args.out)
-            )
+            limit = min(args.patience * stage.seconds, args.budget - (time.monotonic() - started))
+            outcomes.append(run_stage(stage, device, args.quick, limit, Path(folder), args.out))
             print(line(outcomes[-1]), flush=True)
             summary = {"device": device, "seconds": round(time.monotonic() - started, 1), "stages": outcomes}
             (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -79,11 +79,15 @@ def main() -> int:
         "--budget", type=float, help="seconds of all stages together; by default what they may take"
     )
     parser.add_argument(
+        "--patience", type=float, help=f"times stages' limits; by default 1 on a GPU, {PATIENCE} on a CPU"
+    )
+    parser.add_argument(
         "--out", type=Path, default=ROOT / "outputs" / "gpu-check", help="folder of the JSON files"
     )
     args = parser.parse_args()
     stages = [stage for stage in STAGES if stage.name in args.stages]
-    args.budget = args.budget if args.budget is not None else sum(stage.seconds for stage in stages)
+    args.patience = args.patience or (PATIENCE if args.device == "cpu" else 1)
+    args.budget = args.budget if args.budget is not None else args.patience * sum(s.seconds for s in stages)
     if args.device == "auto" and not gpus():
         print("There is no GPU here. On one this would run (`--device cpu --quick` tries it without):")
         print(plan(stages, wheels.missing(wheels.wheels(ROOT)), args.budget))

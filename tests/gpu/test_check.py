@@ -113,7 +113,7 @@ def test_a_failed_stage_stops_no_other(
         scripted, "STAGES", sorted(scripted.STAGES, key=lambda stage: stages.index(stage.name))
     )
     started = time.monotonic()
-    assert run(load, monkeypatch, "--device", "cpu", "--out", str(tmp_path)) == 1
+    assert run(load, monkeypatch, "--device", "cpu", "--patience", "1", "--out", str(tmp_path)) == 1
     assert time.monotonic() - started < 30  # the hanging one's 2 s, and what processes need
     outcomes = {name: json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8")) for name in stages}
     assert {name: outcome["status"] for name, outcome in outcomes.items()} == {
