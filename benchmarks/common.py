@@ -18,6 +18,7 @@ from rich.table import Table
 from qtale_lightning import cpu
 from qtale_lightning.allocator import keep_freed_memory
 from qtale_lightning.files import replacing
+from qtale_lightning.finite import as_json
 from qtale_lightning.results.metadata import hardware, package_versions
 
 Key = TypeVar("Key", bound=Hashable)
@@ -124,7 +125,7 @@ def write(
             "rows": list(rows), "claims": list(claims),
         }  # fmt: skip
         with replacing(target) as temporary:
-            temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            temporary.write_text(json.dumps(as_json(content), indent=1, allow_nan=False), encoding="utf-8")
 
 
 def processor() -> str:

@@ -171,9 +171,9 @@ def measure(name: str, layers: int, batch: int, args: Namespace) -> list[dict[st
         own = seconds.get((key[0].split(",")[0], 1.0))
         rows.append({
             "model": f"{name}, {layers} layers", "batch": batch, "form": key[0], "ratio": float(key[1]),
-            "ms": 1e3 * statistics.median(spent) / steps if spent else float("nan"), "limit ms": limit,
-            "of dense": median_ratio(peer, spent) if spent and peer else float("nan"),
-            "of own at 1": median_ratio(own, spent) if spent and own else float("nan"),
+            "ms": 1e3 * statistics.median(spent) / steps if spent else None, "limit ms": limit,
+            "of dense": median_ratio(peer, spent) if spent and peer else None,
+            "of own at 1": median_ratio(own, spent) if spent and own else None,
             "GB/s": speed / 1e9, "failed": broken.get(key, ""),
         })  # fmt: skip
         show(rows[-1])
@@ -190,11 +190,14 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     def add(what: str, value: Callable[[], float], goal: float, better: str) -> None:
         try:
             claims.append(claim(f"llama2-7b, decode at batch 1: {what}", value(), goal, better))
-        except KeyError:  # not measured
+        except KeyError:  # not measured, or it broke
             return
 
     def ms(form: str, ratio: float, column: str = "ms") -> float:
-        return float(found[form, ratio][column])
+        value = found[form, ratio][column]
+        if value is None:
+            raise KeyError(form)
+        return float(value)
 
     ideal = lambda: ms("bf16", 1.0, "limit ms") / ms("bf16", 0.5, "limit ms")  # noqa: E731
     add(

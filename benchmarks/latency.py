@@ -11,6 +11,8 @@ token the given share of layers.
 - All compute in bfloat16 where the device has instructions for it, else in float32.
 - `dense`: Hugging Face's model, SDPA attention and its own cache. `masked`: every token of every layer is computed and
   mixed, as D-LLM does in prefill. `bf16` or `fp32`, and `int4`: packed execution, with the weights of that form.
+- On a GPU also, in prefill: `sizes known`, packed execution that is told how many tokens execute each layer, for which
+  it waits for the device otherwise; and `static`, Hugging Face's model without the other layers.
 - Prefill of `B × T` prompts ends in the logits of the last position; decode continues from 64 cached tokens.
 - The ideal speed-up is 1 / share of work left, embeddings and head included. In prefill the work is counted FLOPs; ours
   computes its last layer's queries and MLP for the last position only, which the ideal counts too (so it passes 1 at
@@ -24,6 +26,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from common import claim, instructions, interleaved, median_ratio, parser, report, show, write
@@ -33,6 +36,7 @@ from transformers import PreTrainedModel
 from qtale_lightning.evaluation import cost
 from qtale_lightning.models import RoutedCache, RoutedConfig, RoutedForCausalLM, Routing, route, routed_config
 from qtale_lightning.models.families import classes_of
+from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.sources import base_config, load_base
 from qtale_lightning.precision import native_bfloat16
 from qtale_lightning.quantization.checkpoint import quantize_model
@@ -99,6 +103,33 @@ def prefill(model: Any, ids: Tensor, routing: Callable[[], Routing] | None) -> C
         return lambda: model(ids, use_cache=True, logits_to_keep=1)
     cached = routing().execution != "masked"
     return lambda: model(ids, use_cache=cached, routing=routing(), logits_to_keep=1)
+
+
+def sizes_known(run: Callable[[], Any]) -> Callable[[], Any]:
+    """A pass whose packings were made before, by the same pass: nothing in it waits for the device."""
+    made: list[Packing] = []
+    of = Packing.of
+
+    def record(executing: Tensor, align: bool = False) -> Packing:
+        made.append(of(executing, align))
+        return made[-1]
+
+    with mock.patch.object(Packing, "of", record):
+        run()
+
+    def again() -> Any:
+        with mock.patch.object(Packing, "of", side_effect=made):
+            return run()
+
+    return again
+
+
+def pruned(dense: PreTrainedModel, layers: int) -> PreTrainedModel:
+    """The model of its first layers; the weights share memory."""
+    made: Any = copy.deepcopy(dense, {id(parameter): parameter for parameter in dense.parameters()})
+    made.model.layers = made.model.layers[:layers]
+    made.config.num_hidden_layers = layers
+    return made
 
 
 def decode(model: Any, batch: int, routings: list[dict[int, Tensor]] | None) -> Callable[[], Any]:
@@ -185,6 +216,13 @@ def measure(name: str, layers: int | None, args: Any) -> list[dict[str, Any]]:
                 for form, model in ours.items():
                     contenders[form, ratio] = prefill(model, ids, make["packed"])
                     ideal[form, ratio] = ideal_prefill(config, ratio, length, batch)
+                if args.peers and ratio < 1:
+                    known = f"{plain}, sizes known"
+                    contenders[known, ratio] = sizes_known(prefill(ours[plain], ids, make["packed"]))
+                    ideal[known, ratio] = ideal[plain, ratio]
+                    kept = max(1, round(ratio * count))
+                    contenders["static", kept / count] = prefill(pruned(dense, kept), ids, None)
+                    ideal["static", kept / count] = count / kept  # the head is little
             else:
                 for form, model in ours.items():
                     contenders[form, ratio] = decode(model, batch, steps)
@@ -251,7 +289,7 @@ def options() -> ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and report; every attempt is written as soon as it is done."""
     args = options().parse_args(arguments)
-    args.prefill, args.decode = PREFILL, DECODE
+    args.prefill, args.decode, args.peers = PREFILL, DECODE, args.quick or args.device == "cuda"
     if args.quick:
         args.model, args.repeats, args.ratios = ["tiny"], 2, [1.0, 0.5]
         args.prefill, args.decode = ((2, 16),), (1, 2)
@@ -282,6 +320,11 @@ def claims_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if (name, run, form, ratio) in found:
             what = f"{name}, {run}, {form}, ratio {ratio:g}: {column}"
             claims.append(claim(what, found[name, run, form, ratio][column], goal, "higher"))
+    for name, run, form, ratio in found:
+        other = found.get((name, run, f"{form}, sizes known", ratio))
+        if other is not None and name in ("llama2-7b", "llama3.1-8b"):
+            what = f"{name}, {run}, ratio {ratio:g}: time over that with sizes known"
+            claims.append(claim(what, found[name, run, form, ratio]["ms"] / other["ms"], 1.03, "lower"))
     return claims
 
 

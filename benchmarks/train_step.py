@@ -24,10 +24,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from qtale_lightning.evaluation import cost
+from qtale_lightning.memory import training_bytes
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.models.sources import load_base
 from qtale_lightning.module import QTALEModule
-from qtale_lightning.plan import training_bytes
 
 ANSWER = 6  # tokens of an answer, about those of the cloze tasks
 

@@ -7,8 +7,8 @@ from qtale_lightning.configuration import PlannedRun
 from qtale_lightning.evaluation.cost import parameter_counts
 from qtale_lightning.experiments import find
 from qtale_lightning.machine import Finding, Mark, free_disk, free_memory, hub, hub_cache, in_words, machine
+from qtale_lightning.memory import PROCESS, training_bytes
 from qtale_lightning.models.locations import Location, locate
-from qtale_lightning.plan import training_bytes
 
 
 def examine(model: str | None, options: Sequence[str], out: Path) -> int:
@@ -106,7 +106,7 @@ def memory_to_train(run: PlannedRun) -> Finding:
 
     trainer, free, kind = run.config["trainer"], free_memory(), "memory"
     precision = trainer["precision"] or training_precision(trainer["accelerator"])
-    needed = training_bytes(run, 2 if str(precision).startswith("bf16") else 4)
+    needed = training_bytes(run, 2 if str(precision).startswith("bf16") else 4) + PROCESS
     if torch.cuda.is_available():
         free = max(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
         kind = "GPU memory"

@@ -1,6 +1,8 @@
 """Numbers that aren't finite are named where they turn up, and never saved."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -28,3 +30,14 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], what: str) -> None:
     """
     if (name := first_non_finite(tensors)) is not None:
         raise NonFiniteError(f"{name} has NaN or infinity: {what}")
+
+
+def as_json(value: Any) -> Any:
+    """A nested value without NaN and infinities, which JSON doesn't have: they are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: as_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(part) for part in value]
+    return value

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qtale_lightning.allocator import give_back
+
 SIZE = 2**21
 """Bytes of one, on x86, and on ARM with pages of 4 KB."""
 
 _CHUNK, _LINE = 8 * SIZE, 64  # what tensors share, and at whose multiples they begin: a line of the caches
+_MANY = 2**29
 _left: Tensor | None = None  # of the last chunk
+_moved = 0  # bytes since memory was given back
 
 
 def placed(tensor: Tensor) -> Tensor:
@@ -25,7 +29,9 @@ def placed(tensor: Tensor) -> Tensor:
         return tensor.contiguous()
     room = _room(tensor.numel() * tensor.element_size())
     with torch.no_grad():
-        return room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        copy = room.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    _give_back(copy.numel() * copy.element_size())
+    return copy
 
 
 def settle(parameter: Tensor) -> None:
@@ -34,6 +40,15 @@ def settle(parameter: Tensor) -> None:
     alone = data.untyped_storage().nbytes() == data.numel() * data.element_size()
     if type(data) is Tensor and alone and not data.is_shared() and not data.is_inference():
         parameter.data = placed(data)
+
+
+def _give_back(count: int) -> None:
+    """Have the system take back what was moved, every now and then: else a large model would be in memory twice."""
+    global _moved
+    _moved += count
+    if _moved >= _MANY:
+        _moved = 0
+        give_back()
 
 
 def _room(count: int) -> Tensor:

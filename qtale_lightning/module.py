@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
+from qtale_lightning.allocator import give_back
 from qtale_lightning.losses import Losses, answer_loss, answer_places
 from qtale_lightning.metrics import ExecutionRatio, RoutingDiagnostics, path_logs
 from qtale_lightning.models.adapters import (
@@ -77,12 +78,17 @@ class QTALEModule(ModelSettings, L.LightningModule):
             self._tokenizer = load_tokenizer(self.name, self.path, self.commit())
         return self._tokenizer
 
-    def configure_model(self) -> None:
-        """Load the base model and attach routers and LoRA; Lightning calls it before fitting."""
+    def configure_model(self, dtype: torch.dtype | None = None) -> None:
+        """Load the base model and attach routers and LoRA; Lightning calls it before fitting.
+
+        Args:
+            dtype: Of frozen weights; None: as the trainer's precision says, or float32. What is trained is in float32.
+        """
         if hasattr(self, "model"):
             return
         mixed = self._trainer is not None and str(self.trainer.precision).startswith("bf16")
-        dtype = torch.bfloat16 if mixed and not self.train_all else torch.float32
+        dtype = dtype or (torch.bfloat16 if mixed else torch.float32)
+        dtype = torch.float32 if self.train_all else dtype
         base = load_base(self.name, self.path, dtype, self.seed, self.commit())
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
@@ -146,6 +152,17 @@ class QTALEModule(ModelSettings, L.LightningModule):
             merge_lora(self._tuner)
             self._tuner = None
         return self.model.eval()
+
+    def release(self) -> None:
+        """Give up the model and its memory: what comes after training reads what is on the disk.
+
+        What was trained is in the checkpoints; :meth:`configure_model` loads the base anew.
+        """
+        self._tuner = None
+        self.__dict__.pop("teacher", None)
+        if hasattr(self, "model"):
+            del self.model
+        give_back()
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 

@@ -1,6 +1,7 @@
 """What a run would cost, from its configuration alone: parameters, FLOPs, memory, steps."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from rich.console import Console
@@ -10,17 +11,8 @@ from qtale_lightning import checks
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
 from qtale_lightning.machine import in_words
+from qtale_lightning.memory import PROCESS, quantizing_bytes, trainable_parameters, training_bytes
 from qtale_lightning.tasks import TASKS
-
-
-def trainable_parameters(run: RunConfiguration) -> int:
-    """Routers, stand-ins and LoRA, rank · (in + out) of every targeted projection; or all weights."""
-    config, lora = run.model.shape, run.model.lora_options
-    counts, shapes = cost.parameter_counts(config), cost.linear_shapes(config)
-    if run.model.train_all:
-        return counts.total
-    adapted = sum(lora["rank"] * sum(shapes[name]) for name in lora["targets"])
-    return counts.routers + counts.stand_ins + config.num_hidden_layers * adapted
 
 
 def print_plan(run: RunConfiguration) -> None:
@@ -43,7 +35,9 @@ def print_plan(run: RunConfiguration) -> None:
     table.add_row(f"FLOPs a token at R_target {ratio:.3g} (counted, {length} tokens)", f"{flops:.3g}")
     table.add_row("  share of the dense model's", f"{cost.flops_ratio(config, execution, context):.3f}")
     micro, accumulate = data.batch_size, trainer["accumulate_grad_batches"]
-    table.add_row("memory to train, about", _training_memory(run))
+    table.add_row("memory to train, about", _memory(training_bytes, run))
+    if run.quantization.bits:
+        table.add_row("memory to quantize, about", _memory(quantizing_bytes, run))
     for bits in (16, *run.quantization.bits):
         served = cost.weight_bytes(config, bits, run.quantization.group_size)
         keys = cost.kv_bytes_per_token(config, execution)
@@ -90,26 +84,10 @@ def _training_flops(config: SimpleNamespace, context: float) -> float:
     return 2 * cost.token_flops(config, cost.expected_execution(config, 1.0), context, head=False)
 
 
-def _training_memory(run: RunConfiguration) -> str:
+def _memory(needed: Callable[[RunConfiguration, int], float], run: RunConfiguration) -> str:
     """In the precision that is asked for; in both where that is left to the device, which may be another one."""
-    low, full = (in_words(training_bytes(run, width)) for width in (2, 4))
+    low, full = (in_words(needed(run, width) + PROCESS) for width in (2, 4))
     precision = run.config["trainer"]["precision"]
     if precision is None:
         return f"{low} in bfloat16, {full} in float32 (by the device)"
     return low if str(precision).startswith("bf16") else full
-
-
-def training_bytes(run: RunConfiguration, width: int) -> float:
-    """Weights, optimizer and activations of a micro-batch, without activation checkpointing.
-
-    Frozen weights take `width` bytes (2 in bf16, 4 in float32); a trainable one 16 (value, gradient and AdamW's two
-    moments in float32). Activations: about 17 values of the hidden and 3 of the inner width a token and layer, and the
-    attention's probabilities; an estimate, to see whether a device is near its limit.
-    """
-    config, trainable = run.model.shape, trainable_parameters(run)
-    tokens = run.datamodule.batch_size * min(run.datamodule.max_length, 128)
-    frozen = max(0, cost.parameter_counts(config).total - trainable) * width
-    activations = (
-        tokens * config.num_hidden_layers * (17 * config.hidden_size + 3 * config.intermediate_size) * width
-    )
-    return frozen + 16 * trainable + activations

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "files": set(),
     "finite": set(),
     "hub": {"compat"},
-    "huge_pages": set(),
+    "huge_pages": {"allocator"},
     "data": {"digests", "hub", "lazy", "tasks", "values"},
     "lazy": set(),
     "launching": {"experiments", "files", "locks", "yaml_files"},
@@ -99,7 +99,7 @@ MAY_IMPORT = {
         "stages",
         "tasks",
     },
-    "module": {"losses", "metrics", "models", "routing", "settings", "training"},
+    "module": {"allocator", "losses", "metrics", "models", "routing", "settings", "training"},
     "routing": {"cpu", "huge_pages", "losses", "values"},
     "run": {"checks", "files", "locks", "manifest", "quantization", "yaml_files"},
     "schedule": set(),
@@ -115,7 +115,7 @@ MAY_IMPORT = {
 }
 # Of these, the only ones that know Lightning.
 LIGHTNING = {"checkpoints.py", "data/datamodule.py", "module.py", "strategy.py", "tracking.py"}
-ABOVE = {"callbacks", "cli", "commands", "doctor", "plan", "tables", "__main__"}
+ABOVE = {"callbacks", "cli", "commands", "doctor", "memory", "plan", "tables", "__main__"}
 # The parts that callbacks are made from, so that can't import them.
 BELOW = {*MAY_IMPORT, "stages"}
 

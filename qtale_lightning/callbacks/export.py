@@ -12,7 +12,10 @@ from qtale_lightning.run import RunDirectory
 
 
 class Export(Callback):
-    """Exports ``<run>/model`` from the best checkpoint, on a copy: the live module stays as training left it.
+    """Exports ``<run>/model`` from the best checkpoint, on a copy.
+
+    The live module gives its model up for it, since a large one is in memory once: whatever comes after training reads
+    the run's folder.
 
     Args:
         run: The run's directory.
@@ -30,8 +33,9 @@ class Export(Callback):
         """
         if trainer.received_sigterm:
             raise SIGTERMException
+        assert isinstance(pl_module, QTALEModule)
+        pl_module.release()
         if not trainer.is_global_zero or self.run.model().is_dir():
             return
-        assert isinstance(pl_module, QTALEModule)
         dtype = torch.bfloat16 if str(trainer.precision).startswith("bf16") else torch.float32
         stages.export(self.run, pl_module.fresh(), exported_weights(self.run), dtype)

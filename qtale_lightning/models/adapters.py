@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, LoraModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 
 
@@ -102,6 +102,14 @@ def check_trainable_state(model: nn.Module, state: Mapping[str, Tensor]) -> None
         )
 
 
+def fold_lora(part: nn.Module) -> None:
+    """Fold LoRA into the weights of a part of the model, in place. Do it in float32: merging in bf16 drifts."""
+    for module in part.modules():
+        if isinstance(module, LoraLayer) and not module.merged:
+            module.merge(safe_merge=True)
+
+
 def merge_lora(tuner: LoraModel) -> None:
-    """Fold LoRA into the weights in place and remove it. Do it in float32: merging in bf16 drifts."""
-    tuner.merge_and_unload(safe_merge=True)
+    """Fold what isn't folded yet, and remove LoRA from the model."""
+    fold_lora(tuner.model)
+    tuner.unload()

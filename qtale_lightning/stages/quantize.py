@@ -1,12 +1,15 @@
 """Quantization of a run's exported model: search, save what was found, pack."""
 
+import copy
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
 
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.digests import of, of_model
@@ -15,7 +18,7 @@ from qtale_lightning.models.modeling import RoutedForCausalLM
 from qtale_lightning.quantization.calibration import Batch, padded_batches
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.final_norm import refit_final_norm
-from qtale_lightning.quantization.mappings import linear_shapes
+from qtale_lightning.quantization.mappings import decoder_layers, linear_shapes
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.quantization.precision import Bits, allocate, uniform
 from qtale_lightning.quantization.recipe import REMEDY, Recipe
@@ -79,6 +82,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
     batches = padded_batches(sequences, model.device)
     recipes = _recipes(run, batches, options, model, searched, made_from | options.search_settings())
     assert data.tokenizer is not None  # it made the sequences
+    stored = AutoConfig.from_pretrained(run.model()).dtype
     for bits in missing:
         if bits in recipes:
             recipe = recipes[bits]
@@ -87,7 +91,7 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
             log.info("%g bits: %s", bits, _share_of_widths(recipe))
         routers = _refitted(model, recipe, batches, bits) if options.refit_routers else None
         final_norm = refit_final_norm(model, recipe, batches, routers) if options.refits else None
-        packed = load_exported(run, as_stored=True)
+        packed = _copied(model, stored)
         quantize_model(packed, recipe, final_norm, ingredients[bits], routers)
         with writing(run.root, run.model(bits, options.engine)) as folder:
             packed.save_pretrained(folder)
@@ -103,6 +107,21 @@ def quantize(run: RunDirectory, data: CommonsenseDataModule, options: Quantizati
                 f"({size / run.weight_bytes():.2f} of the exported model's)"
             )
     console.print(f"quantized in {time.perf_counter() - started:.0f} s")
+
+
+def _copied(model: RoutedForCausalLM, dtype: torch.dtype) -> RoutedForCausalLM:
+    """A copy to be packed, in the dtype of the exported model's folder; it shares what packing replaces or leaves."""
+    linears = {id(linear.weight) for layer in decoder_layers(model) for linear in layer.linears.values()}
+    shared: dict[int, Any] = {}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in linears:
+            shared[id(parameter)] = parameter
+        elif ".router." not in name:
+            same = parameter.detach().to(dtype, copy=parameter.dim() == 1)  # of vectors, scales are divided
+            shared[id(parameter)] = nn.Parameter(same, requires_grad=False)
+    copied = copy.deepcopy(model, shared)
+    copied.config.dtype = dtype
+    return copied
 
 
 def _refitted(

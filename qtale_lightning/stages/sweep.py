@@ -78,6 +78,7 @@ def sweep(
                     console.print(f"{subject.bits:>3g} bits: budget {budget:g} isn't met")
         else:
             selected.append(_select(subject, options))
+        del subject  # before the next model is loaded
     if perturbation.record:
         console.print("decisions were perturbed: what is selected stays as it was")
     else:

@@ -114,6 +114,32 @@ def test_ends_and_chances(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision(dtype: torch.dtype) -> None:
+    """As close to the same weights in float32 as the layers are: within twice their error, and Triton's interpreter,
+    which rounds bfloat16 towards zero, within four times."""
+    model = made("llama", dtype).to(DEVICE)
+    exact = copy.deepcopy(model).float()
+    prompt, token = ids(PROMPT).to(DEVICE), ids(1, 5).to(DEVICE)
+    forced = torch.tensor([[-1, -1, -1], [0, 1, 1], [1, 0, 1], [1, 1, 0]], dtype=torch.int8, device=DEVICE)
+    decisions = {layer: forced[layer][:, None].bool() for layer in (1, 2, 3)}
+    scores: dict[str, Tensor] = {}
+    for name, one in (("exact", exact), ("layers", model), ("graph", model)):
+        cache = RoutedCache()
+        output = one(prompt, past_key_values=cache, routing=Routing(threshold=0.0))
+        if name == "graph":
+            decoder = graph.GraphDecoder(one, graph.stack_of(one, 3, 16, forced[None]))
+            decoder.begin(cache, torch.full((3,), PROMPT, device=DEVICE), output.logits[:, -1], {})
+            scores[name] = decoder.stack.advance(one.get_input_embeddings()(token.squeeze(1)), None)
+        else:
+            scores[name] = one(token, past_key_values=cache, routing=Routing(forced=decisions)).logits[:, -1]
+    errors = {name: (scores[name].float() - scores["exact"]).norm() for name in ("layers", "graph")}
+    factor = 4 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2
+    assert 0 < errors["graph"] <= factor * errors["layers"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_forced_decisions_and_states(threshold: float) -> None:
     """Scores, router logits and caches of a step whose decisions are given, against the layers'."""
