@@ -35,8 +35,8 @@ class ModelSettings:
         path: A local folder or hub id to load its weights from, instead of the model's own source.
         revision: Commit, branch or tag of the hub's repository. By default the model's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
-        method: What decides about layers: full (LoRA alone, nothing is skipped), dllm, qtale, static (whole layers are
-            dropped), random or mod (Mixture-of-Depths).
+        method: What decides about layers: full (LoRA alone, nothing is skipped), dllm, qtale, qtale-plus (its
+            losses, in a recipe of ours), static (whole layers are dropped), random or mod (Mixture-of-Depths).
         router_width: Width of every router (D-LLM: 512).
         start_layer: First layer that tokens may skip (D-LLM: 2).
         reserved_tokens: Initial tokens of a sequence that execute every layer (D-LLM: 2). One is needed: a query needs

@@ -44,7 +44,15 @@ class FakeCommands:
         self.started: list[list[str]] = []
         self.fails: tuple[str, ...] = ()
         self.stops: int | None = None
-        self.advantage = {"full": 0.3, "static": 0.2, "qtale": 0.1, "mod": 0.05, "dllm": 0.0, "random": -0.1}
+        self.advantage = {
+            "full": 0.3,
+            "static": 0.2,
+            "qtale": 0.1,
+            "qtale-plus": 0.15,
+            "mod": 0.05,
+            "dllm": 0.0,
+            "random": -0.1,
+        }
 
     at_once = 1
 
