@@ -13,6 +13,9 @@ from qtale_lightning.launching import Launcher
 from qtale_lightning.tables import command
 from qtale_lightning.tables.request import Asked
 
+# What some declared tables need of a run's options: `phases` is of answers that are written.
+NEEDED = {"phases": ("--data.answers", "generated", "--data.prompt_style", "choice")}
+
 
 def asked(name: str, arguments: Sequence[str]) -> Asked:
     """What a command line of ``table`` or ``figures`` asks for."""

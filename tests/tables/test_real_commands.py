@@ -19,7 +19,7 @@ from qtale_lightning.quantization.engines import ENGINES
 from qtale_lightning.report import figures as report_figures
 from qtale_lightning.tables.declaration import FOLDER
 from qtale_lightning.yaml_files import read_yaml
-from tests.tables.files import figures, table
+from tests.tables.files import NEEDED, figures, table
 
 pytestmark = pytest.mark.slow
 
@@ -83,11 +83,12 @@ def arguments(generality: Path, tmp_path_factory: pytest.TempPathFactory) -> Arg
     out, declared = (tmp_path_factory.mktemp(name) for name in ("out", "declared"))
 
     def given(name: str) -> list[str]:
-        more = ("--data.root", str(generality), *TEXTS) if name == "generality" else ()
+        more = ("--data.root", str(generality), *TEXTS) if name == "generality" else NEEDED.get(name, ())
         file = declared / f"{name}.yaml"
         text = yaml.safe_dump(shortened(read_yaml(ROOT / FOLDER / file.name)), allow_unicode=True)
         file.write_text(text, encoding="utf-8")
-        return [str(file), "--model", "tiny", "--out", str(out), *SMALL, *more]
+        runs = out / name if name in NEEDED else out  # of other options than those that the others share
+        return [str(file), "--model", "tiny", "--out", str(runs), *SMALL, *more]
 
     return given
 

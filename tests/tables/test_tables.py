@@ -9,7 +9,7 @@ import pytest
 
 from qtale_lightning.tables.declaration import FOLDER, load_declaration
 from qtale_lightning.tables.plots import plot_frontier
-from tests.tables.files import figures, table
+from tests.tables.files import NEEDED, figures, table
 
 Arguments = Callable[..., list[str]]
 TABLES = sorted(file.stem for file in (Path(__file__).parents[2] / FOLDER).glob("*.yaml"))
@@ -18,7 +18,7 @@ TABLES = sorted(file.stem for file in (Path(__file__).parents[2] / FOLDER).glob(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TABLES)
 def test_a_declared_table_is_made(name: str, arguments: Arguments, commands: Any, tmp_path: Path) -> None:
-    given = arguments(name)
+    given = [*arguments(name), *NEEDED.get(name, ())]
     table(given, commands)
     (folder,) = (tmp_path / "out" / "tables").iterdir()
     content = json.loads((folder / "table.json").read_text(encoding="utf-8"))
