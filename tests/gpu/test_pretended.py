@@ -169,7 +169,13 @@ def test_a_packed_folder_and_a_fitted_norm(gpu: str, load: Load, tmp_path: Path)
 
 @pytest.mark.slow
 def test_latency_is_measured(gpu: str, load: Load) -> None:
-    small: dict[str, Any] = {"prefill": ((2, 8),), "decode": (1,), "ratios": [0.5], "repeats": 1, "peers": True}
+    small: dict[str, Any] = {
+        "prefill": ((2, 8),),
+        "decode": (1,),
+        "ratios": [0.5],
+        "repeats": 1,
+        "peers": True,
+    }
     rows = load("latency").measure("tiny", None, Namespace(device=gpu, **small))
     prefill = ["dense", "masked", "bf16", "int4", "bf16, sizes known", "static"]
     assert [row["form"] for row in rows] == [*prefill, "dense", "bf16", "int4"]
