@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from qtale_lightning.models.attention import Attention
-from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import FusedLayer
 from qtale_lightning.models.routed_layer import mixed
 from qtale_lightning.models.routing import Routing
@@ -22,18 +21,9 @@ class SublayersLayer(FusedLayer):
     # The MLP's router reads what attention gives of all tokens, also in a last layer that is asked for some.
     prunes = False
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        routing: Routing,
-        position_embeddings: tuple[Tensor, Tensor],
-        past_key_values: RoutedCache | None = None,
-        **options: Any,
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, routing: Routing, *args: Any, **options: Any) -> Tensor:
         """Hidden states after the layer, ``(B, T, D)`` from ``(B, T, D)``."""
-        hidden_states = super().forward(
-            hidden_states, routing, position_embeddings, past_key_values, **options
-        )
+        hidden_states = super().forward(hidden_states, routing, *args, **options)
         return hidden_states if self.layer_idx < routing.resume else self._decide_mlp(hidden_states, routing)
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
