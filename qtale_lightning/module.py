@@ -236,14 +236,16 @@ class QTALEModule(ModelSettings, L.LightningModule):
 
     def scheduled(self, final: float) -> float:
         """A ratio as it is in this step: falling linearly from 1 to ``final`` while ``ratio_schedule`` lasts."""
-        done = max(0.0, self.routed_progress)
-        progress = min(1.0, done / self.ratio_schedule) if self.ratio_schedule else 1.0
-        return 1.0 + progress * (final - 1.0)
+        return self._falling(final, self.ratio_schedule)
 
     def scheduled_noise(self) -> float:
         """Gumbel noise in this step's decisions, of 1: falling linearly to 0 while ``noise_schedule`` lasts."""
-        done = max(0.0, self.routed_progress)
-        return max(0.0, 1.0 - done / self.noise_schedule) if self.noise_schedule else 1.0
+        return self._falling(0.0, self.noise_schedule) if self.noise_schedule else 1.0
+
+    def _falling(self, final: float, share: float) -> float:
+        """From 1 to ``final``, linearly, over a share of the steps in which tokens skip layers; 0: there at once."""
+        progress = min(1.0, max(0.0, self.routed_progress) / share) if share else 1.0
+        return 1.0 + progress * (final - 1.0)
 
     def scheduled_lambdas(self) -> dict[str, float]:
         """The losses' weights as they are in this step: λ1 rising along a sine, where it does (D-LLM's code)."""
