@@ -24,7 +24,7 @@ import itertools
 import pstats
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ from qtale_lightning.quantization.recipe import round_to_nearest
 
 STEPS = 16
 Run = Callable[[], Any]
-Decisions = list[dict[int, Tensor]]
+Decisions = Sequence[Mapping[int, Tensor]]
 Name = tuple[str, float, str]  # form, ratio, way
 
 
@@ -51,7 +51,7 @@ class Replayed(Routing):
 
     def __init__(self, steps: Decisions) -> None:
         super().__init__()
-        self.steps: Iterator[dict[int, Tensor]] = iter([{}, *steps])  # the prompt's come first
+        self.steps: Iterator[Mapping[int, Tensor]] = iter([{}, *steps])  # the prompt's come first
 
     def start(self) -> None:
         """Once a call."""

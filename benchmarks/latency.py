@@ -24,7 +24,7 @@ import copy
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -37,6 +37,7 @@ from qtale_lightning.evaluation import cost
 from qtale_lightning.models import RoutedCache, RoutedConfig, RoutedForCausalLM, Routing, route, routed_config
 from qtale_lightning.models.families import classes_of
 from qtale_lightning.models.packing import Packing
+from qtale_lightning.models.routing import OfUnits
 from qtale_lightning.models.sources import base_config, load_base
 from qtale_lightning.precision import native_bfloat16
 from qtale_lightning.quantization.checkpoint import quantize_model
@@ -78,9 +79,7 @@ def routed_model(dense: PreTrainedModel, name: str) -> RoutedForCausalLM:
     return route(copy.deepcopy(dense, shared), config).eval()
 
 
-def decisions(
-    ratio: float, layers: int, batch: int, length: int, seed: int, device: str = "cpu"
-) -> dict[int, Tensor]:
+def decisions(ratio: float, layers: int, batch: int, length: int, seed: int, device: str = "cpu") -> OfUnits:
     """Which tokens execute each layer: the same share in every layer (prompts) or for every token (decode).
 
     A prompt's reserved tokens, which execute whatever is decided, are among its share.
@@ -94,7 +93,7 @@ def decisions(
     else:
         order = torch.rand(batch, layers, generator=generator).argsort(-1).argsort(-1)
         chosen = (order < ratio * layers).T[:, :, None]
-    return dict(enumerate(chosen.to(device)))
+    return OfUnits(range(layers), chosen.to(device))
 
 
 def prefill(model: Any, ids: Tensor, routing: Callable[[], Routing] | None) -> Callable[[], Any]:
@@ -132,7 +131,7 @@ def pruned(dense: PreTrainedModel, layers: int) -> PreTrainedModel:
     return made
 
 
-def decode(model: Any, batch: int, routings: list[dict[int, Tensor]] | None) -> Callable[[], Any]:
+def decode(model: Any, batch: int, routings: Sequence[Mapping[int, Tensor]] | None) -> Callable[[], Any]:
     """`STEPS` tokens after `CONTEXT` cached ones; the cache grows from call to call."""
     ids = torch.randint(10, model.config.vocab_size, (batch, CONTEXT), device=model.device)
     if routings is None:
@@ -168,7 +167,7 @@ def ideal_prefill(config: Any, ratio: float, length: int, batch: int) -> float:
 
 
 def ideal_decode(
-    config: Any, routings: list[dict[int, Tensor]], dtype: torch.dtype, bits: int | None = None
+    config: Any, routings: Sequence[Mapping[int, Tensor]], dtype: torch.dtype, bits: int | None = None
 ) -> float:
     """Dense weight bytes over those that packed execution must read: of layers that any sequence executes.
 

@@ -53,6 +53,7 @@ MAY_IMPORT = {
             "huge_pages",
             "lazy",
             "routing",
+            "watch",
         ),
     },
     "losses": set(),
@@ -77,6 +78,7 @@ MAY_IMPORT = {
             "manifest",
             "routing",
             "values",
+            "watch",
         ),
     },
     "results": {"cpu", "data", "digests", "evaluation", "manifest", "quantization", "settings", "tasks"},
@@ -100,7 +102,7 @@ MAY_IMPORT = {
         "tasks",
     },
     "module": {"allocator", "losses", "metrics", "models", "routing", "settings", "training"},
-    "routing": {"cpu", "huge_pages", "losses", "values"},
+    "routing": {"cpu", "huge_pages", "losses", "values", "watch"},
     "run": {"checks", "files", "locks", "manifest", "quantization", "yaml_files"},
     "schedule": set(),
     "settings": {"architectures", "models", "routing", "values"},
@@ -111,6 +113,7 @@ MAY_IMPORT = {
     "training": {"architectures", "losses", "models", "quantization", "routing"},
     "wandb_session": {"files", "settings"},
     "values": set(),
+    "watch": set(),
     "yaml_files": set(),
 }
 # Of these, the only ones that know Lightning.

@@ -74,7 +74,7 @@ def pytorch(
 ) -> Iterator[Contender]:
     """Hugging Face's model in either precision, and ours at 4 bits at each ratio.
 
-    With the head and tokens of the paper's setting, in 16 bits; with the head, and with both, in 8, as peers have them.
+    With the head and tokens of the paper's setting, in 16 bits, and as peers have them: heads in 8 or 4, tokens in 8.
     """
     facts: dict[str, Any]
     path = install.unpacked(model)
@@ -86,14 +86,20 @@ def pytorch(
             "Q4_1", environment=environment,
         )  # fmt: skip
     dtypes = ["float32", "bfloat16"] if environment else ["bfloat16", "float32"]
-    forms = (("int4", 16, 16), ("int4, head in 8", 8, 16), ("int4, head and tokens in 8", 8, 8))
+    forms = (
+        ("int4", 16, 16),
+        ("int4, head in 8", 8, 16),
+        ("int4, head and tokens in 8", 8, 8),
+        ("int4, head in 4", 4, 16),
+        ("int4, head in 4, tokens in 8", 4, 8),
+    )
     for weights, head, tokens in forms:
         for ratio in ratios:
             facts = {"bits": 4 + (16 + 8) / group, "types": "int4", "group": group, "ratio": ratio}
             yield Contender(
                 "ours", weights, "peer.ours", python,
                 config | {"ratio": ratio, "head bits": head, "token bits": tokens}, {"dtype": dtypes},
-                facts | {"head": None if head == 16 else "int8"}, f"{weights} at {ratio}", code(), environment,
+                facts | {"head": None if head == 16 else f"int{head}"}, f"{weights} at {ratio}", code(), environment,
             )  # fmt: skip
 
 

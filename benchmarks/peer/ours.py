@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from common import instructions
 from latency import decisions, routed_model
-from torch import Tensor
 from transformers import DynamicCache
 
 from peer.serve import Engine, serve
-from qtale_lightning.allocator import keep_freed_memory
+from qtale_lightning.allocator import give_back, keep_freed_memory
 from qtale_lightning.models import RoutedCache, Routing
+from qtale_lightning.models.routing import OfUnits
 from qtale_lightning.models.sources import load_base
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.lighter import lighten
@@ -32,8 +32,8 @@ class PyTorch(Engine):
         self._dtype = getattr(torch, self.settings["decode"]["dtype"])
         self._model: Any = load_base(config["model"], config["path"], self._dtype).eval()
         self._cache: Any = DynamicCache()
-        self._routings: list[dict[int, Tensor]] = []
-        self._whole: dict[int, Tensor] | None = None
+        self._routings: list[OfUnits] = []
+        self._whole: OfUnits | None = None
         first: dict[str, Any] = {}
         if (ratio := config["ratio"]) is not None:
             self._model = routed_model(self._model, config["model"])
@@ -45,6 +45,7 @@ class PyTorch(Engine):
             self._whole = decisions(ratio, layers, 1, len(self.prompt), 0)
             self._cache = RoutedCache()
             first = {"routing": Routing(threshold=0.0)}  # the context executes every layer
+        give_back()  # what the weights were made of: many of these processes run side by side
         ids = torch.tensor([self.context])
         logits = self._model(ids, past_key_values=self._cache, use_cache=True, **first).logits
         self._first = logits[:, -1:].argmax(-1)

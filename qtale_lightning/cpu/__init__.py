@@ -18,6 +18,7 @@ from qtale_lightning.cpu.build import available, instruction_set, operations
 __all__ = [
     "attend_next",
     "available",
+    "buffers",
     "decoder",
     "dense_linear",
     "instruction_set",
@@ -131,19 +132,28 @@ def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
     return operations().dense_linear.default(x, weight, bias)
 
 
-def decoder(heads: int, groups: int, width: int, scaling: float, eps: float, last_norm: Tensor) -> Any:
-    """A stack of decoder layers in C++, to which layers are added one by one: see stack.h.
+def buffers(keys: list[Tensor], values: list[Tensor]) -> Any:
+    """A cache's buffers ``(B, H_kv, capacity, d)``, one of keys and one of values a layer, as a step takes them."""
+    operations()
+    return getattr(torch.classes, f"qtale_{instruction_set()}").Buffers(keys, values)
+
+
+def decoder(
+    heads: int, groups: int, width: int, scaling: float, eps: float, embeddings: Tensor, last_norm: Tensor
+) -> Any:
+    """A stack of decoder layers in C++, to which layers are added one by one, and a head at the end: see stack.h.
 
     Args:
         heads, groups: Of queries, and of keys and values; each is ``width`` wide.
         width: Of a head.
         scaling: Of the scores.
         eps: Of all norms.
+        embeddings: ``(V, D)``, float32 or bfloat16, in which all is computed.
         last_norm: Weight ``(D,)`` of the norm behind the layers.
     """
     operations()
     library = getattr(torch.classes, f"qtale_{instruction_set()}")
-    return library.Decoder(heads, groups, width, scaling, eps, last_norm)
+    return library.Decoder(heads, groups, width, scaling, eps, embeddings, last_norm)
 
 
 def int4_linear(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

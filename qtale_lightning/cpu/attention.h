@@ -1,5 +1,5 @@
-// Attention of one new token a sequence, as in decoding: its key and value join the cache, and its query attends to all
-// that the cache keeps of its sequence. Sequences differ in what they keep; no mask is made and no key moved.
+// Attention of one new token a sequence, as in decoding: its query attends to itself and to all that the cache keeps of
+// its sequence, which its key and value then join. Sequences differ in what they keep; no mask is made and no key moved.
 
 #pragma once
 
@@ -81,16 +81,13 @@ constexpr int64_t attention_room(int64_t shared, int64_t width, int64_t length) 
   return shared * (length + LANES + 2 * width + 1);
 }
 
-// The new token's `shared` query heads (shared, width) that share a key head, its key and value (width), and the
-// buffers keys and values (capacity, width) of this head, which keep `kept` tokens: the new ones are written behind
-// these, and y is (shared, width). Works in `room`.
+// The new token's `shared` query heads (shared, width) that share a key head, or some of them, its key and value (width),
+// and the `kept` keys and values (kept, width) of this head before; y is (shared, width). Works in `room`.
 template <typename T>
-inline void attend_next(const T* query, const T* key, const T* value, T* keys, T* values, int64_t kept, int64_t shared,
-                        int64_t width, float scaling, float* room, T* y) {
+inline void attend_next(const T* query, const T* key, const T* value, const T* keys, const T* values, int64_t kept,
+                        int64_t shared, int64_t width, float scaling, float* room, T* y) {
   const int64_t length = kept + 1, of_head = length + LANES;
   float *scores = room, *wide = scores + shared * of_head, *sums = wide + shared * width, *totals = sums + shared * width;
-  std::copy_n(key, width, keys + kept * width);
-  std::copy_n(value, width, values + kept * width);
   const DenseInput<T>* queries;
   if constexpr (std::is_same_v<DenseInput<T>, T>) queries = query;
   else queries = wide;
@@ -98,11 +95,19 @@ inline void attend_next(const T* query, const T* key, const T* value, T* keys, T
     if constexpr (!std::is_same_v<DenseInput<T>, T>) store(wide + i, load(query + i));
     store(sums + i, all(0));
   }
-  score(queries, shared, keys, length, width, of_head, scores);
+  score(queries, shared, keys, kept, width, of_head, scores);
+  score(queries, shared, key, 1, width, of_head, scores + kept);
   for (int64_t h = 0; h < shared; h++) totals[h] = exponentials(scores + h * of_head, length, scaling);
-  for (int64_t j = 0; j < length; j += BLOCK)
-    mix(scores + j, shared, of_head, values + j * width, std::min(BLOCK, length - j), width, sums);
+  for (int64_t j = 0; j < kept; j += BLOCK)
+    mix(scores + j, shared, of_head, values + j * width, std::min(BLOCK, kept - j), width, sums);
+  mix(scores + kept, shared, of_head, value, 1, width, sums);
   for (int64_t i = 0; i < shared * width; i += LANES) store(y + i, load(sums + i) * all(1 / totals[i / width]));
+}
+
+// Writes a new token's key or value (width) behind the `kept` ones of its head's buffer.
+template <typename T>
+inline void append(const T* from, int64_t width, int64_t kept, T* buffer) {
+  std::copy_n(from, width, buffer + kept * width);
 }
 
 }  // namespace qtale

@@ -20,7 +20,8 @@
 namespace qtale {
 
 // A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits,
-// or planes (whose highest bits aren't nullptr); with a bias (outputs), or nullptr.
+// or planes (whose highest bits aren't nullptr); with a bias (outputs), or nullptr. Weights of more bits are int4 ones side
+// by side, which see the same token: those then have the linear's inputs several times.
 template <typename T>
 struct Linear {
   const T* dense;
@@ -37,25 +38,33 @@ struct Norm {
   float eps;
 };
 
-// A layer's router and θ; the first weights are in float32 or, where `low` isn't nullptr, in bfloat16.
+// A layer's router; the first weights are in float32 or, where `low` isn't nullptr, in bfloat16.
 struct LayerRouter {
   const float* down;
   const BFloat16* low;
   const float* bias;
   RouterEnd end;
-  float threshold;
 };
 
-// A layer, and what its cache holds: buffers keys and values (B, groups, capacity, width), and how many tokens of each
-// sequence they keep (B).
 template <typename T>
 struct Layer {
   bool routed;
   LayerRouter router;
   Norm<T> norm, query_norm, key_norm, mlp_norm;
   Linear<T> query, key, value, output, gate, up, down;
+};
+
+// What follows the layers: a norm, and a head, which without outputs is none.
+template <typename T>
+struct End {
+  Norm<T> norm;
+  Linear<T> head;
+};
+
+// A layer's part of the cache: buffers keys and values (B, groups, capacity, width).
+template <typename T>
+struct Buffer {
   T *keys, *values;
-  const int64_t* kept;
   int64_t capacity;
 };
 
@@ -67,8 +76,9 @@ struct Sizes {
 
 // What a step is given, of B sequences: the rotation's cosines and sines (B, width), with a stride of 0 where all have the
 // same; which tokens are real, and which of them routers decide about; decisions (routed layers, B) that replace the
-// routers' (1, 0, or -1: the router's), or nullptr. And what it gives: logits (routed layers, B, 2) and decisions
-// (layers, B).
+// routers' (1, 0, or -1: the router's), or nullptr; θ (routed layers); buffers (layers), and how many tokens of each
+// sequence they keep (layers, B). And what it gives: the routers' logits (routed layers, B, 2), decisions (layers, B), and
+// normed states (B, hidden) or, where there is a head, its logits (B, outputs).
 template <typename T>
 struct Step {
   int64_t batch;
@@ -76,32 +86,36 @@ struct Step {
   int64_t stride;
   const bool *real, *free;
   const int8_t* forced;
+  const double* thresholds;
+  const Buffer<T>* buffers;
+  const int64_t* kept;
   float* logits;
   bool* gates;
+  T* output;
 };
 
 // What the team works in, for up to B tokens.
 template <typename T>
 struct Shared {
-  std::vector<T> query, key, value, attended, inner, output;
+  std::vector<T> states, query, key, value, attended, inner, output;
   std::vector<float> wide[2];  // of routers: of a layer and of the next, which the fastest thread may have begun
 
   Shared(const Sizes& s, int64_t batch)
-      : query(batch * s.heads * s.width), key(batch * s.groups * s.width), value(key.size()), attended(query.size()),
-        inner(batch * s.inner), output(batch * s.hidden),
+      : states(batch * s.hidden), query(batch * s.heads * s.width), key(batch * s.groups * s.width), value(key.size()),
+        attended(query.size()), inner(batch * s.inner), output(batch * s.hidden),
         wide{std::vector<float>(batch * s.router), std::vector<float>(batch * s.router)} {}
 };
 
 // What a thread works in by itself.
 template <typename T>
 struct Private {
-  std::vector<T> tokens, gate;
+  std::vector<T> tokens, gate, key;
   std::vector<float> inputs, sums, room;
   std::vector<int8_t> codes;
   std::vector<int64_t> rows;
 
   Private(const Sizes& s, int64_t batch, int64_t longest)
-      : tokens(batch * s.hidden), gate(batch * s.inner),
+      : tokens(batch * s.hidden), gate(batch * s.inner), key(s.width),
         inputs(2 * batch * std::max({s.hidden, s.inner, s.heads * s.width})),  // twice for planes
         sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
     rows.reserve(batch);
@@ -129,6 +143,10 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
     return;
   }
   const Int4Weight& weight = linear.int4;
+  const auto repeat = [&](auto&& run) {  // run(token, part) for all parts of all tokens
+    const int64_t parts = weight.inputs / linear.inputs;
+    for (int64_t part = 0; part < tokens * parts; part++) run(x + part / parts * linear.inputs, part);
+  };
   if (linear.planes.high != nullptr) {
     using Inputs = PlaneInputs<T>;
     const Inputs inputs{reinterpret_cast<typename Inputs::Input*>(mine.inputs.data()), mine.sums.data()};
@@ -136,15 +154,26 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
     ready = 2 + linear.planes.groups;
     plane_linear(linear.planes, inputs, tokens, begin / STRIP, end / STRIP, y);
   } else if (linear.rounded) {
-    const int64_t blocks = weight.inputs / ROUNDED_BLOCK;
+    const int64_t blocks = weight.inputs / ROUNDED_BLOCK, of_part = linear.inputs / ROUNDED_BLOCK;
     const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
-    if (ready != 2) round_inputs(x, tokens, weight.inputs, inputs);
+    if (ready != 2)
+      repeat([&](const T* token, int64_t part) {
+        round_inputs(token, 1, linear.inputs, {inputs.codes + part * linear.inputs, inputs.scales + part * of_part,
+                                               inputs.sums + part * of_part});
+      });
     ready = 2;
     int4_linear_rounded(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
   } else {
     using Inputs = Int4Inputs<T>;
     const Inputs inputs{reinterpret_cast<typename Inputs::Of::Input*>(mine.inputs.data()), mine.sums.data()};
-    if (ready != -weight.groups) int4_inputs(x, tokens, weight, inputs);
+    if (ready != -weight.groups) {
+      Int4Weight of_part = weight;
+      of_part.inputs = linear.inputs, of_part.groups = weight.groups * linear.inputs / weight.inputs;
+      repeat([&](const T* token, int64_t part) {
+        const Inputs to{inputs.values + part * Inputs::width(of_part), inputs.sums + part * of_part.groups};
+        int4_inputs(token, 1, of_part, to);
+      });
+    }
     ready = -weight.groups;
     int4_linear(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
   }
@@ -198,16 +227,16 @@ inline void route(Team& team, const LayerRouter& router, const T* x, int64_t bat
 }
 
 // softmax(logits)[1] ≥ θ.
-inline bool executes(const float* logits, float threshold) {
+inline bool executes(const float* logits, double threshold) {
   const float most = std::max(logits[0], logits[1]);
   const float skip = std::exp(logits[0] - most), execute = std::exp(logits[1] - most);
-  return execute / (skip + execute) >= threshold;
+  return execute / (skip + execute) >= static_cast<float>(threshold);
 }
 
 // One layer for the sequences in `mine.rows`: x (B, hidden) becomes what it gives.
 template <typename T>
-inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step,
-                    Shared<T>& shared, Private<T>& mine, T* x) {
+inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step, const Buffer<T>& buffer,
+                    const int64_t* kept, Shared<T>& shared, Private<T>& mine, T* x) {
   const int64_t tokens = mine.rows.size(), width = sizes.width, of_group = sizes.heads / sizes.groups;
   T *query = shared.query.data(), *key = shared.key.data(), *value = shared.value.data();
 
@@ -223,20 +252,27 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
   }
   team.wait();
 
-  const auto [begin, end] = team.share(tokens * sizes.groups);
-  for (int64_t item = begin; item < end; item++) {
-    const int64_t row = mine.rows[item / sizes.groups], group = item % sizes.groups;
-    T *queries = query + item * of_group * width, *new_key = key + item * width;
+  // By heads of queries: where two threads share a head of keys, either rotates the new key for itself.
+  const auto [begin, end] = team.share(tokens * sizes.heads);
+  for (int64_t head = begin, next; head < end; head = next) {
+    const int64_t item = head / of_group, row = mine.rows[item / sizes.groups], group = item % sizes.groups;
+    next = std::min((item + 1) * of_group, end);
+    T *queries = query + head * width, *new_key = mine.key.data(), *new_value = value + item * width;
+    const T *projected = key + item * width, *cos = step.cos + row * step.stride, *sin = step.sin + row * step.stride;
     if (layer.query_norm.weight != nullptr) {
-      rms_norm(queries, layer.query_norm.weight, layer.query_norm.eps, of_group, width, queries);
-      rms_norm(new_key, layer.key_norm.weight, layer.key_norm.eps, 1, width, new_key);
+      rms_norm(queries, layer.query_norm.weight, layer.query_norm.eps, next - head, width, queries);
+      rms_norm(projected, layer.key_norm.weight, layer.key_norm.eps, 1, width, new_key);
+      projected = new_key;
     }
-    const T *cos = step.cos + row * step.stride, *sin = step.sin + row * step.stride;
-    rotate(queries, cos, sin, of_group, width, queries);
-    rotate(new_key, cos, sin, 1, width, new_key);
-    const int64_t buffer = (row * sizes.groups + group) * layer.capacity * width, kept = layer.kept[row];
-    attend_next(queries, new_key, value + item * width, layer.keys + buffer, layer.values + buffer, kept, of_group, width,
-                sizes.scaling, mine.room.data(), shared.attended.data() + item * of_group * width);
+    rotate(queries, cos, sin, next - head, width, queries);
+    rotate(projected, cos, sin, 1, width, new_key);
+    const int64_t at = (row * sizes.groups + group) * buffer.capacity * width;
+    attend_next(queries, new_key, new_value, buffer.keys + at, buffer.values + at, kept[row], next - head, width,
+                sizes.scaling, mine.room.data(), shared.attended.data() + head * width);
+    if (head == item * of_group) {
+      append(new_key, width, kept[row], buffer.keys + at);
+      append(new_value, width, kept[row], buffer.values + at);
+    }
   }
   team.wait();
 
@@ -258,14 +294,14 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
   team.wait();
 }
 
-// x (B, hidden) through all layers, in place.
+// x (B, hidden) through all layers, in place, and what follows them.
 template <typename T>
-inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& layers, const Step<T>& step,
-                   Shared<T>& shared, Private<T>& mine, T* x) {
-  const int64_t batch = step.batch;
+inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& layers, const End<T>& last,
+                   const Step<T>& step, Shared<T>& shared, Private<T>& mine, T* x) {
+  const int64_t batch = step.batch, count = layers.size();
   std::vector<float> logits(2 * batch);
   int64_t routed = 0;  // layers
-  for (size_t index = 0; index < layers.size(); index++) {
+  for (int64_t index = 0; index < count; index++) {
     const Layer<T>& layer = layers[index];
     if (layer.routed) {
       route(team, layer.router, x, batch, sizes.hidden, mine, shared.wide[index % 2].data(), logits.data());
@@ -276,14 +312,22 @@ inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& 
       bool gate = step.real[b];
       if (layer.routed && step.free[b]) {
         const int8_t forced = step.forced == nullptr ? -1 : step.forced[routed * batch + b];
-        gate = forced >= 0 ? forced != 0 : executes(logits.data() + 2 * b, layer.router.threshold);
+        gate = forced >= 0 ? forced != 0 : executes(logits.data() + 2 * b, step.thresholds[routed]);
       }
       if (gate) mine.rows.push_back(b);
       if (team.rank == 0) step.gates[index * batch + b] = gate;
     }
     routed += layer.routed;
-    if (!mine.rows.empty()) execute(team, sizes, layer, step, shared, mine, x);
+    if (!mine.rows.empty()) execute(team, sizes, layer, step, step.buffers[index], step.kept + index * batch, shared, mine, x);
   }
+  if (last.head.outputs == 0) {
+    if (team.rank == 0) rms_norm(x, last.norm.weight, last.norm.eps, batch, sizes.hidden, step.output);
+    return;
+  }
+  rms_norm(x, last.norm.weight, last.norm.eps, batch, sizes.hidden, mine.tokens.data());
+  const auto [first, end] = team.share(last.head.outputs / LANES);
+  int64_t ready = 0;
+  multiply(last.head, mine.tokens.data(), batch, first * LANES, end * LANES, mine, ready, step.output);
 }
 
 }  // namespace qtale

@@ -106,9 +106,11 @@ Tensor attend_next(const Tensor& query, const Tensor& key, const Tensor& value, 
         const int64_t n = item / groups, group = item % groups;
         const int64_t first = (n * heads + group * shared) * width;  // of the heads that share these keys
         const int64_t kept = (rows[n] * groups + group) * capacity * width;
-        qtale::attend_next(queries + first, new_keys + item * width, new_values + item * width, all_keys + kept,
-                           all_values + kept, lengths[n], shared, width, static_cast<float>(scaling), room.data(),
-                           out + first);
+        const T *new_key = new_keys + item * width, *new_value = new_values + item * width;
+        qtale::attend_next(queries + first, new_key, new_value, all_keys + kept, all_values + kept, lengths[n], shared,
+                           width, static_cast<float>(scaling), room.data(), out + first);
+        qtale::append(new_key, width, lengths[n], all_keys + kept);
+        qtale::append(new_value, width, lengths[n], all_values + kept);
       }
     });
     for (int64_t token = count; token < tokens; token++)
@@ -373,9 +375,11 @@ std::tuple<Tensor, Tensor> round_step(const Tensor& groups, const Tensor& values
 #define QTALE_IMPLEMENT(name, library) TORCH_LIBRARY_IMPL(name, CPU, library)
 
 QTALE_DEFINE(QTALE_LIBRARY, library) {
+  library.class_<Buffers>("Buffers").def(torch::init<std::vector<Tensor>, std::vector<Tensor>>());
   library.class_<Decoder>("Decoder")
-      .def(torch::init<int64_t, int64_t, int64_t, double, double, Tensor>())
+      .def(torch::init<int64_t, int64_t, int64_t, double, double, Tensor, Tensor>())
       .def("add", &Decoder::add)
+      .def("end", &Decoder::end)
       .def("step", &Decoder::step);
   library.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   library.def("rotate(Tensor x, Tensor cos, Tensor sin) -> Tensor");

@@ -1,157 +1,220 @@
-// A model's decoder layers as `decode` takes them, from the tensors of its modules.
+// A model's decoder layers, final norm and head as `decode` takes them, from the tensors of its modules; and what a cache
+// keeps of them.
+//
+// Where numbers lie is looked up once: at every token it would be hundreds of waits for memory, a tenth of a small model's
+// time. Tensors are held under names of their own, so that what they point to stays, whatever becomes of the modules'.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <torch/custom_class.h>
+
+#include <tuple>
 
 #include "decoder.h"
 #include "tensors.h"
 
 namespace {
 
+using at::Tensor;
+using qtale::Buffer;
 using qtale::Layer;
 using qtale::Step;
-using at::Tensor;
 
-// Tensors of one layer: linears are dense (weight), int4 (codes, scales, zero points), or
-// that and an empty tensor, for tokens that are rounded to 8 bits, or planes (the highest bits, scales, zero points in
-// float16, single bits); in the order of `qtale::Layer`; a router is (down, its bias in float32, norm, out, out's bias), or nothing.
-struct LayerTensors {
-  std::vector<Tensor> norms, head_norms, router;
-  std::vector<std::vector<Tensor>> linears;
-  std::vector<std::optional<Tensor>> biases;
-  std::vector<qtale::Linear<float>> quantized;  // where their numbers are; of dense ones nothing
-};
+template <template <typename> class Of>
+using OfEither = std::tuple<std::vector<Of<float>>, std::vector<Of<qtale::BFloat16>>>;  // one of which is empty
 
-// Of quantized weights, what doesn't depend on the tokens' type. It is found once: to look it up takes a dozen waits for
-// memory, which would be a tenth of a small model's token. Dense weights can be given another storage.
-qtale::Linear<float> quantized_of(const std::vector<Tensor>& weight) {
-  if (weight.size() == 1) return {};
-  if (weight[2].scalar_type() == at::kHalf) {
-    const auto planes = plane_weight(weight[0], weight[1], weight[2], at::TensorList(weight).slice(3));
-    return {nullptr, {}, false, nullptr, planes.inputs, planes.strips * qtale::STRIP, planes};
-  }
-  const qtale::Int4Weight int4 = int4_weight(weight[0], weight[1], weight[2]);
-  return {nullptr, int4, weight.size() == 4, nullptr, int4.inputs, int4.strips * qtale::STRIP};
-}
-
-constexpr double ROUTER_EPS = 1e-6;
-
-class Decoder : public torch::CustomClassHolder {
+// Buffers of all layers' keys and values (B, groups, capacity, width).
+class Buffers : public torch::CustomClassHolder {
  public:
-  Decoder(int64_t heads, int64_t groups, int64_t width, double scaling, double eps, Tensor last_norm)
-      : eps_(static_cast<float>(eps)), last_norm_(std::move(last_norm)) {
-    sizes_ = {last_norm_.numel(), 0, heads, groups, width, 0, static_cast<float>(scaling)};
-  }
+  int64_t batch = 0, groups = 0, width = 0;
+  std::vector<int64_t> capacities;
+  OfEither<Buffer> of_layers;
 
-  void add(std::vector<Tensor> norms, std::vector<Tensor> head_norms, std::vector<std::vector<Tensor>> linears,
-           std::vector<std::optional<Tensor>> biases, std::vector<Tensor> router) {
-    for (const auto& weight : linears)
-      for (const Tensor& tensor : weight) TORCH_CHECK(tensor.is_contiguous(), "weights must be contiguous");
-    layers_.push_back({std::move(norms), std::move(head_norms), std::move(router), std::move(linears), std::move(biases), {}});
-    LayerTensors& layer = layers_.back();
-    for (const auto& weight : layer.linears) layer.quantized.push_back(quantized_of(weight));
-    TORCH_CHECK(layer.norms.size() == 2 && layer.linears.size() == 7 && layer.biases.size() == 7, "a layer is incomplete");
-    const std::vector<Tensor>& up = layer.linears[5];
-    sizes_.inner = up.size() == 1 ? up[0].size(0) : up[0].size(0) * qtale::STRIP;
-    if (!layer.router.empty()) sizes_.router = layer.router[0].size(0);
-  }
-
-  // Tokens x (B, …, D), one a sequence, through all layers and the last norm: what they become, logits
-  // (routed layers, B, 2) and decisions (layers, B). Keys and values join the buffers of each layer behind the tokens that
-  // it keeps, `kept` (layers · B).
-  std::tuple<Tensor, Tensor, Tensor> step(Tensor x, Tensor cos, Tensor sin, Tensor real, Tensor free,
-                                          std::vector<double> thresholds, std::optional<Tensor> forced,
-                                          std::vector<Tensor> keys, std::vector<Tensor> values,
-                                          std::vector<int64_t> kept) {
-    const int64_t batch = x.numel() / sizes_.hidden, count = layers_.size(), routed = thresholds.size();
-    TORCH_CHECK(x.is_contiguous() && cos.is_contiguous() && sin.is_contiguous() && real.is_contiguous() &&
-                    free.is_contiguous() && real.numel() == batch && free.numel() == batch &&
-                    sin.sizes() == cos.sizes() &&
-                    (cos.numel() == sizes_.width || cos.numel() == batch * sizes_.width),
-                "a step takes contiguous tensors, one token a sequence");
-    TORCH_CHECK(static_cast<int64_t>(keys.size()) == count && static_cast<int64_t>(values.size()) == count &&
-                    static_cast<int64_t>(kept.size()) == count * batch,
-                "a step takes keys, values and how many are kept of each layer");
-    TORCH_CHECK(!forced || (forced->is_contiguous() && forced->numel() == routed * batch), "decisions for all routed layers");
-    int64_t longest = 0;
-    for (int64_t index = 0; index < count; index++) {
-      const Tensor& buffer = keys[index];
-      TORCH_CHECK(buffer.is_contiguous() && values[index].is_contiguous() && values[index].sizes() == buffer.sizes() &&
-                      buffer.dim() == 4 && buffer.size(0) == batch && buffer.size(1) == sizes_.groups &&
-                      buffer.size(3) == sizes_.width,
-                  "a step takes contiguous buffers of keys and values, of all sequences");
-      for (int64_t b = 0; b < batch; b++) {
-        const int64_t length = kept[index * batch + b];
-        TORCH_CHECK(0 <= length && length < buffer.size(2), "the cache has no room");
-        longest = std::max(longest, length + 1);
-      }
-    }
-    const Tensor output = x.clone(), normed = at::empty_like(x);
-    const Tensor logits = at::empty({routed, batch, 2}, x.options().dtype(at::kFloat));
-    const Tensor gates = at::empty({count, batch}, x.options().dtype(at::kBool));
-    dispatch(x, [&](auto type) {
-      using T = decltype(type);
-      std::vector<Layer<T>> layers;
-      layers.reserve(count);
-      auto threshold = thresholds.begin();
-      for (int64_t index = 0; index < count; index++) {
-        Layer<T>& layer = layers.emplace_back(layer_of<T>(layers_[index]));
-        if (layer.routed) {
-          TORCH_CHECK(threshold != thresholds.end(), "a threshold for each routed layer");
-          layer.router.threshold = static_cast<float>(*threshold++);
-        }
-        layer.keys = write<T>(keys[index]), layer.values = write<T>(values[index]);
-        layer.kept = kept.data() + index * batch, layer.capacity = keys[index].size(2);
-      }
-      const Step<T> step{batch, read<T>(cos), read<T>(sin), cos.numel() == sizes_.width ? 0 : sizes_.width,
-                         read<bool>(real), read<bool>(free), forced ? read<int8_t>(*forced) : nullptr,
-                         write<float>(logits), write<bool>(gates)};
-      qtale::Shared<T> shared(sizes_, batch);
-      const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
-      qtale::together(threads, [&](qtale::Team& team) {
-        qtale::Private<T> mine(sizes_, batch, longest);
-        qtale::decode(team, sizes_, layers, step, shared, mine, write<T>(output));
+  Buffers(std::vector<Tensor> keys, std::vector<Tensor> values) {
+    TORCH_CHECK(!keys.empty() && keys.size() == values.size(), "keys and values of each layer");
+    batch = keys[0].size(0), groups = keys[0].size(1), width = keys[0].size(3);
+    for (size_t index = 0; index < keys.size(); index++) {
+      const Tensor key = keys[index].detach(), value = values[index].detach();
+      TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && value.sizes() == key.sizes() && key.dim() == 4 &&
+                      key.size(0) == batch && key.size(1) == groups && key.size(3) == width,
+                  "buffers of keys and values are contiguous, of all sequences");
+      capacities.push_back(key.size(2));
+      held_.insert(held_.end(), {key, value});
+      dispatch(keys[0], [&](auto type) {
+        using T = decltype(type);
+        std::get<std::vector<Buffer<T>>>(of_layers).push_back({write<T>(key), write<T>(value), key.size(2)});
       });
-      qtale::rms_norm(read<T>(output), read<T>(last_norm_), eps_, batch, sizes_.hidden,
-                      write<T>(normed));
-    });
-    return {normed, logits, gates};
+    }
   }
 
  private:
-  template <typename T>
-  Layer<T> layer_of(const LayerTensors& layer) const {
-    const auto linear = [&](int index) {
-      const T* bias = layer.biases[index] ? read<T>(*layer.biases[index]) : nullptr;
-      const auto& known = layer.quantized[index];
-      if (known.inputs != 0)
-        return qtale::Linear<T>{nullptr, known.int4, known.rounded, bias, known.inputs, known.outputs, known.planes};
-      const Tensor& dense = layer.linears[index][0];
-      return qtale::Linear<T>{read<T>(dense), {}, false, bias, dense.size(1), dense.size(0)};
-    };
-    const auto norm = [&](const std::vector<Tensor>& norms, size_t index) {
-      return qtale::Norm<T>{index < norms.size() ? read<T>(norms[index]) : nullptr, eps_};
-    };
-    Layer<T> made{};
-    made.norm = norm(layer.norms, 0), made.mlp_norm = norm(layer.norms, 1);
-    made.query_norm = norm(layer.head_norms, 0), made.key_norm = norm(layer.head_norms, 1);
-    made.query = linear(0), made.key = linear(1), made.value = linear(2), made.output = linear(3);
-    made.gate = linear(4), made.up = linear(5), made.down = linear(6);
-    made.routed = !layer.router.empty();
-    if (made.routed) {
-      const std::vector<Tensor>& router = layer.router;
-      const bool low = router[0].scalar_type() == at::kBFloat16;
-      made.router = {low ? nullptr : read<float>(router[0]), low ? read<qtale::BFloat16>(router[0]) : nullptr,
-                     read<float>(router[1]), router_end(router[2], ROUTER_EPS, router[3], router[4]), 0};
+  std::vector<Tensor> held_;
+};
+
+constexpr double ROUTER_EPS = 1e-6;
+
+// Linears are dense (weight), int4 (codes, scales, zero points), or that and an empty tensor, for tokens that are
+// rounded to 8 bits, or planes (the highest bits, scales, zero points in float16, single bits).
+class Decoder : public torch::CustomClassHolder {
+ public:
+  Decoder(int64_t heads, int64_t groups, int64_t width, double scaling, double eps, const Tensor& embeddings,
+          const Tensor& last_norm)
+      : eps_(static_cast<float>(eps)), dtype_(last_norm.scalar_type()), embeddings_(embeddings.detach()) {
+    TORCH_CHECK(embeddings.is_contiguous() && embeddings.scalar_type() == dtype_ && embeddings.size(1) == last_norm.numel(), "embeddings of another type or size");
+    sizes_ = {last_norm.numel(), 0, heads, groups, width, 0, static_cast<float>(scaling)};
+    dispatch(last_norm, [&](auto type) { ends<decltype(type)>().push_back({norm<decltype(type)>(last_norm), {}}); });
+  }
+
+  // A layer: linears in the order of `qtale::Layer`; a router is (down, its bias in float32, norm, out, out's bias), or
+  // nothing.
+  void add(std::vector<Tensor> norms, std::vector<Tensor> head_norms, std::vector<std::vector<Tensor>> linears,
+           std::vector<std::optional<Tensor>> biases, std::vector<Tensor> router) {
+    TORCH_CHECK(norms.size() == 2 && linears.size() == 7 && biases.size() == 7, "a layer is incomplete");
+    by_type([&](auto type) {
+      using T = decltype(type);
+      const auto linear_at = [&](int index, int64_t inputs) { return linear<T>(linears[index], biases[index], inputs); };
+      const int64_t hidden = sizes_.hidden;
+      Layer<T> made{};
+      made.norm = norm<T>(norms[0]), made.mlp_norm = norm<T>(norms[1]);
+      if (!head_norms.empty()) made.query_norm = norm<T>(head_norms[0]), made.key_norm = norm<T>(head_norms[1]);
+      made.query = linear_at(0, hidden), made.key = linear_at(1, hidden), made.value = linear_at(2, hidden);
+      made.output = linear_at(3, made.query.outputs);
+      made.gate = linear_at(4, hidden), made.up = linear_at(5, hidden), made.down = linear_at(6, made.up.outputs);
+      made.routed = !router.empty();
+      if (made.routed) {
+        for (Tensor& part : router) part = hold(part);
+        const bool low = router[0].scalar_type() == at::kBFloat16;
+        made.router = {low ? nullptr : read<float>(router[0]), low ? read<qtale::BFloat16>(router[0]) : nullptr,
+                       read<float>(router[1]), router_end(router[2], ROUTER_EPS, router[3], router[4])};
+        sizes_.router = router[0].size(0);
+      }
+      sizes_.inner = made.up.outputs;
+      layers<T>().push_back(made);
+    });
+  }
+
+  // A head of so many outputs, the first of its linear's.
+  void end(const std::vector<Tensor>& head, const std::optional<Tensor>& bias, int64_t outputs) {
+    outputs_ = outputs;
+    by_type([&](auto type) {
+      using T = decltype(type);
+      auto& last = ends<T>()[0];
+      last.head = linear<T>(head, bias, sizes_.hidden);
+      TORCH_CHECK(outputs <= last.head.outputs, "a head of too few outputs");
+    });
+  }
+
+  // Tokens (B, 1), embedded, through all layers, the last norm and the head: logits (B, 1, outputs), or what the norm gives
+  // (B, 1, D) where there is no head; the routers' logits (routed layers, B, 2) and decisions (layers, B). Keys and
+  // values join the buffers of each layer behind the tokens that it keeps, `kept` (layers · B).
+  std::tuple<Tensor, Tensor, Tensor> step(Tensor ids, Tensor cos, Tensor sin, Tensor real, Tensor free,
+                                          std::vector<double> thresholds, std::optional<Tensor> forced,
+                                          c10::intrusive_ptr<Buffers> buffers, std::vector<int64_t> kept) {
+    const int64_t batch = ids.numel(), routed = thresholds.size(), longest = check_kept(*buffers, batch, kept);
+    TORCH_CHECK(ids.is_contiguous() && ids.scalar_type() == at::kLong && cos.is_contiguous() && sin.is_contiguous() &&
+                    real.is_contiguous() && free.is_contiguous() && real.numel() == batch && free.numel() == batch &&
+                    sin.sizes() == cos.sizes() &&
+                    (cos.numel() == sizes_.width || cos.numel() == batch * sizes_.width),
+                "a step takes contiguous tensors, one token a sequence");
+    TORCH_CHECK(!forced || (forced->is_contiguous() && forced->numel() == routed * batch), "decisions for all routed layers");
+    const auto options = embeddings_.options();
+    const Tensor logits = at::empty({routed, batch, 2}, options.dtype(at::kFloat));
+    const Tensor gates = at::empty({static_cast<int64_t>(buffers->capacities.size()), batch}, options.dtype(at::kBool));
+    Tensor output;
+    by_type([&](auto type) {
+      using T = decltype(type);
+      const auto& last = ends<T>()[0];
+      TORCH_CHECK(std::count_if(layers<T>().begin(), layers<T>().end(), [](const auto& layer) { return layer.routed; }) == routed,
+                  "a threshold for each routed layer");
+      output = at::empty({batch, 1, last.head.outputs == 0 ? sizes_.hidden : last.head.outputs}, options);
+      const Step<T> step{batch, read<T>(cos), read<T>(sin), cos.numel() == sizes_.width ? 0 : sizes_.width,
+                         read<bool>(real), read<bool>(free), forced ? read<int8_t>(*forced) : nullptr, thresholds.data(),
+                         std::get<std::vector<Buffer<T>>>(buffers->of_layers).data(), kept.data(),
+                         write<float>(logits), write<bool>(gates), write<T>(output)};
+      qtale::Shared<T> shared(sizes_, batch);
+      embed(read<int64_t>(ids), batch, shared.states.data());
+      const int threads = at::in_parallel_region() ? 1 : at::get_num_threads();
+      qtale::together(threads, [&](qtale::Team& team) {
+        qtale::Private<T> mine(sizes_, batch, longest);
+        qtale::decode(team, sizes_, layers<T>(), last, step, shared, mine, shared.states.data());
+      });
+      if (last.head.outputs > outputs_) output = output.narrow(2, 0, outputs_);
+    });
+    return {output, logits, gates};
+  }
+
+ private:
+  // Tokens of the longest sequence, the new one too.
+  int64_t check_kept(const Buffers& buffers, int64_t batch, const std::vector<int64_t>& kept) const {
+    const int64_t count = buffers.capacities.size();
+    const bool same_type = dtype_ == at::kFloat ? !std::get<0>(buffers.of_layers).empty() : !std::get<1>(buffers.of_layers).empty();
+    TORCH_CHECK(same_type && buffers.batch == batch && buffers.groups == sizes_.groups && buffers.width == sizes_.width &&
+                    count == static_cast<int64_t>(std::get<0>(layers_).size() + std::get<1>(layers_).size()) &&
+                    static_cast<int64_t>(kept.size()) == count * batch,
+                "a step takes buffers of all sequences, and how many tokens they keep of each layer");
+    int64_t longest = 0;
+    for (int64_t at = 0; at < count * batch; at++) {
+      TORCH_CHECK(0 <= kept[at] && kept[at] < buffers.capacities[at / batch], "the cache has no room");
+      longest = std::max(longest, kept[at] + 1);
     }
+    return longest;
+  }
+
+  template <typename T>
+  void embed(const int64_t* ids, int64_t batch, T* states) const {
+    for (int64_t b = 0; b < batch; b++, states += sizes_.hidden) {
+      TORCH_CHECK(0 <= ids[b] && ids[b] < embeddings_.size(0), "token ", ids[b], " of ", embeddings_.size(0));
+      std::copy_n(read<T>(embeddings_) + ids[b] * sizes_.hidden, sizes_.hidden, states);
+    }
+  }
+
+  template <typename F>
+  void by_type(F&& run) {
+    if (dtype_ == at::kFloat) run(float{});
+    else run(qtale::BFloat16{});
+  }
+  template <typename T>
+  std::vector<Layer<T>>& layers() { return std::get<std::vector<Layer<T>>>(layers_); }
+  template <typename T>
+  std::vector<qtale::End<T>>& ends() { return std::get<std::vector<qtale::End<T>>>(ends_); }
+
+  Tensor hold(const Tensor& tensor) {
+    TORCH_CHECK(tensor.is_contiguous(), "weights must be contiguous");
+    return held_.emplace_back(tensor.detach());
+  }
+
+  template <typename T>
+  qtale::Norm<T> norm(const Tensor& weight) { return {read<T>(hold(weight)), eps_}; }
+
+  template <typename T>
+  qtale::Linear<T> linear(const std::vector<Tensor>& weight, const std::optional<Tensor>& added, int64_t inputs) {
+    const T* bias = added ? read<T>(hold(*added)) : nullptr;
+    std::vector<Tensor> parts;
+    for (const Tensor& part : weight) parts.push_back(hold(part));
+    qtale::Linear<T> made{nullptr, {}, parts.size() == 4, bias, inputs, 0};
+    int64_t takes = 0;
+    if (parts.size() == 1) {
+      made.dense = read<T>(parts[0]), made.outputs = parts[0].size(0), takes = parts[0].size(1);
+    } else if (parts[2].scalar_type() == at::kHalf) {
+      made.rounded = false;
+      made.planes = plane_weight(parts[0], parts[1], parts[2], at::TensorList(parts).slice(3));
+      made.outputs = made.planes.strips * qtale::STRIP, takes = made.planes.inputs;
+    } else {
+      made.int4 = int4_weight(parts[0], parts[1], parts[2]);
+      made.outputs = made.int4.strips * qtale::STRIP, takes = made.int4.inputs;
+    }
+    TORCH_CHECK(takes == inputs || (made.int4.codes != nullptr && takes == 2 * inputs), "a linear of other inputs");
     return made;
   }
 
   qtale::Sizes sizes_;
   float eps_;
-  Tensor last_norm_;
-  std::vector<LayerTensors> layers_;
+  at::ScalarType dtype_;
+  int64_t outputs_ = 0;
+  OfEither<Layer> layers_;
+  OfEither<qtale::End> ends_;
+  std::vector<Tensor> held_;
+  Tensor embeddings_;
 };
 
 }  // namespace

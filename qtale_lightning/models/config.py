@@ -125,8 +125,9 @@ class RoutedConfig(_Base):
             raise ValueError(
                 f"{len(threshold)} thresholds for {len(units)} routed {self.gates}s: give one, or one for each of them"
             )
-        values = threshold if isinstance(threshold, Sequence) else [threshold] * max(1, len(units))
-        for value in values:
+        for value in threshold if isinstance(threshold, Sequence) else (threshold,):
             if not 0 <= value <= 1:
                 raise ValueError(f"threshold {value} is not a probability: give a value in [0, 1]")
-        return dict(zip(units, values, strict=False))
+        if isinstance(threshold, Sequence):
+            return dict(zip(units, threshold, strict=True))
+        return dict.fromkeys(units, threshold)

@@ -1,23 +1,23 @@
-"""The next token of each sequence by one call for all decoder layers, `cpu/decoder.h`, where that computes the same.
+"""The next token of each sequence by one call for all layers and the head, `cpu/decoder.h`.
 
-The layers are those of `routed_layer` and `fused`; here is only said when C++ may run them, and what it needs of them.
+The layers are those of `routed_layer` and `fused`; here is only said when C++ computes the same,
+and what it needs of them.
 """
 
-from collections.abc import Iterable, Mapping
-from operator import is_
+from collections.abc import Mapping
+from operator import ge, is_
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
-from torch.utils.hooks import RemovableHandle
 
 from qtale_lightning import cpu
 from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
 from qtale_lightning.models.packing import Packing
-from qtale_lightning.models.routing import Routing
+from qtale_lightning.models.routing import OfUnits, Routing
+from qtale_lightning.watch import Watch
 
 MOST_SEQUENCES = 16
 """Of a step: with more, products of many tokens are faster one by one."""
@@ -37,37 +37,58 @@ _LINEARS = {
 
 def next_token(
     model: Any,
-    hidden_states: Tensor,
-    position_ids: Tensor | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
     routing: Routing,
-    cache: RoutedCache | None,
+    cache: RoutedCache,
     options: Mapping[str, Any],
 ) -> Tensor | None:
-    """Hidden states ``(B, 1, D)`` behind the final norm; None where the model's own forward has to compute them.
+    """Logits ``(B, 1, V)``; None where the model's own forward has to compute them.
 
     Decisions are recorded, and the cache filled, as that would do it.
 
     Args:
-        model: The stack, a `RoutedModel`.
-        hidden_states: Embedded tokens ``(B, 1, D)``.
-        position_ids: ``(B, 1)`` or ``(1, 1)``; None: counted from the tokens seen.
-        routing: Complete.
+        model: A `RoutedForCausalLM`.
+        input_ids: ``(B, 1)``.
+        attention_mask: ``(B, seen + 1)``, or None.
+        routing: As the caller gave it.
         cache: Of all tokens before.
         options: What else the call was given.
+
+    Raises:
+        ValueError: The mask doesn't fit.
     """
-    if cache is None or not (_is_plain(model, hidden_states, routing, options) and _holds_all(model, cache)):
+    stack, layers = model.model, cache.layers
+    if (
+        input_ids is None
+        or len(layers) != len(stack.layers)
+        or not all(layer.is_initialized for layer in layers)
+    ):
         return None
-    stack = _stack_of(model, hidden_states.dtype)
-    if stack is None or not stack.reaches(routing):
+    stack.complete(routing)
+    if not _is_plain(model, input_ids, routing, options):
         return None
-    if position_ids is None:
-        position_ids = torch.full((1, 1), cache.seen, device=hidden_states.device)
-    return stack.step(hidden_states, stack.angles.at(hidden_states, position_ids), routing, cache)
+    decoder = _decoder_of(model, cache)
+    if decoder is None:
+        return None
+    stack.locate(routing, attention_mask, (len(input_ids), 1), cache.seen, input_ids.device)
+    if not decoder.reaches(routing):
+        return None
+    routing.ids = input_ids
+    place = options.get("position_ids")
+    places = [cache.seen] if place is None else place.flatten().tolist()
+    output = decoder.step(input_ids, decoder.angles.at(places), routing, cache)
+    cache.seen += 1
+    return output if decoder.has_head else model.lm_head(output)
 
 
-def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapping[str, Any]) -> bool:
-    """Whether a call is one of decoding, of which nothing is asked but hidden states and θ's decisions."""
-    batch, length, _ = hidden_states.shape
+_KNOWN = ("position_ids", "use_cache", "logits_to_keep", "return_dict")
+"""Options that a token's logits are the same with, whatever they are."""
+
+
+def _is_plain(model: Any, input_ids: Tensor, routing: Routing, options: Mapping[str, Any]) -> bool:
+    """Whether a call is one of decoding, of which nothing is asked but logits and θ's decisions."""
+    batch, length = input_ids.shape
     config = model.config
     return (
         length == 1
@@ -77,91 +98,60 @@ def _is_plain(model: Any, hidden_states: Tensor, routing: Routing, options: Mapp
         and not routing.keep
         and not routing.resume
         and routing.branch is None
-        and routing.asked is None
         and (not routing.thresholds or (routing.method.compares and routing.perturber is None))
-        and not any(value is not None and value is not False for value in options.values())
-        and not (config.output_hidden_states or config.output_attentions)
-        and cpu.ready(hidden_states)
-    )
-
-
-def _holds_all(model: Any, cache: RoutedCache) -> bool:
-    """Whether every layer has kept a token before, so that its buffers are there."""
-    return len(cache.layers) == len(model.layers) and all(layer.is_initialized for layer in cache.layers)
-
-
-class Watch:
-    """Sees whether modules are what they were: the same children, weights and kernels, and nothing hooked to them."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
-        tables = [table for module in modules for table in (module._modules, module._parameters) if table]
-        self.tables, self.contents = tables, [dict(table) for table in tables]
-        self.owners: list[dict[str, Any]] = []
-        self.names: list[str] = []
-        for module in modules:
-            own = [name for name in ("kernel", "activation_bits", "_low") if name in vars(module)]
-            self.owners += [vars(module)] * len(own)
-            self.names += own
-        self.values = [*map(dict.get, self.owners, self.names)]
-        self.attributes = [vars(module) for module in modules]
-        self.counts = [*map(len, self.attributes)]  # more by one where a module is given a forward of its own
-        self.own_forward = any("forward" in attributes for attributes in self.attributes)
-        self.hooks = [
-            hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
-        self.handles = -1  # as many as there were when none of them was in `hooks`
-
-    def unchanged(self) -> bool:
-        """Whether that is still so; asked at every token, by when what it looks at has left the caches."""
-        try:
-            same = self.tables == self.contents  # identical objects are equal, and no others but numbers
-        except RuntimeError:  # of other tensors than before, which have no truth
-            return False
-        return (
-            same
-            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
-            and [*map(len, self.attributes)] == self.counts
-            and not (self.own_forward or self._hooked() or _has_any_global_hook())
+        and not any(
+            value is not None and value is not False for name, value in options.items() if name not in _KNOWN
         )
-
-    def _hooked(self) -> bool:
-        """Whether hooks are there; looked for where any were made since, which PyTorch counts."""
-        handles = RemovableHandle.next_id
-        if handles != self.handles and not any(self.hooks):
-            self.handles = handles
-        return handles != self.handles
+        and options.get("return_dict", config.return_dict)
+        and not (config.output_hidden_states or config.output_attentions)
+        and input_ids.is_cpu
+    )
 
 
 class _Angles:
     """A rotary embedding's cosines and sines, made for a block of positions at a time: one alone takes as long."""
 
-    def __init__(self, rotary: Any) -> None:
-        self.rotary, self.block = rotary, range(0)
+    def __init__(self, rotary: Any, like: Tensor) -> None:
+        self.rotary, self.like, self.block = rotary, like, range(0)
         self.source: Tensor | None = None  # frequencies that the block's were made from
         self.cos = self.sin = torch.empty(0)
 
-    def at(self, hidden_states: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Of positions ``(1|B, 1)``: ``(d)`` where they are one, else ``(B, 1, d)``."""
-        place, *others = position_ids.flatten().tolist()
+    def at(self, places: list[int]) -> tuple[Tensor, Tensor]:
+        """Of tokens' places, one or B: ``(d)`` where they are one, else ``(B, 1, d)``."""
+        place, *others = places
         fixed = getattr(self.rotary, "rope_type", None) in _FIXED_ROTATIONS
         if not fixed or any(other != place for other in others):
-            return self.rotary(hidden_states, position_ids)
+            return self.rotary(self.like, torch.tensor(places).unsqueeze(1))
         if place not in self.block or self.rotary.inv_freq is not self.source:
             first = place - place % POSITIONS
             self.block, self.source = range(first, first + POSITIONS), self.rotary.inv_freq
-            of_block = torch.arange(first, first + POSITIONS, device=hidden_states.device).unsqueeze(0)
-            self.cos, self.sin = (angles[0] for angles in self.rotary(hidden_states, of_block))
+            of_block = torch.arange(first, first + POSITIONS).unsqueeze(0)
+            self.cos, self.sin = (angles[0] for angles in self.rotary(self.like, of_block))
         return self.cos[place - self.block.start], self.sin[place - self.block.start]
 
 
-class _Stack:
-    """A model's decoder layers and final norm in C++, for tokens of one dtype."""
+class _Bound(NamedTuple):
+    """A cache's buffers as a decoder takes them, and how many tokens of each sequence they have room for."""
 
-    def __init__(self, model: Any, decoder: Any) -> None:
-        self.decoder, self.angles = decoder, _Angles(model.rotary_emb)
-        self.routed = [layer.layer_idx for layer in model.layers if layer.router is not None]
-        self.windows = {layer.layer_idx: layer.window for layer in model.layers if layer.window is not None}
+    decoder: "ref[_Decoder]"
+    keys: list[Tensor]
+    values: list[Tensor]
+    buffers: Any
+    capacities: list[int]
+
+
+class _Decoder:
+    """A model's decoder layers, final norm and, where it can, head in C++, for tokens of one dtype."""
+
+    def __init__(self, model: Any, stack: Any, has_head: bool) -> None:
+        layers = model.model.layers
+        self.stack, self.angles, self.has_head = (
+            stack,
+            _Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach()),
+            has_head,
+        )
+        self.routed = [layer.layer_idx for layer in layers if layer.router is not None]
+        self.windows = {layer.layer_idx: layer.window for layer in layers if layer.window is not None}
 
     def reaches(self, routing: Routing) -> bool:
         """Whether the layers that are decided about are those with routers, and every token sees all before it."""
@@ -170,62 +160,94 @@ class _Stack:
         )
 
     def step(
-        self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], routing: Routing, cache: RoutedCache
+        self, ids: Tensor, rotary: tuple[Tensor, Tensor], routing: Routing, cache: RoutedCache
     ) -> Tensor:
-        """See :func:`next_token`."""
+        """Logits ``(B, 1, V)``, or without a head the normed states ``(B, 1, D)``, of tokens ``(B, 1)``."""
         layers = cache.layers
-        for layer in layers:
-            layer.reserve_next()
-        output, logits, gates = self.decoder.step(
-            hidden_states.contiguous(),
+        kept = [count for layer in layers for count in layer.lengths]
+        bound = self._bound(cache, kept)
+        output, logits, gates = self.stack.step(
+            ids.contiguous(),
             *(angles.contiguous() for angles in rotary),
             routing.tokens.contiguous(),
             routing.free.contiguous(),
             list(routing.thresholds.values()),
             self._forced(routing),
-            [layer.keys for layer in layers],
-            [layer.values for layer in layers],
-            [kept for layer in layers for kept in layer.lengths],
+            bound.buffers,
+            kept,
         )
-        new = gates.tolist()
+        new = gates.flatten().tolist()
         gates = gates.unsqueeze(-1)
         for index in self.windows:
-            if any(new[index]):
+            if gates[index].any():
                 layers[index].remember(routing.places, Packing.of(gates[index]))
-        for layer, counts in zip(layers, new, strict=True):
-            layer.lengths = tuple(map(int.__add__, layer.lengths, counts))
-        routing.logits.update(zip(self.routed, logits.unsqueeze(2).unbind(), strict=True))
-        of_layer = gates.unbind()
-        routing.gates.update((layer, of_layer[layer]) for layer in self.routed)
+        lengths, batch = [*map(int.__add__, kept, new)], len(ids)
+        for first, layer in zip(range(0, len(lengths), batch), layers, strict=True):
+            layer.lengths = tuple(lengths[first : first + batch])
+        routing.logits = OfUnits(self.routed, logits.unsqueeze(2))
+        routing.gates = OfUnits(self.routed, gates if len(self.routed) == len(gates) else gates[self.routed])
         return output
+
+    def _bound(self, cache: RoutedCache, kept: list[int]) -> _Bound:
+        """A cache's buffers, with room for a token more than they keep."""
+        layers, known = cache.layers, _bound.get(cache)
+        keys, values = cache.buffers()
+        if (
+            known is None
+            or known.decoder() is not self
+            or any(map(ge, kept, known.capacities))
+            or not (all(map(is_, keys, known.keys)) and all(map(is_, values, known.values)))
+        ):
+            for layer in layers:
+                layer.reserve_next()
+            keys, values = cache.buffers()
+            buffers = cpu.buffers(keys, values)
+            capacities = [part.shape[2] for part in keys for _ in part]
+            known = _Bound(ref(self), keys, values, buffers, capacities)
+            _bound[cache] = known
+        return known
 
     def _forced(self, routing: Routing) -> Tensor | None:
         """Decisions that replace the routers', int8 ``(R, B)``, -1 where there are none."""
         forced = routing.forced
         if not forced or not self.routed:
             return None
+        if isinstance(forced, OfUnits) and forced.units == self.routed:
+            return forced.rows.to(torch.int8).contiguous()
         unknown = torch.full_like(routing.tokens, -1, dtype=torch.int8)
-        return torch.stack([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
+        return torch.cat([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
 
 
-_stacks: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Watch, _Stack | None]]]" = WeakKeyDictionary()
+_decoders: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Watch, _Decoder | None]]]" = WeakKeyDictionary()
+_bound: "WeakKeyDictionary[RoutedCache, _Bound]" = WeakKeyDictionary()
 
 
-def _stack_of(model: Any, dtype: torch.dtype) -> _Stack | None:
-    """A model's layers in C++, made anew where something about them has changed; None: it can't run them."""
-    known = _stacks.setdefault(model, {})
-    if dtype not in known or not known[dtype][0].unchanged():
-        stack = _made(model, dtype)
-        known[dtype] = Watch(model.modules()), stack
-        if not known[dtype][0].unchanged():  # there are hooks
-            return None
-    return known[dtype][1]
+def _decoder_of(model: Any, cache: RoutedCache) -> _Decoder | None:
+    """A model in C++, made anew where something about it has changed; None: it can't run there.
+
+    All of the model is looked at for a cache's first token, and where a change was noted since; see `Watch`.
+    """
+    embeddings = model.model.embed_tokens.weight
+    if not cpu.ready(embeddings):
+        return None
+    dtype, known = embeddings.dtype, _decoders.setdefault(model, {})
+    if dtype in known:
+        watch, decoder = known[dtype]
+        bound = _bound.get(cache)
+        seen = bound is not None and decoder is not None and bound.decoder() is decoder
+        if (seen and watch.undisturbed()) or watch.unchanged():
+            return decoder
+    decoder = _made(model, dtype)
+    watch = Watch([*model.modules()][1:], [model._modules])  # whose own hooks run around this call
+    known[dtype] = watch, decoder
+    return decoder if watch.unchanged() else None  # or there are hooks
 
 
-def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
-    """A model's layers in C++; None where it doesn't know them, or doesn't take their shapes or dtypes."""
+def _made(model: Any, dtype: torch.dtype) -> _Decoder | None:
+    """A model in C++; None where its layers aren't known there, or are of shapes or dtypes that it doesn't take."""
+    whole, model = model, model.model
     parts = parts_of(model, dtype)
-    if parts is None:
+    if parts is None or getattr(model.config, "final_logit_softcapping", None) is not None:
         return None
     layers, config, lanes = model.layers, model.config, cpu.LANES
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
@@ -235,10 +257,19 @@ def _made(model: Any, dtype: torch.dtype) -> _Stack | None:
     if width % (2 * lanes) or width > cpu.WIDEST_HEAD or any(size % lanes for size in sizes):
         return None
     scaling, eps = layers[0].self_attn.scaling, model.norm.variance_epsilon
-    decoder = cpu.decoder(config.num_attention_heads, groups, width, scaling, eps, model.norm.weight)
+    head: Any = whole.lm_head
+    operands = head.operands(dtype) if hasattr(head, "operands") and head.in_features == sizes[0] else None
+    embeddings = model.embed_tokens.weight  # where the head's, which may be the same, are now
+    stack = cpu.decoder(
+        config.num_attention_heads, groups, width, scaling, eps, embeddings, model.norm.weight
+    )
     for part in parts:
-        decoder.add(*part)
-    return _Stack(model, decoder)
+        stack.add(*part)
+    has_head = operands is not None and (len(operands) > 1 or head.out_features % lanes == 0)
+    has_head = has_head and (head.bias is None or head.bias.dtype == dtype)
+    if has_head:
+        stack.end(operands, head.bias, getattr(head, "vocabulary", head.out_features))
+    return _Decoder(whole, stack, has_head)
 
 
 class Parts(NamedTuple):
@@ -265,7 +296,9 @@ def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
     None, too, where what a token skips isn't left out, or is a part of a layer.
     """
     config, layers = model.config, model.layers
-    if not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
+    embed: Any = model.embed_tokens
+    plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
+    if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
         return None
     if config.gates != "layer" or config.keep_kv or config.stand_in_rank or config.hidden_act != "silu":
         return None

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.decoding import MOST_SEQUENCES, Parts, Watch, parts_of
+from qtale_lightning.models.decoding import MOST_SEQUENCES, Parts, parts_of
 from qtale_lightning.models.routing import Routing
+from qtale_lightning.watch import Watch
 
 BETWEEN_CHECKS = 32
 """Tokens between two looks at whether all sequences have ended."""
@@ -164,9 +165,8 @@ class GraphDecoder:
 
     def record(self, routing: Routing) -> None:
         """Leave the last token's decisions where a forward pass would."""
-        for index in self.routed:
-            routing.logits[index] = self.stack.logits[index].unsqueeze(1).clone()
-            routing.gates[index] = self.stack.gates[index].bool().unsqueeze(1)
+        routing.logits = {index: self.stack.logits[index].unsqueeze(1).clone() for index in self.routed}
+        routing.gates = {index: self.stack.gates[index].bool().unsqueeze(1) for index in self.routed}
 
     def _advance(self, where: Any = None) -> None:
         scores = self.stack.advance(self._embed(self.tokens), where)

@@ -64,7 +64,7 @@ class RoutedModel(PreTrainedModel):
             ValueError: A mask or cache that doesn't fit, or masked execution with a cache.
         """
         routing = Routing() if routing is None else routing
-        self._complete(routing)
+        self.complete(routing)
         routing.ids = input_ids
         if routing.resume:
             input_ids, inputs_embeds = None, routing.states[routing.resume]
@@ -87,15 +87,8 @@ class RoutedModel(PreTrainedModel):
             if routing.branch is not None:
                 raise ValueError("branches of a prompt are computed in one call: leave the cache out")
         seen = past_key_values.seen if past_key_values is not None else 0
-        self._locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
+        self.locate(routing, attention_mask, (inputs.shape[0], inputs.shape[1]), seen, inputs.device)
 
-        if inputs.shape[1] == 1 and past_key_values is not None:
-            embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-            states = decoding.next_token(self, embedded, position_ids, routing, past_key_values, kwargs)
-            if states is not None:
-                past_key_values.seen += 1
-                return BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values)
-            input_ids, inputs_embeds = None, embedded
         output = super().forward(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -109,7 +102,7 @@ class RoutedModel(PreTrainedModel):
             past_key_values.seen += inputs.shape[1]
         return output
 
-    def _complete(self, routing: Routing) -> None:
+    def complete(self, routing: Routing) -> None:
         """Fill in what the caller left to the model, and forget what an earlier call with the same object made."""
         routing.shares = self.config.unit_shares
         routing.start()
@@ -130,7 +123,7 @@ class RoutedModel(PreTrainedModel):
                 f"of the same Routing kept it (kept: {sorted(routing.states) or 'none'})"
             )
 
-    def _locate(
+    def locate(
         self, routing: Routing, mask: Tensor | None, shape: tuple[int, int], seen: int, device: torch.device
     ) -> None:
         """Mark real tokens, and those behind the reserved initial ones: counted in each sequence after padding."""
@@ -149,7 +142,8 @@ class RoutedModel(PreTrainedModel):
         if routing.branch is not None:  # among the tokens that it sees: of other branches it knows nothing
             visible = branch_mask(routing.branch, routing.branch) & routing.tokens[:, None, :]
             place = visible.tril().sum(-1) - 1
-        routing.free = routing.tokens & (place >= self.config.reserved_tokens)
+        behind = mask is None and seen >= self.config.reserved_tokens
+        routing.free = routing.tokens if behind else routing.tokens & (place >= self.config.reserved_tokens)
         routing.places, routing.length = place, seen + length
 
 
@@ -251,6 +245,14 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         """
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         kept = kwargs.get("logits_to_keep", 0)
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, RoutedCache) and inputs is not None and inputs.shape[1] == 1:
+            routing = Routing() if routing is None else routing
+            routing.asked = None
+            others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
+            logits = decoding.next_token(self, input_ids, attention_mask, routing, cache, others)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         if inputs is not None and isinstance(kept, int) and not kwargs.get("output_hidden_states"):
             routing = Routing() if routing is None else routing
             length, routing.asked = inputs.shape[1], None

@@ -1,6 +1,6 @@
 """What one forward pass decides: the rule by which layers are executed, and the record of what was decided."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,6 +13,28 @@ from qtale_lightning.routing.perturbation import Perturber
 from qtale_lightning.routing.router import Router
 
 Execution = Literal["masked", "packed"]
+
+
+_NOTHING = torch.empty(0)
+
+
+class OfUnits(Mapping[int, Tensor]):
+    """Tensors by unit, rows of one with all of them, ``(units, …)``: made where they are asked for."""
+
+    def __init__(self, units: Sequence[int], rows: Tensor) -> None:
+        self.units, self.rows = list(units), rows
+
+    def __getitem__(self, unit: int) -> Tensor:
+        try:
+            return self.rows[self.units.index(unit)]
+        except ValueError:
+            raise KeyError(unit) from None
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.units)
+
+    def __len__(self) -> int:
+        return len(self.units)
 
 
 @dataclass
@@ -73,14 +95,14 @@ class Routing:
     asked: Tensor | None = None
     keep: Collection[int] = ()
     resume: int = 0
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0))
-    free: Tensor = field(default_factory=lambda: torch.empty(0))
+    tokens: Tensor = _NOTHING
+    free: Tensor = _NOTHING
     ids: Tensor | None = None
-    places: Tensor = field(default_factory=lambda: torch.empty(0))
+    places: Tensor = _NOTHING
     length: int = 0
     shares: Sequence[float] = (1.0,)
-    logits: dict[int, Tensor] = field(default_factory=dict)
-    gates: dict[int, Tensor] = field(default_factory=dict)
+    logits: dict[int, Tensor] | OfUnits = field(default_factory=dict)
+    gates: dict[int, Tensor] | OfUnits = field(default_factory=dict)
     method: Method = METHODS["qtale"]
     seed: int = 0
     keep_kv: bool = False
@@ -94,8 +116,8 @@ class Routing:
     def start(self) -> None:
         """Forget what belongs to one pass, but what it resumes from: generate() hands the same object to every step."""
         kept = range(self.resume * len(self.shares))
-        self.logits = {unit: logits for unit, logits in self.logits.items() if unit in kept}
-        self.gates = {unit: gate for unit, gate in self.gates.items() if unit in kept}
+        self.logits = {unit: logits for unit, logits in self.logits.items() if unit in kept} if kept else {}
+        self.gates = {unit: gate for unit, gate in self.gates.items() if unit in kept} if kept else {}
         self.states = {layer: state for layer, state in self.states.items() if layer <= self.resume}
         self._packing = self._visible = None
         self._attention_bias = {}
@@ -104,6 +126,8 @@ class Routing:
         """Which tokens execute a unit: ``(B, T)``, float with gradient when sampled, else bool; recorded."""
         if unit not in self.thresholds:
             return self.tokens
+        assert isinstance(self.logits, dict)
+        assert isinstance(self.gates, dict)
         if router is not None:
             logits = router(hidden_states)
             self.logits[unit] = logits if self.perturber is None else self.perturber(logits, self, unit)

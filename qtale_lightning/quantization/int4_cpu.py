@@ -73,7 +73,7 @@ class Int4Strips:
 
     def operands(self, rounded: bool) -> tuple[Tensor, ...] | None:
         """What `cpu.decoder` takes, with an empty tensor behind it for tokens that it rounds; None where it can't."""
-        if self.planes > 1 or (rounded and not self.takes_rounded):
+        if rounded and not self.takes_rounded:
             return None
         weight = self.packed, self.scales, self.zeros
         return (*weight, self.packed.new_empty(0)) if rounded else weight

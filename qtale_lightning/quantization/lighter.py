@@ -9,6 +9,7 @@ from qtale_lightning import cpu
 from qtale_lightning.quantization.int4 import BLOCK_INPUTS
 from qtale_lightning.quantization.linear import ActivationBits, QuantizedLinear
 from qtale_lightning.quantization.rtn import Scheme, quantize
+from qtale_lightning.watch import note_change
 
 HeadBits = Literal[16, 8, 4]
 
@@ -65,6 +66,7 @@ def lighten(model: nn.Module, activation_bits: ActivationBits = 16, head_bits: H
     for name, linear in quantized.items():
         _check_width(name, linear.in_features)
         linear.activation_bits = activation_bits
+    note_change()
 
 
 def lightened(model: nn.Module) -> dict[str, int]:

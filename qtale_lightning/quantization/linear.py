@@ -15,6 +15,7 @@ from qtale_lightning.quantization.nested import of_highest, pack_planes, unpack_
 from qtale_lightning.quantization.packing import pack_gemm, pack_tight, unpack_gemm, unpack_tight
 from qtale_lightning.quantization.planes import PlaneStrips
 from qtale_lightning.quantization.rtn import Quantized
+from qtale_lightning.watch import note_change
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +192,7 @@ class QuantizedLinear(nn.Module):
         narrower = {width: self._terms_of(width) for width in self.narrower} if self.switches else {}
         self.kernels = kernels_for(weight, self.bits, narrower, self.activation_bits == 8)
         self.kernel, self.device = self.kernels[self.bits], weight.codes.device
+        note_change()
         if self.kernel.name not in _logged:
             _logged.add(self.kernel.name)
             log.info("quantized linears on %s (%d bits first): %s", self.device, self.bits, self.kernel.name)
@@ -209,6 +211,7 @@ class QuantizedLinear(nn.Module):
         if bits not in self.kernels:
             raise ValueError(f"there is no model at {bits} bits in memory, but at {sorted(self.kernels)}")
         self.kernel = self.kernels[bits]
+        note_change()
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape `(..., out)` in the input's dtype, from `(..., in)`; no gradient passes, whatever the kernel."""

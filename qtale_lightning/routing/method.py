@@ -6,7 +6,7 @@ that, in training and at inference, and in the losses that train it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the declarations are read without it
@@ -40,8 +40,11 @@ class Pass(Protocol):
     noise: float
     shares: Sequence[float]
     thresholds: Any
-    logits: dict[int, Tensor]
-    gates: dict[int, Tensor]
+
+    @property
+    def logits(self) -> Mapping[int, Tensor]: ...
+    @property
+    def gates(self) -> Mapping[int, Tensor]: ...
 
     def stacked_logits(self) -> Tensor:
         """Of all units with a router, ``(R, B, T, 2)``."""

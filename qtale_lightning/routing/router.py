@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from qtale_lightning import cpu
 from qtale_lightning.huge_pages import placed
+from qtale_lightning.watch import note_change
 
 SKIP, EXECUTE = 0, 1
 
@@ -130,6 +131,7 @@ class Router(nn.Module):
         state = tuple((source.data_ptr(), source._version) for source in sources)
         if self._low is None or self._low[0] != state:
             self._low = state, placed(sources[0].bfloat16()), sources[1].bfloat16()
+            note_change()
         return self._low[1:]
 
 

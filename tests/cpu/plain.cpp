@@ -18,10 +18,10 @@
 using namespace qtale;
 
 // A whole step is compiled; what it is composed of is checked here, and the whole in tests/models/test_decoding.py.
-template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<float>>&, const Step<float>&, Shared<float>&,
-                            Private<float>&, float*);
-template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<BFloat16>>&, const Step<BFloat16>&,
-                            Shared<BFloat16>&, Private<BFloat16>&, BFloat16*);
+template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<float>>&, const End<float>&, const Step<float>&,
+                            Shared<float>&, Private<float>&, float*);
+template void qtale::decode(Team&, const Sizes&, const std::vector<Layer<BFloat16>>&, const End<BFloat16>&,
+                            const Step<BFloat16>&, Shared<BFloat16>&, Private<BFloat16>&, BFloat16*);
 
 namespace {
 
@@ -104,6 +104,8 @@ void attention() {
   std::vector<T> y(shared * width);
   attend_next(query.data(), key.data(), value.data(), keys.data(), values.data(), kept, shared, width, 0.3f, room.data(),
               y.data());
+  append(key.data(), width, kept, keys.data());
+  append(value.data(), width, kept, values.data());
   for (int64_t i = 0; i < width; i++) {
     check("the new key", wide(keys[kept * width + i]), wide(key[i]), 0);
     check("the new value", wide(values[kept * width + i]), wide(value[i]), 0);

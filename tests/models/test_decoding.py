@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from qtale_lightning import cpu
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing, decoding, route, routed_config
 from qtale_lightning.models.families import classes_of
+from qtale_lightning.models.routing import OfUnits
 from qtale_lightning.quantization.checkpoint import quantize_model
 from qtale_lightning.quantization.lighter import lighten
 from qtale_lightning.quantization.mappings import linear_shapes
@@ -200,11 +201,32 @@ def test_weights_in_planes(bits: int, dtype: torch.dtype, steps: list[bool]) -> 
     same(model, found, expected)
 
 
-def test_weights_of_more_bits_are_left_to_the_layers(steps: list[bool]) -> None:
-    model = made()
-    quantize(model, 6)
-    one_token(model)
-    assert steps == [False]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [6, 8])
+def test_weights_of_more_bits(bits: int, dtype: torch.dtype, steps: list[bool]) -> None:
+    """Of two parts, for tokens as they are or rounded."""
+    model = made("qwen2", dtype)
+    quantize(model, bits)
+    expected = decoded(model, lambda step: False)
+    same(model, decoded(model, lambda step: True), expected)
+    assert steps == [True] * NEW
+
+
+@pytest.mark.parametrize("head_bits", [4, 8])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads(dtype: torch.dtype, activation_bits: Any, head_bits: Any, steps: list[bool]) -> None:
+    """In the same call; of outputs that strips don't divide, too."""
+    model = made(dtype=dtype)
+    quantize(model, 4)
+    lighten(model, activation_bits, head_bits)
+    expected = decoded(model, lambda step: False, lambda step: Routing(forced=forced(step)))
+    found = decoded(model, lambda step: True, lambda step: Routing(forced=forced(step)))
+    assert steps == [True] * NEW
+    assert next(iter(decoding._decoders[model].values()))[1].has_head  # type: ignore[union-attr]
+    for actual, reference in zip(found[0], expected[0], strict=True):
+        assert actual.shape == reference.shape
+        torch.testing.assert_close(actual, reference, rtol=0, atol=2**-5 * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])
@@ -222,12 +244,19 @@ def forced(step: int, layers: Any = range(4)) -> dict[int, Tensor]:
     return {layer: torch.rand(BATCH, 1, generator=generator) < 0.5 for layer in layers}
 
 
+def in_one(step: int) -> OfUnits:
+    """Of all routed layers, in another order in memory."""
+    chosen = torch.rand(BATCH, 3, generator=torch.Generator().manual_seed(step)) < 0.5
+    return OfUnits(range(1, 4), chosen.T[:, :, None])
+
+
 @pytest.mark.parametrize(
     "routing",
     [
         lambda step: Routing(forced=forced(step)),
         lambda step: Routing(forced=forced(step, [2])),
         lambda step: Routing(forced={layer: torch.zeros(BATCH, 1, dtype=torch.bool) for layer in range(4)}),
+        lambda step: Routing(forced=in_one(step)),
         lambda step: Routing(threshold=0.0),
         lambda step: Routing(threshold=1.0),
         lambda step: Routing(threshold=[0.2, 0.5, 0.9]),
@@ -355,6 +384,47 @@ def test_changed_weights_are_seen(steps: list[bool]) -> None:
         assert steps.pop() is (change is not adapt)
         assert change is adapt or not torch.allclose(found, before)
         before = found
+
+
+def test_changes_between_two_tokens_are_seen(steps: list[bool]) -> None:
+    """Of one sequence, at whose tokens after the first only what was counted is looked at."""
+    model, cache = made(), RoutedCache()
+    layer = model.model.layers[2]
+    seen: list[bool] = []
+
+    def nothing() -> None: ...
+
+    def replace() -> None:
+        layer.self_attn.o_proj.weight = nn.Parameter(layer.self_attn.o_proj.weight * 2, False)
+
+    def replace_module() -> None:
+        layer.mlp.up_proj = copy.deepcopy(layer.mlp.up_proj)
+        layer.mlp.up_proj.weight.mul_(3)
+
+    def to_4_bits() -> None:
+        quantize(model, 4)
+
+    def to_rounded_tokens() -> None:
+        lighten(model, activation_bits=8)
+
+    def to_another_head() -> None:
+        lighten(model, activation_bits=8, head_bits=4)
+
+    def hook() -> None:
+        layer.mlp.register_forward_hook(lambda *args: seen.append(True))
+
+    model(ids(PROMPT), past_key_values=cache)
+    model(ids(1), past_key_values=cache)
+    for change in (nothing, replace, replace_module, to_4_bits, to_rounded_tokens, to_another_head, hook):
+        change()
+        twin = copy.deepcopy(cache)
+        found = one_token(model, cache, routing=Routing(threshold=0.0))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoding, "next_token", lambda *args: None)
+            expected = one_token(model, twin, routing=Routing(threshold=0.0))
+        torch.testing.assert_close(found, expected, rtol=0, atol=2**-5 * float(expected.abs().max()))
+        assert steps.pop() is (change not in (to_4_bits, hook))  # layers prepare kernels when they are called
+    assert seen
 
 
 def test_a_model_can_be_copied_and_let_go(steps: list[bool]) -> None:
