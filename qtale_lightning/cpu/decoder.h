@@ -9,28 +9,12 @@
 #include <vector>
 
 #include "attention.h"
-#include "dense.h"
-#include "int4.h"
-#include "int4_8.h"
 #include "layer.h"
-#include "planes.h"
+#include "linear.h"
 #include "router.h"
 #include "team.h"
 
 namespace qtale {
-
-// A linear: dense weights (outputs, inputs) in the tokens' type, or else int4, for tokens as they are or rounded to 8 bits,
-// or planes (whose highest bits aren't nullptr); with a bias (outputs), or nullptr. Weights of more bits are int4 ones side
-// by side, which see the same token: those then have the linear's inputs several times.
-template <typename T>
-struct Linear {
-  const T* dense;
-  Int4Weight int4;
-  bool rounded;
-  const T* bias;
-  int64_t inputs, outputs;
-  PlaneWeight planes{};
-};
 
 template <typename T>
 struct Norm {
@@ -68,12 +52,6 @@ struct Buffer {
   int64_t capacity;
 };
 
-// Sizes that all layers have in common.
-struct Sizes {
-  int64_t hidden, inner, heads, groups, width, router;  // of the residual stream, the MLP, heads (and a head), routers
-  float scaling;
-};
-
 // What a step is given, of B sequences: the rotation's cosines and sines (B, width), with a stride of 0 where all have the
 // same; which tokens are real, and which of them routers decide about; decisions (routed layers, B) that replace the
 // routers' (1, 0, or -1: the router's), or nullptr; θ (routed layers); buffers (layers), and how many tokens of each
@@ -105,82 +83,6 @@ struct Shared {
         attended(query.size()), inner(batch * s.inner), output(batch * s.hidden),
         wide{std::vector<float>(batch * s.router), std::vector<float>(batch * s.router)} {}
 };
-
-// What a thread works in by itself.
-template <typename T>
-struct Private {
-  std::vector<T> tokens, gate, key;
-  std::vector<float> inputs, sums, room;
-  std::vector<int8_t> codes;
-  std::vector<int64_t> rows;
-
-  Private(const Sizes& s, int64_t batch, int64_t longest)
-      : tokens(batch * s.hidden), gate(batch * s.inner), key(s.width),
-        inputs(2 * batch * std::max({s.hidden, s.inner, s.heads * s.width})),  // twice for planes
-        sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
-    rows.reserve(batch);
-  }
-};
-
-// Outputs `begin` to `end` of a linear, in multiples of LANES, for tokens whose form `ready` says it has in `inputs`
-// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups), or of
-// planes in so many groups (2 + groups).
-template <typename T>
-inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_t begin, int64_t end, Private<T>& mine,
-                     int64_t& ready, T* y) {
-  if (begin == end) return;
-  if (linear.dense != nullptr) {
-    const DenseInput<T>* inputs;
-    if constexpr (std::is_same_v<DenseInput<T>, T>) {
-      inputs = x;
-    } else {
-      if (ready != 1)
-        for (int64_t i = 0; i < tokens * linear.inputs; i += LANES) store(mine.inputs.data() + i, load(x + i));
-      ready = 1;
-      inputs = mine.inputs.data();
-    }
-    dense_linear(linear.dense, linear.bias, inputs, tokens, linear.inputs, linear.outputs, begin, end, y);
-    return;
-  }
-  const Int4Weight& weight = linear.int4;
-  const auto repeat = [&](auto&& run) {  // run(token, part) for all parts of all tokens
-    const int64_t parts = weight.inputs / linear.inputs;
-    for (int64_t part = 0; part < tokens * parts; part++) run(x + part / parts * linear.inputs, part);
-  };
-  if (linear.planes.high != nullptr) {
-    using Inputs = PlaneInputs<T>;
-    const Inputs inputs{reinterpret_cast<typename Inputs::Input*>(mine.inputs.data()), mine.sums.data()};
-    if (ready != 2 + linear.planes.groups) plane_inputs(x, tokens, linear.planes, inputs);
-    ready = 2 + linear.planes.groups;
-    plane_linear(linear.planes, inputs, tokens, begin / STRIP, end / STRIP, y);
-  } else if (linear.rounded) {
-    const int64_t blocks = weight.inputs / ROUNDED_BLOCK, of_part = linear.inputs / ROUNDED_BLOCK;
-    const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
-    if (ready != 2)
-      repeat([&](const T* token, int64_t part) {
-        round_inputs(token, 1, linear.inputs, {inputs.codes + part * linear.inputs, inputs.scales + part * of_part,
-                                               inputs.sums + part * of_part});
-      });
-    ready = 2;
-    int4_linear_rounded(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
-  } else {
-    using Inputs = Int4Inputs<T>;
-    const Inputs inputs{reinterpret_cast<typename Inputs::Of::Input*>(mine.inputs.data()), mine.sums.data()};
-    if (ready != -weight.groups) {
-      Int4Weight of_part = weight;
-      of_part.inputs = linear.inputs, of_part.groups = weight.groups * linear.inputs / weight.inputs;
-      repeat([&](const T* token, int64_t part) {
-        const Inputs to{inputs.values + part * Inputs::width(of_part), inputs.sums + part * of_part.groups};
-        int4_inputs(token, 1, of_part, to);
-      });
-    }
-    ready = -weight.groups;
-    int4_linear(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
-  }
-  if (linear.bias != nullptr)
-    for (int64_t at = 0; at < tokens * linear.outputs; at += linear.outputs)
-      for (int64_t i = begin; i < end; i += LANES) store(y + at + i, load(y + at + i) + load(linear.bias + i));
-}
 
 // This thread's part of y += x · Wᵀ + b, for those rows of y (B, outputs) that the tokens x (N, inputs) belong to.
 template <typename T>
