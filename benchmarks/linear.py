@@ -7,7 +7,8 @@ and blocks dequantized one by one (for many tokens, where PyTorch has AMX). So a
 that this processor has (in bfloat16 where that has bfloat16 products, else in float32, as a model computes there),
 tokens in 8 bits, and PyTorch's int4 kernel, which runs where our own operations can't be built.
 The limit is the larger of two times measured here in the same run: reading the int4 weights at this machine's
-bandwidth, and the products at the speed of a large bfloat16 matrix product.
+bandwidth, and the products at the speed of a large matrix product. Where a processor has no bfloat16 products, models
+compute in float32: so does int4 here, and many tokens, which would take minutes, aren't multiplied in bfloat16.
 """
 
 import copy
@@ -23,7 +24,7 @@ from common import claim, interleaved, median_ratio, parser, report
 from torch import nn
 
 from qtale_lightning import cpu
-from qtale_lightning.precision import instruction_sets
+from qtale_lightning.precision import instruction_sets, native_bfloat16
 from qtale_lightning.quantization.int4_cpu import CROSSOVER_TOKENS, Int4CPU, Int4Strips
 from qtale_lightning.quantization.kernels import choose_kernel
 from qtale_lightning.quantization.rtn import Scheme, quantize
@@ -52,9 +53,9 @@ def bandwidth(values: int, repeats: int) -> float:
     return data.numel() * 4 / _median(lambda: data.sum(), repeats)
 
 
-def arithmetic(width: int, repeats: int) -> float:
-    """FLOPs a second of a bfloat16 matrix product of width³."""
-    one = torch.randn(width, width, dtype=torch.bfloat16)
+def arithmetic(width: int, repeats: int, dtype: torch.dtype) -> float:
+    """FLOPs a second of a matrix product of width³."""
+    one = torch.randn(width, width, dtype=dtype)
     return 2 * width**3 / _median(lambda: one @ one, repeats)
 
 
@@ -86,9 +87,10 @@ def main() -> None:
         shapes, args.repeats, args.tokens = {"q_proj": (512, 512)}, 3, [1, 64]
         values, width = 2**20, 256
     torch.manual_seed(0)
-    read, compute = bandwidth(values, args.repeats), arithmetic(width, args.repeats)
+    dtype, dense = (torch.bfloat16, "bf16") if native_bfloat16() else (torch.float32, "float32")
+    read, compute = bandwidth(values, args.repeats), arithmetic(width, args.repeats, dtype)
     print(
-        f"{read / 1e9:.1f} GB/s read, {compute / 1e9:.0f} GFLOP/s in bfloat16, {torch.get_num_threads()} threads"
+        f"{read / 1e9:.1f} GB/s read, {compute / 1e9:.0f} GFLOP/s in {dense}, {torch.get_num_threads()} threads"
     )
     rows = []
     operations = {name: cpu.operations(name) for name in (instruction_sets() if cpu.available() else ())}
@@ -110,30 +112,37 @@ def main() -> None:
         lows, fulls = (Copies(one, one.weight.nbytes, of_all) for one in (low, full))
         for tokens in args.tokens:
             x = torch.randn(tokens, inputs)
-            x16 = x.bfloat16()
+            given = x.to(dtype)
             contenders = {
-                "bf16": partial(lambda lows, x: lows.next()(x), lows, x16),
+                "bf16": partial(lambda lows, x: lows.next()(x), lows, x.bfloat16()),
                 "float32": partial(lambda fulls, x: fulls.next()(x), fulls, x),
-                "int4": partial(lambda int4s, x: int4s.next()(x), int4s, x16),
-                "8 bits": partial(lambda int4s, x: int4s.next().by_rounded(x), int4s, x16),
-                "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, x16),
-                "PyTorch": partial(lambda peers, x: peers.next().by_kernel(x), peers, x16),
+                "int4": partial(lambda int4s, x: int4s.next()(x), int4s, given),
+                "8 bits": partial(lambda int4s, x: int4s.next().by_rounded(x), int4s, given),
+                "blocks": partial(lambda int4s, x: int4s.next().by_blocks(x), int4s, given),
+                "PyTorch": partial(lambda peers, x: peers.next().by_kernel(x), peers, x.bfloat16()),
             }
             for name_of, of_one in operations.items():
-                given = x16 if name_of == "avx512_bf16" else x
-                contenders[name_of] = partial(by_instructions, of_one, int4s, given)
-            if tokens > 2 * CROSSOVER_TOKENS:
-                del contenders["PyTorch"]  # seconds a call
+                takes = x.bfloat16() if name_of == "avx512_bf16" else x
+                contenders[name_of] = partial(by_instructions, of_one, int4s, takes)
+            if tokens > 2 * CROSSOVER_TOKENS:  # seconds a call
+                del contenders["PyTorch"]
+                if dense != "bf16":
+                    del contenders["bf16"]
             seconds = interleaved(contenders, args.repeats)
             size = int4.packed.nbytes + 3 * int4.scales.numel()  # 16 bits of a scale, 8 of a zero point
             limit = max(size / read, 2 * tokens * outputs * inputs / compute)
             medians = {key: statistics.median(values) for key, values in seconds.items()}
             rows.append(
                 {"linear": f"{name} {outputs}×{inputs}", "tokens": tokens}
-                | {f"{key} tokens/s": tokens / medians[key] for key in ("float32", "bf16", "int4")}
+                | {
+                    f"{key} tokens/s": tokens / medians[key] if key in medians else ""
+                    for key in ("float32", "bf16", "int4")
+                }
                 | {"limit tokens/s": tokens / limit, "of limit": limit / medians["int4"]}
-                | {"over bf16": median_ratio(seconds["bf16"], seconds["int4"])}
-                | {"over float32": median_ratio(seconds["float32"], seconds["int4"])}
+                | {
+                    f"over {key}": median_ratio(seconds[key], seconds["int4"]) if key in seconds else ""
+                    for key in ("bf16", "float32")
+                }
                 | {
                     f"{way} ms": 1e3 * medians[way] if way in medians else ""
                     for way in ("8 bits", "blocks", "PyTorch")
@@ -148,8 +157,8 @@ def main() -> None:
             )
     claims = []
     for tokens, goal in ((min(args.tokens), 2.0), (max(args.tokens), 1.0)):
-        slowest = min(row["over bf16"] for row in rows if row["tokens"] == tokens)
-        claims.append(claim(f"int4 over bf16, {tokens} tokens, slowest shape", slowest, goal, "higher"))
+        slowest = min(row[f"over {dense}"] for row in rows if row["tokens"] == tokens)
+        claims.append(claim(f"int4 over {dense}, {tokens} tokens, slowest shape", slowest, goal, "higher"))
     for way in operations:
         for tokens, what, goal in ((min(args.tokens), "of read", 0.8), (max(args.tokens), "over dense", 1.0)):
             slowest = min(row[f"{way} {what}"] for row in rows if row["tokens"] == tokens)
