@@ -62,7 +62,8 @@ def test_the_switch(tmp_path: Path) -> None:
 def test_other_processors_and_systems(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.delenv(build.SWITCH, raising=False)
+    for variable in (build.SWITCH, build.CHOICE):
+        monkeypatch.delenv(variable, raising=False)
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(build, "instruction_sets", list)
     assert build.available.__wrapped__() is False
