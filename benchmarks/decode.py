@@ -92,21 +92,20 @@ def called(model: Any, prompt: Tensor, steps: Decisions | None) -> Run:
 
 def parts(model: Any, batch: int, names: Sequence[str], steps: Decisions) -> dict[str, Run]:
     """The linears, operations, routers and head of a round's tokens, each alone."""
-    layers, config = model.model.layers, model.config
+    layers, config, dtype = model.model.layers, model.config, model.dtype
     linears = [[layer.get_submodule(name) for name in names] for layer in layers]
     executing = [[(i, int(gate.sum())) for i, gate in step.items() if gate.any()] for step in steps]
     sizes = {linear.in_features for linear in linears[0]}
-    states = {(n, size): torch.randn(1, n, size).bfloat16() for n in range(1, batch + 1) for size in sizes}
+    states = {(n, size): torch.randn(1, n, size).to(dtype) for n in range(1, batch + 1) for size in sizes}
     hidden, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     width, inner = linears[0][0].out_features // heads, config.intermediate_size
     x = states[batch, hidden].transpose(0, 1).contiguous()
-    heads_of = {n: torch.randn(1, n, heads, width).bfloat16() for n in range(1, batch + 1)}
-    keys_of = {n: torch.randn(1, n, groups, width).bfloat16() for n in range(1, batch + 1)}
-    gates_of = {n: torch.randn(1, n, inner).bfloat16() for n in range(1, batch + 1)}
-    cos = {n: torch.randn(1, n, width).bfloat16() for n in range(1, batch + 1)}
+    heads_of = {n: torch.randn(1, n, heads, width).to(dtype) for n in range(1, batch + 1)}
+    keys_of = {n: torch.randn(1, n, groups, width).to(dtype) for n in range(1, batch + 1)}
+    gates_of = {n: torch.randn(1, n, inner).to(dtype) for n in range(1, batch + 1)}
+    cos = {n: torch.randn(1, n, width).to(dtype) for n in range(1, batch + 1)}
     keys, values = (
-        [torch.randn(batch, groups, 2 * CONTEXT, width).bfloat16() for _ in layers]
-        for _ in ("keys", "values")
+        [torch.randn(batch, groups, 2 * CONTEXT, width).to(dtype) for _ in layers] for _ in ("keys", "values")
     )
 
     def multiply() -> None:
