@@ -47,8 +47,8 @@ struct Private {
 };
 
 // Outputs `begin` to `end` of a linear, in multiples of LANES, for tokens whose form `ready` says it has in `inputs`
-// already: that of dense weights (1), of int4 weights that take them rounded (2), or in so many groups (-groups), or of
-// planes in so many groups (2 + groups).
+// already: that of dense weights (1), of planes in so many groups (2 + groups), or of int4 weights in so many parts, which
+// take them rounded (-parts), or in so many groups (-2 groups - parts).
 template <typename T>
 inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_t begin, int64_t end, Private<T>& mine,
                      int64_t& ready, T* y) {
@@ -67,8 +67,8 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
     return;
   }
   const Int4Weight& weight = linear.int4;
+  const int64_t parts = weight.inputs / linear.inputs;
   const auto repeat = [&](auto&& run) {  // run(token, part) for all parts of all tokens
-    const int64_t parts = weight.inputs / linear.inputs;
     for (int64_t part = 0; part < tokens * parts; part++) run(x + part / parts * linear.inputs, part);
   };
   if (linear.planes.high != nullptr) {
@@ -80,17 +80,18 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
   } else if (linear.rounded) {
     const int64_t blocks = weight.inputs / ROUNDED_BLOCK, of_part = linear.inputs / ROUNDED_BLOCK;
     const RoundedInputs inputs{mine.codes.data(), mine.inputs.data(), mine.inputs.data() + tokens * blocks};
-    if (ready != 2)
+    if (ready != -parts)
       repeat([&](const T* token, int64_t part) {
         round_inputs(token, 1, linear.inputs, {inputs.codes + part * linear.inputs, inputs.scales + part * of_part,
                                                inputs.sums + part * of_part});
       });
-    ready = 2;
+    ready = -parts;
     int4_linear_rounded(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
   } else {
     using Inputs = Int4Inputs<T>;
     const Inputs inputs{reinterpret_cast<typename Inputs::Of::Input*>(mine.inputs.data()), mine.sums.data()};
-    if (ready != -weight.groups) {
+    const int64_t form = -2 * weight.groups - parts;
+    if (ready != form) {
       Int4Weight of_part = weight;
       of_part.inputs = linear.inputs, of_part.groups = weight.groups * linear.inputs / weight.inputs;
       repeat([&](const T* token, int64_t part) {
@@ -98,7 +99,7 @@ inline void multiply(const Linear<T>& linear, const T* x, int64_t tokens, int64_
         int4_inputs(token, 1, of_part, to);
       });
     }
-    ready = -weight.groups;
+    ready = form;
     int4_linear(weight, inputs, tokens, begin / STRIP, end / STRIP, y);
   }
   if (linear.bias != nullptr)

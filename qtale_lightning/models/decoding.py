@@ -112,9 +112,9 @@ class _Angles:
     """A rotary embedding's cosines and sines, made for a block of positions at a time: one alone takes as long."""
 
     def __init__(self, rotary: Any, like: Tensor) -> None:
-        self.rotary, self.like, self.block = rotary, like, range(0)
-        self.source: Tensor | None = None  # frequencies that the block's were made from
-        self.cos = self.sin = torch.empty(0)
+        self.rotary, self.like = rotary, like
+        # The block, frequencies that its angles were made from, and these: all at once, for threads that share a model.
+        self.made: tuple[range, Tensor | None, Tensor, Tensor] = range(0), None, like, like
 
     def at(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Of tokens' places, one or B: ``(d)`` where they are one, else ``(B, 1, d)``."""
@@ -122,12 +122,14 @@ class _Angles:
         fixed = getattr(self.rotary, "rope_type", None) in _FIXED_ROTATIONS
         if not fixed or any(other != place for other in others):
             return self.rotary(self.like, torch.tensor(places).unsqueeze(1))
-        if place not in self.block or self.rotary.inv_freq is not self.source:
+        block, source, cos, sin = self.made
+        if place not in block or self.rotary.inv_freq is not source:
             first = place - place % POSITIONS
-            self.block, self.source = range(first, first + POSITIONS), self.rotary.inv_freq
-            of_block = torch.arange(first, first + POSITIONS).unsqueeze(0)
-            self.cos, self.sin = (angles[0] for angles in self.rotary(self.like, of_block))
-        return self.cos[place - self.block.start], self.sin[place - self.block.start]
+            block, source = range(first, first + POSITIONS), self.rotary.inv_freq
+            of_block = torch.arange(block.start, block.stop).unsqueeze(0)
+            cos, sin = (angles[0] for angles in self.rotary(self.like, of_block))
+            self.made = block, source, cos, sin
+        return cos[place - block.start], sin[place - block.start]
 
 
 class _Bound(NamedTuple):
@@ -167,7 +169,7 @@ class _Decoder:
         kept = [count for layer in layers for count in layer.lengths]
         bound = self._bound(cache, kept)
         output, logits, gates = self.stack.step(
-            ids.contiguous(),
+            ids.long().contiguous(),
             *(angles.contiguous() for angles in rotary),
             routing.tokens.contiguous(),
             routing.free.contiguous(),

@@ -8,6 +8,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -212,6 +213,24 @@ def test_weights_of_more_bits(bits: int, dtype: torch.dtype, steps: list[bool]) 
     assert steps == [True] * NEW
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation_bits", [8, 16])
+@pytest.mark.parametrize(("bits", "others"), [(4, 8), (8, 4), (8, 2)])
+def test_bits_mixed_among_linears_of_one_input(
+    bits: int, others: int, activation_bits: Any, dtype: torch.dtype, steps: list[bool]
+) -> None:
+    """Each takes the token in a form of its own."""
+    model = made(dtype=dtype)
+    mixed = uniform(linear_shapes(model), bits, {"*.v_proj": others, "*.up_proj": others})
+    quantize_model(model, round_to_nearest(mixed, 32))
+    lighten(model, activation_bits)
+    expected = decoded(model, lambda step: False, lambda step: Routing(forced=forced(step)))
+    found = decoded(model, lambda step: True, lambda step: Routing(forced=forced(step)))
+    assert steps == [True] * NEW
+    for actual, reference in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(actual, reference, rtol=0, atol=2**-5 * float(reference.abs().max()))
+
+
 @pytest.mark.parametrize("head_bits", [4, 8])
 @pytest.mark.parametrize("activation_bits", [8, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -295,6 +314,30 @@ def test_generation(modes: dict[str, Any], steps: list[bool]) -> None:
         patch.setattr(decoding, "next_token", lambda *args: None)
         torch.manual_seed(0)
         assert torch.equal(model.generate(ids(PROMPT), **settings), found)
+
+
+def test_threads_share_a_model() -> None:
+    """At places far from each other, whose rotations are made again and again."""
+    model = made()
+    prompts = [ids(length, batch=1) for length in (10, 300, 600)]
+
+    def generate(prompt: Tensor) -> Tensor:
+        options = {"max_new_tokens": 50, "min_new_tokens": 50, "pad_token_id": 0, "do_sample": False}
+        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+
+    expected = [generate(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(generate, prompts))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_ids_of_32_bits(steps: list[bool]) -> None:
+    model, cache = made(), RoutedCache()
+    model(ids(PROMPT), past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    found = model(ids(1).int(), past_key_values=cache).logits
+    assert torch.equal(found, model(ids(1), past_key_values=twin).logits)
+    assert steps == [True, True]
 
 
 def test_windows_that_bind_are_not_taken(steps: list[bool]) -> None:
