@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from operator import is_
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as modules_of_torch
 from torch.utils.hooks import RemovableHandle
 
@@ -42,7 +42,7 @@ class Watch:
         self.parameters = [
             one for module in modules for one in module._parameters.values() if one is not None
         ]
-        self.addresses = self._addresses()
+        self.states = self._states()
         self.owners: list[dict[str, Any]] = []
         self.names: list[str] = []
         for module in modules:
@@ -60,33 +60,45 @@ class Watch:
 
     def unchanged(self) -> bool:
         """Whether that is still so, by looking at all of it."""
-        self.noted = (-1, -1)
         counted = _counted()
-        try:
-            same = self.tables == self.contents  # identical objects are equal, and no others but numbers
-        except RuntimeError:  # of other tensors than before, which have no truth
-            return False
-        same = (
-            same
-            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
-            and [*map(len, self.attributes)] == self.counts
-            and self._addresses() == self.addresses
-            and not (self.own_forward or any(self.hooks) or modules_of_torch._has_any_global_hook())
-        )
-        if same:
-            self.noted = counted
-        return same
+        unchanged = self.same() and not self.hooked()
+        self.noted = counted if unchanged else (-1, -1)
+        return unchanged
 
     def undisturbed(self) -> bool:
         """Whether nothing has been counted since `unchanged` said yes, which takes no time.
 
-        Not seen: what is written past PyTorch's modules, into their tables or attributes, or given as `.data`.
+        Not seen: what is written past PyTorch's modules, into their tables or attributes (`functional_call`, a
+        module's own ``forward``), a parameter that becomes None, and weights that are given as ``.data`` or written in
+        place where a copy of them is in use (routers in bfloat16).
         """
         return self.noted == _counted() and not modules_of_torch._has_any_global_hook()
 
-    def _addresses(self) -> list[int]:
-        """Where the parameters' numbers are."""
-        return [parameter.data_ptr() for parameter in self.parameters]
+    def same(self) -> bool:
+        """Whether children, weights and kernels are what they were."""
+        try:
+            same = self.tables == self.contents  # identical objects are equal, and no others but numbers
+        except RuntimeError:  # of other tensors than before, which have no truth
+            return False
+        return (
+            same
+            and all(map(is_, map(dict.get, self.owners, self.names), self.values))
+            and [*map(len, self.attributes)] == self.counts
+            and self._states() == self.states
+        )
+
+    def hooked(self) -> bool:
+        """Whether a forward pass is more than the modules' own."""
+        return self.own_forward or any(self.hooks) or modules_of_torch._has_any_global_hook()
+
+    def _states(self) -> list[tuple[int, int]]:
+        """Where the parameters' numbers are, and their versions."""
+        return [(one.data_ptr(), version_of(one)) for one in self.parameters]
+
+
+def version_of(tensor: Tensor) -> int:
+    """That grows where a tensor is written in place; of those made in inference mode there is none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _counted() -> tuple[int, int]:

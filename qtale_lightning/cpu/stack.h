@@ -23,7 +23,8 @@ using qtale::Step;
 template <template <typename> class Of>
 using OfEither = std::tuple<std::vector<Of<float>>, std::vector<Of<qtale::BFloat16>>>;  // one of which is empty
 
-// Buffers of all layers' keys and values (B, groups, capacity, width).
+// Buffers of all layers' keys and values (B, groups, capacity, width), which the cache keeps: whoever calls a step sees
+// that they are still there.
 class Buffers : public torch::CustomClassHolder {
  public:
   int64_t batch = 0, groups = 0, width = 0;
@@ -34,21 +35,17 @@ class Buffers : public torch::CustomClassHolder {
     TORCH_CHECK(!keys.empty() && keys.size() == values.size(), "keys and values of each layer");
     batch = keys[0].size(0), groups = keys[0].size(1), width = keys[0].size(3);
     for (size_t index = 0; index < keys.size(); index++) {
-      const Tensor key = keys[index].detach(), value = values[index].detach();
+      const Tensor &key = keys[index], &value = values[index];
       TORCH_CHECK(key.is_contiguous() && value.is_contiguous() && value.sizes() == key.sizes() && key.dim() == 4 &&
                       key.size(0) == batch && key.size(1) == groups && key.size(3) == width,
                   "buffers of keys and values are contiguous, of all sequences");
       capacities.push_back(key.size(2));
-      held_.insert(held_.end(), {key, value});
       dispatch(keys[0], [&](auto type) {
         using T = decltype(type);
         std::get<std::vector<Buffer<T>>>(of_layers).push_back({write<T>(key), write<T>(value), key.size(2)});
       });
     }
   }
-
- private:
-  std::vector<Tensor> held_;
 };
 
 constexpr double ROUTER_EPS = 1e-6;
@@ -163,7 +160,7 @@ class Decoder : public torch::CustomClassHolder {
   template <typename T>
   void embed(const int64_t* ids, int64_t batch, T* states) const {
     for (int64_t b = 0; b < batch; b++, states += sizes_.hidden) {
-      TORCH_CHECK(0 <= ids[b] && ids[b] < embeddings_.size(0), "token ", ids[b], " of ", embeddings_.size(0));
+      TORCH_CHECK_INDEX(0 <= ids[b] && ids[b] < embeddings_.size(0), "token ", ids[b], " of ", embeddings_.size(0));
       std::copy_n(read<T>(embeddings_) + ids[b] * sizes_.hidden, sizes_.hidden, states);
     }
   }

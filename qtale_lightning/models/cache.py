@@ -206,10 +206,9 @@ class RoutedCache(Cache):
             self.layers.append(RoutedCacheLayer())
         return self.layers[index]
 
-    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values of all layers, which have kept a token before."""
-        keys, values = [layer.keys for layer in self.layers], [layer.values for layer in self.layers]
-        return keys, values  # type: ignore[return-value]
+    def buffers(self) -> list[Tensor]:
+        """Keys and values of each layer, which has kept a token before, one after the other."""
+        return [part for layer in self.layers for part in (layer.keys, layer.values)]  # type: ignore[misc]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen, the same for every layer: what positions are counted from."""

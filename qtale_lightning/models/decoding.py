@@ -17,7 +17,7 @@ from qtale_lightning.models.cache import RoutedCache
 from qtale_lightning.models.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
 from qtale_lightning.models.packing import Packing
 from qtale_lightning.models.routing import OfUnits, Routing
-from qtale_lightning.watch import Watch
+from qtale_lightning.watch import Watch, version_of
 
 MOST_SEQUENCES = 16
 """Of a step: with more, products of many tokens are faster one by one."""
@@ -114,7 +114,7 @@ class _Angles:
     def __init__(self, rotary: Any, like: Tensor) -> None:
         self.rotary, self.like = rotary, like
         # The block, frequencies that its angles were made from, and these: all at once, for threads that share a model.
-        self.made: tuple[range, Tensor | None, Tensor, Tensor] = range(0), None, like, like
+        self.made: tuple[range, Any, Tensor, Tensor] = range(0), None, like, like
 
     def at(self, places: list[int]) -> tuple[Tensor, Tensor]:
         """Of tokens' places, one or B: ``(d)`` where they are one, else ``(B, 1, d)``."""
@@ -123,9 +123,10 @@ class _Angles:
         if not fixed or any(other != place for other in others):
             return self.rotary(self.like, torch.tensor(places).unsqueeze(1))
         block, source, cos, sin = self.made
-        if place not in block or self.rotary.inv_freq is not source:
+        now = self.rotary.inv_freq
+        if place not in block or now is not source[0] or version_of(now) != source[1]:
             first = place - place % POSITIONS
-            block, source = range(first, first + POSITIONS), self.rotary.inv_freq
+            block, source = range(first, first + POSITIONS), (now, version_of(now))
             of_block = torch.arange(block.start, block.stop).unsqueeze(0)
             cos, sin = (angles[0] for angles in self.rotary(self.like, of_block))
             self.made = block, source, cos, sin
@@ -133,13 +134,18 @@ class _Angles:
 
 
 class _Bound(NamedTuple):
-    """A cache's buffers as a decoder takes them, and how many tokens of each sequence they have room for."""
+    """A cache's buffers as a decoder takes them, which doesn't keep them; and their capacities, by sequence."""
 
     decoder: "ref[_Decoder]"
-    keys: list[Tensor]
-    values: list[Tensor]
+    tensors: "list[ref[Tensor]]"
+    address: int  # of the first: all move together, where they do
     buffers: Any
     capacities: list[int]
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the buffers."""
+        same = all(map(is_, (kept() for kept in self.tensors), tensors))
+        return same and tensors[0].data_ptr() == self.address
 
 
 class _Decoder:
@@ -192,20 +198,22 @@ class _Decoder:
 
     def _bound(self, cache: RoutedCache, kept: list[int]) -> _Bound:
         """A cache's buffers, with room for a token more than they keep."""
-        layers, known = cache.layers, _bound.get(cache)
-        keys, values = cache.buffers()
+        known, tensors = _bound.get(cache), cache.buffers()
         if (
             known is None
             or known.decoder() is not self
             or any(map(ge, kept, known.capacities))
-            or not (all(map(is_, keys, known.keys)) and all(map(is_, values, known.values)))
+            or not known.holds(tensors)
         ):
-            for layer in layers:
+            del tensors
+            for layer in cache.layers:
                 layer.reserve_next()
-            keys, values = cache.buffers()
-            buffers = cpu.buffers(keys, values)
+            tensors = cache.buffers()
+            keys, values = tensors[::2], tensors[1::2]
             capacities = [part.shape[2] for part in keys for _ in part]
-            known = _Bound(ref(self), keys, values, buffers, capacities)
+            known = _Bound(
+                ref(self), [*map(ref, tensors)], tensors[0].data_ptr(), cpu.buffers(keys, values), capacities
+            )
             _bound[cache] = known
         return known
 
@@ -215,13 +223,19 @@ class _Decoder:
         if not forced or not self.routed:
             return None
         if isinstance(forced, OfUnits) and forced.units == self.routed:
-            return forced.rows.to(torch.int8).contiguous()
+            return forced.rows.to(torch.int8).expand(-1, *routing.tokens.shape).contiguous()
         unknown = torch.full_like(routing.tokens, -1, dtype=torch.int8)
-        return torch.cat([forced.get(layer, unknown) for layer in self.routed]).to(torch.int8)
+        rows = [forced.get(layer, unknown).expand_as(unknown) for layer in self.routed]
+        return torch.cat(rows).to(torch.int8)
 
 
-_decoders: "WeakKeyDictionary[Any, dict[torch.dtype, tuple[Watch, _Decoder | None]]]" = WeakKeyDictionary()
+_decoders: "WeakKeyDictionary[Any, tuple[torch.dtype, Watch, _Decoder | None]]" = WeakKeyDictionary()
 _bound: "WeakKeyDictionary[RoutedCache, _Bound]" = WeakKeyDictionary()
+
+
+def forget(model: Any) -> None:
+    """Let go of what was made of a `RoutedForCausalLM`, whose weights are about to move."""
+    _decoders.pop(model, None)
 
 
 def _decoder_of(model: Any, cache: RoutedCache) -> _Decoder | None:
@@ -229,20 +243,23 @@ def _decoder_of(model: Any, cache: RoutedCache) -> _Decoder | None:
 
     All of the model is looked at for a cache's first token, and where a change was noted since; see `Watch`.
     """
-    embeddings = model.model.embed_tokens.weight
+    embeddings, known = model.model.embed_tokens.weight, _decoders.get(model)
     if not cpu.ready(embeddings):
         return None
-    dtype, known = embeddings.dtype, _decoders.setdefault(model, {})
-    if dtype in known:
-        watch, decoder = known[dtype]
+    if known is not None and known[0] == embeddings.dtype:
+        _, watch, decoder = known
         bound = _bound.get(cache)
         seen = bound is not None and decoder is not None and bound.decoder() is decoder
         if (seen and watch.undisturbed()) or watch.unchanged():
             return decoder
-    decoder = _made(model, dtype)
+        if watch.same():  # there are hooks
+            return None
+    del known
+    forget(model)
+    decoder = _made(model, embeddings.dtype)
     watch = Watch([*model.modules()][1:], [model._modules])  # whose own hooks run around this call
-    known[dtype] = watch, decoder
-    return decoder if watch.unchanged() else None  # or there are hooks
+    _decoders[model] = embeddings.dtype, watch, decoder
+    return decoder if watch.unchanged() else None
 
 
 def _made(model: Any, dtype: torch.dtype) -> _Decoder | None:
@@ -268,7 +285,7 @@ def _made(model: Any, dtype: torch.dtype) -> _Decoder | None:
     for part in parts:
         stack.add(*part)
     has_head = operands is not None and (len(operands) > 1 or head.out_features % lanes == 0)
-    has_head = has_head and (head.bias is None or head.bias.dtype == dtype)
+    has_head = has_head and (head.bias is None or _fits(head.bias, dtype))
     if has_head:
         stack.end(operands, head.bias, getattr(head, "vocabulary", head.out_features))
     return _Decoder(whole, stack, has_head)
@@ -323,9 +340,13 @@ def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
     biases = [linear.bias if hasattr(linear, "bias") else None for linear in linears]
     others = [norm.weight for norm in norms + head_norms] + [bias for bias in biases if bias is not None]
     complete = [operands for operands in weights if operands is not None]
-    if len(complete) < len(weights) or any(other.dtype != dtype for other in others):
+    if len(complete) < len(weights) or not all(_fits(other, dtype) for other in others):
         return None
     router = [] if layer.router is None else layer.router.operands(dtype)
     return Parts(
         [norm.weight for norm in norms], [norm.weight for norm in head_norms], complete, biases, router
     )
+
+
+def _fits(vector: Tensor, dtype: torch.dtype) -> bool:
+    return vector.dtype == dtype and vector.is_contiguous()

@@ -19,7 +19,8 @@ class RoutedLinear(nn.Linear):
 
     def operands(self, dtype: torch.dtype) -> tuple[Tensor, ...] | None:
         """The weight, as `cpu.decoder` takes it for tokens of a dtype; None where it can't."""
-        takes = self.weight.dtype == dtype and self.weight.is_contiguous()
+        own = "weight" in self._parameters  # not computed by a parametrization
+        takes = own and self.weight.dtype == dtype and self.weight.is_contiguous()
         if takes:
             self._settle()
         return (self.weight,) if takes else None

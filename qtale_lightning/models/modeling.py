@@ -160,6 +160,11 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.attach(config)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Moves, or changes precision: what was made of the weights isn't kept beside them."""
+        decoding.forget(self)
+        return super()._apply(fn, recurse)
+
     def attach(self, config: RoutedConfig) -> None:
         """Make what a family's own class has built a routed model, in place."""
         self.model.__class__ = self.stack

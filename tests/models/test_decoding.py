@@ -242,7 +242,7 @@ def test_heads(dtype: torch.dtype, activation_bits: Any, head_bits: Any, steps: 
     expected = decoded(model, lambda step: False, lambda step: Routing(forced=forced(step)))
     found = decoded(model, lambda step: True, lambda step: Routing(forced=forced(step)))
     assert steps == [True] * NEW
-    assert next(iter(decoding._decoders[model].values()))[1].has_head  # type: ignore[union-attr]
+    assert decoding._decoders[model][2].has_head  # type: ignore[union-attr]
     for actual, reference in zip(found[0], expected[0], strict=True):
         assert actual.shape == reference.shape
         torch.testing.assert_close(actual, reference, rtol=0, atol=2**-5 * float(reference.abs().max()))
@@ -338,6 +338,88 @@ def test_ids_of_32_bits(steps: list[bool]) -> None:
     found = model(ids(1).int(), past_key_values=cache).logits
     assert torch.equal(found, model(ids(1), past_key_values=twin).logits)
     assert steps == [True, True]
+
+
+def test_memory_that_moves(steps: list[bool]) -> None:
+    """A cache's, a model's, and what a model is computed in: nothing old is read, or kept."""
+    model, cache = made(), RoutedCache()
+    model(ids(PROMPT), past_key_values=cache)
+    model(ids(1), past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys.share_memory_()
+        layer.values.share_memory_()
+    model.share_memory()
+    twin, rows = copy.deepcopy(cache), torch.tensor([2, 0])
+    found = [model(ids(1), past_key_values=cache).logits]
+    cache.select(rows)
+    found.append(model(ids(1, batch=2), past_key_values=cache).logits)
+    assert steps == [True] * 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "next_token", lambda *args: None)
+        close(found[0], model(ids(1), past_key_values=twin).logits, depth(model.config))
+        twin.select(rows)
+        close(found[1], model(ids(1, batch=2), past_key_values=twin).logits, depth(model.config))
+    decoder = weakref.ref(decoding._decoders[model][2])
+    model.bfloat16()
+    gc.collect()
+    assert decoder() is None
+    one_token(model)
+    assert steps[-1]
+
+
+def test_weights_that_are_not_a_modules_own(steps: list[bool]) -> None:
+    """Parametrized ones, and biases with gaps, are left to the layers; rotations written in place are seen."""
+    model = made("qwen2")
+    layer = model.model.layers[1]
+    layer.self_attn.q_proj.bias = nn.Parameter(torch.randn(256)[::2].clone().repeat(2)[::2], False)
+    one_token(model)
+    assert steps.pop() is False
+    model = made()
+    before = one_token(model)
+    model.model.rotary_emb.inv_freq.mul_(0.25)
+    found = one_token(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "next_token", lambda *args: None)
+        close(found, one_token(model), depth(model.config))
+    assert not torch.allclose(found, before)
+    nn.utils.parametrize.register_parametrization(
+        model.model.layers[1].mlp.up_proj, "weight", nn.Dropout(0.0)
+    )
+    assert steps == [True] * 2
+    one_token(model)
+    assert steps[-1] is False
+
+
+def test_hooked_models_are_looked_at_once(steps: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, makings = made(), []
+    original = decoding._made
+    monkeypatch.setattr(decoding, "_made", lambda *args: makings.append(args) or original(*args))
+    handle = model.model.layers[1].register_forward_hook(lambda *args: None)
+    cache = RoutedCache()
+    model(ids(PROMPT), past_key_values=cache)
+    for _ in range(3):
+        model(ids(1), past_key_values=cache)
+    assert (steps, len(makings)) == ([False] * 3, 1)
+    handle.remove()
+    model(ids(1), past_key_values=cache)
+    assert steps[-1]
+
+
+def test_forced_decisions_of_one_for_all_sequences(steps: list[bool]) -> None:
+    model = made()
+    for forced_alike in ({2: torch.tensor([[True]])}, {2: torch.tensor([[False]])}):
+        expected = decoded(model, lambda step: False, lambda step, f=forced_alike: Routing(forced=f))
+        same(
+            model, decoded(model, lambda step: True, lambda step, f=forced_alike: Routing(forced=f)), expected
+        )
+    assert steps == [True] * (2 * NEW)
+
+
+def test_unknown_tokens() -> None:
+    model, cache = made(), RoutedCache()
+    model(ids(PROMPT), past_key_values=cache)
+    with pytest.raises(IndexError, match="token 97 of 97"):
+        model(torch.full((BATCH, 1), 97), past_key_values=cache)
 
 
 def test_windows_that_bind_are_not_taken(steps: list[bool]) -> None:
