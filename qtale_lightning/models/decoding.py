@@ -153,11 +153,8 @@ class _Decoder:
 
     def __init__(self, model: Any, stack: Any, has_head: bool) -> None:
         layers = model.model.layers
-        self.stack, self.angles, self.has_head = (
-            stack,
-            _Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach()),
-            has_head,
-        )
+        self.stack, self.has_head = stack, has_head
+        self.angles = _Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach())
         self.routed = [layer.layer_idx for layer in layers if layer.router is not None]
         self.windows = {layer.layer_idx: layer.window for layer in layers if layer.window is not None}
 
