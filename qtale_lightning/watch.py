@@ -61,7 +61,7 @@ class Watch:
     def unchanged(self) -> bool:
         """Whether that is still so, by looking at all of it."""
         counted = _counted()
-        unchanged = self.same() and not self.hooked()
+        unchanged = not self.hooked() and self.same()
         self.noted = counted if unchanged else (-1, -1)
         return unchanged
 
@@ -93,12 +93,17 @@ class Watch:
 
     def _states(self) -> list[tuple[int, int]]:
         """Where the parameters' numbers are, and their versions."""
-        return [(one.data_ptr(), version_of(one)) for one in self.parameters]
+        return [*map(state_of, self.parameters)]
 
 
 def version_of(tensor: Tensor) -> int:
     """That grows where a tensor is written in place; of those made in inference mode there is none."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Where its numbers are, and their version: what was made of them is of these."""
+    return tensor.data_ptr(), version_of(tensor)
 
 
 def _counted() -> tuple[int, int]:

@@ -1,9 +1,9 @@
-// The next token of each sequence, through all decoder layers: of every layer the router, and, for those sequences that
-// execute it, norm, projections, rotation, attention, and the gated MLP. It is models/routed_layer.py's layer with
+// The next token of each sequence, through all decoder layers, the last norm and the head: of every layer the router, and,
+// for those sequences that execute it, norm, projections, rotation, attention, and the gated MLP. It is models/routed_layer.py's layer with
 // models/fused.py's modules, composed of the same kernels and rounded at the same places.
 //
 // A team of threads runs the whole step. What is small (norms, decisions) each thread computes for itself, which takes
-// less time than waiting for another; products are shared by their outputs, attention by its heads of keys.
+// less time than waiting for another; products are shared by their outputs, attention by its heads of queries.
 #pragma once
 
 #include <vector>

@@ -57,7 +57,8 @@ class Decoder : public torch::CustomClassHolder {
   Decoder(int64_t heads, int64_t groups, int64_t width, double scaling, double eps, const Tensor& embeddings,
           const Tensor& last_norm)
       : eps_(static_cast<float>(eps)), dtype_(last_norm.scalar_type()), embeddings_(embeddings.detach()) {
-    TORCH_CHECK(embeddings.is_contiguous() && embeddings.scalar_type() == dtype_ && embeddings.size(1) == last_norm.numel(), "embeddings of another type or size");
+    TORCH_CHECK(embeddings.is_contiguous() && embeddings.scalar_type() == dtype_ && embeddings.size(1) == last_norm.numel(),
+                "embeddings of another type or size");
     sizes_ = {last_norm.numel(), 0, heads, groups, width, 0, static_cast<float>(scaling)};
     dispatch(last_norm, [&](auto type) { ends<decltype(type)>().push_back({norm<decltype(type)>(last_norm), {}}); });
   }
@@ -84,6 +85,7 @@ class Decoder : public torch::CustomClassHolder {
         made.router = {low ? nullptr : read<float>(router[0]), low ? read<qtale::BFloat16>(router[0]) : nullptr,
                        read<float>(router[1]), router_end(router[2], ROUTER_EPS, router[3], router[4])};
         sizes_.router = router[0].size(0);
+        routed_++;
       }
       sizes_.inner = made.up.outputs;
       layers<T>().push_back(made);
@@ -113,6 +115,7 @@ class Decoder : public torch::CustomClassHolder {
                     sin.sizes() == cos.sizes() &&
                     (cos.numel() == sizes_.width || cos.numel() == batch * sizes_.width),
                 "a step takes contiguous tensors, one token a sequence");
+    TORCH_CHECK(routed == routed_, "a threshold for each routed layer");
     TORCH_CHECK(!forced || (forced->is_contiguous() && forced->numel() == routed * batch), "decisions for all routed layers");
     const auto options = embeddings_.options();
     const Tensor logits = at::empty({routed, batch, 2}, options.dtype(at::kFloat));
@@ -121,8 +124,6 @@ class Decoder : public torch::CustomClassHolder {
     by_type([&](auto type) {
       using T = decltype(type);
       const auto& last = ends<T>()[0];
-      TORCH_CHECK(std::count_if(layers<T>().begin(), layers<T>().end(), [](const auto& layer) { return layer.routed; }) == routed,
-                  "a threshold for each routed layer");
       output = at::empty({batch, 1, last.head.outputs == 0 ? sizes_.hidden : last.head.outputs}, options);
       const Step<T> step{batch, read<T>(cos), read<T>(sin), cos.numel() == sizes_.width ? 0 : sizes_.width,
                          read<bool>(real), read<bool>(free), forced ? read<int8_t>(*forced) : nullptr, thresholds.data(),
@@ -207,7 +208,7 @@ class Decoder : public torch::CustomClassHolder {
   qtale::Sizes sizes_;
   float eps_;
   at::ScalarType dtype_;
-  int64_t outputs_ = 0;
+  int64_t outputs_ = 0, routed_ = 0;  // of the head; layers
   OfEither<Layer> layers_;
   OfEither<qtale::End> ends_;
   std::vector<Tensor> held_;

@@ -53,7 +53,7 @@ def next_token(
         attention_mask: ``(B, seen + 1)``, or None.
         routing: As the caller gave it.
         cache: Of all tokens before.
-        options: What else the call was given.
+        options: All others that the call was given.
 
     Raises:
         ValueError: The mask doesn't fit.
@@ -82,17 +82,15 @@ def next_token(
     return output if decoder.has_head else model.lm_head(output)
 
 
-_KNOWN = ("position_ids", "use_cache", "logits_to_keep", "return_dict")
-"""Options that a token's logits are the same with, whatever they are."""
+_KNOWN = ("past_key_values", "position_ids", "use_cache", "logits_to_keep", "return_dict")
+"""Options that are looked at elsewhere, or that a token's logits are the same with, whatever they are."""
 
 
 def _is_plain(model: Any, input_ids: Tensor, routing: Routing, options: Mapping[str, Any]) -> bool:
     """Whether a call is one of decoding, of which nothing is asked but logits and θ's decisions."""
-    batch, length = input_ids.shape
     config = model.config
     return (
-        length == 1
-        and batch <= MOST_SEQUENCES
+        len(input_ids) <= MOST_SEQUENCES
         and routing.execution == "packed"
         and not (routing.sample or model.training)
         and not routing.keep
@@ -249,7 +247,7 @@ def _decoder_of(model: Any, cache: RoutedCache) -> _Decoder | None:
         seen = bound is not None and decoder is not None and bound.decoder() is decoder
         if (seen and watch.undisturbed()) or watch.unchanged():
             return decoder
-        if watch.same():  # there are hooks
+        if watch.hooked() and watch.same():
             return None
     del known
     forget(model)
@@ -261,31 +259,28 @@ def _decoder_of(model: Any, cache: RoutedCache) -> _Decoder | None:
 
 def _made(model: Any, dtype: torch.dtype) -> _Decoder | None:
     """A model in C++; None where its layers aren't known there, or are of shapes or dtypes that it doesn't take."""
-    whole, model = model, model.model
-    parts = parts_of(model, dtype)
-    if parts is None or getattr(model.config, "final_logit_softcapping", None) is not None:
+    stack, config, lanes = model.model, model.config, cpu.LANES
+    layers, parts = stack.layers, parts_of(stack, dtype)
+    if parts is None or getattr(config, "final_logit_softcapping", None) is not None:
         return None
-    layers, config, lanes = model.layers, model.config, cpu.LANES
     width, groups = layers[0].self_attn.head_dim, config.num_key_value_heads
     sizes = [config.hidden_size, config.intermediate_size]
     if config.routed_layers:
         sizes.append(config.router_width)
     if width % (2 * lanes) or width > cpu.WIDEST_HEAD or any(size % lanes for size in sizes):
         return None
-    scaling, eps = layers[0].self_attn.scaling, model.norm.variance_epsilon
-    head: Any = whole.lm_head
+    scaling, eps = layers[0].self_attn.scaling, stack.norm.variance_epsilon
+    head: Any = model.lm_head
     operands = head.operands(dtype) if hasattr(head, "operands") and head.in_features == sizes[0] else None
-    embeddings = model.embed_tokens.weight  # where the head's, which may be the same, are now
-    stack = cpu.decoder(
-        config.num_attention_heads, groups, width, scaling, eps, embeddings, model.norm.weight
-    )
+    embeddings = stack.embed_tokens.weight  # where the head's, which may be the same, are now
+    made = cpu.decoder(config.num_attention_heads, groups, width, scaling, eps, embeddings, stack.norm.weight)
     for part in parts:
-        stack.add(*part)
+        made.add(*part)
     has_head = operands is not None and (len(operands) > 1 or head.out_features % lanes == 0)
     has_head = has_head and (head.bias is None or _fits(head.bias, dtype))
     if has_head:
-        stack.end(operands, head.bias, getattr(head, "vocabulary", head.out_features))
-    return _Decoder(whole, stack, has_head)
+        made.end(operands, head.bias, getattr(head, "vocabulary", head.out_features))
+    return _Decoder(model, made, has_head)
 
 
 class Parts(NamedTuple):

@@ -290,25 +290,13 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
     capacity = -(-tokens // ROUND) * ROUND
     if (kept := _decoders.get(model)) is not None:
         known, watch, decoder = kept
-        if known == (batch, how, _pointers(model)) and watch.unchanged() and decoder.capacity >= tokens:
+        if known == (batch, how) and watch.unchanged() and decoder.capacity >= tokens:
             return decoder
         del _decoders[model], kept, decoder  # its memory, before the next one's
     stack = stack_of(model, batch, capacity)
-    watch = Watch(model.modules())
+    watch = Watch(model.modules())  # where weights are now: a stack may move them
     if stack is None or not watch.unchanged():  # there may be hooks, which a graph wouldn't run
         return None
     decoder = GraphDecoder(model, stack, choose)
-    _decoders[model] = (
-        (batch, how, _pointers(model)),
-        watch,
-        decoder,
-    )  # where weights are now: a stack may move them
+    _decoders[model] = (batch, how), watch, decoder
     return decoder
-
-
-def _pointers(model: Any) -> tuple[tuple[int, int], ...]:
-    """Where a model's weights are, and how often they were written: a graph reads these, and no others.
-
-    Weights made in inference mode have no version to tell their changes by.
-    """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())

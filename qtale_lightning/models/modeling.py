@@ -254,8 +254,7 @@ class RoutedForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(cache, RoutedCache) and inputs is not None and inputs.shape[1] == 1:
             routing = Routing() if routing is None else routing
             routing.asked = None
-            others = {name: value for name, value in kwargs.items() if name != "past_key_values"}
-            logits = decoding.next_token(self, input_ids, attention_mask, routing, cache, others)
+            logits = decoding.next_token(self, input_ids, attention_mask, routing, cache, kwargs)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
         if inputs is not None and isinstance(kept, int) and not kwargs.get("output_hidden_states"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qtale_lightning import cpu
 from qtale_lightning.huge_pages import placed
-from qtale_lightning.watch import note_change
+from qtale_lightning.watch import note_change, state_of
 
 SKIP, EXECUTE = 0, 1
 
@@ -128,7 +128,7 @@ class Router(nn.Module):
 
     def _low_weights(self) -> tuple[Tensor, Tensor]:
         sources = self.down.weight, self.down.bias
-        state = tuple((source.data_ptr(), source._version) for source in sources)
+        state = tuple(map(state_of, sources))
         if self._low is None or self._low[0] != state:
             self._low = state, placed(sources[0].bfloat16()), sources[1].bfloat16()
             note_change()

@@ -7,8 +7,9 @@ computed from it: a few parts in 2⁸ of the largest. Decisions are equal: p(exe
 import copy
 import gc
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -85,6 +86,14 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return taken
 
 
+@contextmanager
+def by_layers() -> Iterator[None]:
+    """Tokens aren't computed by C++."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "next_token", lambda *args: None)
+        yield
+
+
 def ids(length: int, seed: int = 1, batch: int = BATCH) -> Tensor:
     return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(seed))
 
@@ -100,18 +109,13 @@ def decoded(
     mask[0, :3] = 0
     model(ids(PROMPT, batch=batch), attention_mask=mask[:, :PROMPT], past_key_values=cache)
     logits, routings = [], []
-    original = decoding.next_token
     for step in range(NEW):
         routings.append(routing(step))
-        if not by_steps(step):
-            decoding.next_token = lambda *args: None  # type: ignore[assignment]
-        try:
-            seen = mask[:, : PROMPT + step + 1]
+        seen = mask[:, : PROMPT + step + 1]
+        with nullcontext() if by_steps(step) else by_layers():
             output = model(
                 ids(1, step, batch), attention_mask=seen, past_key_values=cache, routing=routings[-1]
             )
-        finally:
-            decoding.next_token = original
         logits.append(output.logits)
     return logits, routings, cache
 
@@ -192,25 +196,15 @@ def test_tokens_in_8_bits(dtype: torch.dtype, steps: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [2, 3])
-def test_weights_in_planes(bits: int, dtype: torch.dtype, steps: list[bool]) -> None:
+@pytest.mark.parametrize("bits", [2, 3, 6, 8])
+def test_weights_of_other_bits(bits: int, dtype: torch.dtype, steps: list[bool]) -> None:
+    """In planes, and in two parts of 4 bits."""
     model = made("qwen2", dtype)
     quantize(model, bits)
     expected = decoded(model, lambda step: False)
     found = decoded(model, lambda step: True)
     assert steps == [True] * NEW
     same(model, found, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bits", [6, 8])
-def test_weights_of_more_bits(bits: int, dtype: torch.dtype, steps: list[bool]) -> None:
-    """Of two parts, for tokens as they are or rounded."""
-    model = made("qwen2", dtype)
-    quantize(model, bits)
-    expected = decoded(model, lambda step: False)
-    same(model, decoded(model, lambda step: True), expected)
-    assert steps == [True] * NEW
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -310,8 +304,7 @@ def test_generation(modes: dict[str, Any], steps: list[bool]) -> None:
     torch.manual_seed(0)
     found = model.generate(ids(PROMPT), **settings)
     assert steps == [True] * 7
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "next_token", lambda *args: None)
+    with by_layers():
         torch.manual_seed(0)
         assert torch.equal(model.generate(ids(PROMPT), **settings), found)
 
@@ -354,8 +347,7 @@ def test_memory_that_moves(steps: list[bool]) -> None:
     cache.select(rows)
     found.append(model(ids(1, batch=2), past_key_values=cache).logits)
     assert steps == [True] * 3
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "next_token", lambda *args: None)
+    with by_layers():
         close(found[0], model(ids(1), past_key_values=twin).logits, depth(model.config))
         twin.select(rows)
         close(found[1], model(ids(1, batch=2), past_key_values=twin).logits, depth(model.config))
@@ -378,8 +370,7 @@ def test_weights_that_are_not_a_modules_own(steps: list[bool]) -> None:
     before = one_token(model)
     model.model.rotary_emb.inv_freq.mul_(0.25)
     found = one_token(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoding, "next_token", lambda *args: None)
+    with by_layers():
         close(found, one_token(model), depth(model.config))
     assert not torch.allclose(found, before)
     nn.utils.parametrize.register_parametrization(
@@ -502,8 +493,7 @@ def test_changed_weights_are_seen(steps: list[bool]) -> None:
     for change in (halve, give_storage, replace, replace_module, reroute, to_4_bits, adapt):
         change()
         found = one_token(model)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "next_token", lambda *args: None)
+        with by_layers():
             expected = one_token(model)
         close(found, expected, depth(model.config))
         assert steps.pop() is (change is not adapt)
@@ -544,8 +534,7 @@ def test_changes_between_two_tokens_are_seen(steps: list[bool]) -> None:
         change()
         twin = copy.deepcopy(cache)
         found = one_token(model, cache, routing=Routing(threshold=0.0))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(decoding, "next_token", lambda *args: None)
+        with by_layers():
             expected = one_token(model, twin, routing=Routing(threshold=0.0))
         torch.testing.assert_close(found, expected, rtol=0, atol=2**-5 * float(expected.abs().max()))
         assert steps.pop() is (change not in (to_4_bits, hook))  # layers prepare kernels when they are called
