@@ -53,7 +53,8 @@ struct Buffer {
 };
 
 // What a step is given, of B sequences: the rotation's cosines and sines (B, width), with a stride of 0 where all have the
-// same; which tokens are real, and which of them routers decide about; decisions (routed layers, B) that replace the
+// same; which tokens are real, and which of them routers decide about; whether they leave keys and values in layers that they
+// skip, too; decisions (routed layers, B) that replace the
 // routers' (1, 0, or -1: the router's), or nullptr; θ (routed layers); buffers (layers), and how many tokens of each
 // sequence they keep (layers, B). And what it gives: the routers' logits (routed layers, B, 2), decisions (layers, B), and
 // normed states (B, hidden) or, where there is a head, its logits (B, outputs).
@@ -63,6 +64,7 @@ struct Step {
   const T *cos, *sin;
   int64_t stride;
   const bool *real, *free;
+  bool keeps;
   const int8_t* forced;
   const double* thresholds;
   const Buffer<T>* buffers;
@@ -97,11 +99,11 @@ inline void add_product(Team& team, const Linear<T>& linear, const T* x, Private
   }
 }
 
-// The executing sequences' tokens, normalised: (N, hidden), in `mine.tokens`.
+// Some sequences' tokens, normalised: (N, hidden), in `mine.tokens`.
 template <typename T>
-inline void normalise(const Norm<T>& norm, const T* x, int64_t hidden, Private<T>& mine) {
+inline void normalise(const Norm<T>& norm, const T* x, int64_t hidden, const std::vector<int64_t>& rows, Private<T>& mine) {
   T* to = mine.tokens.data();
-  for (const int64_t row : mine.rows) {
+  for (const int64_t row : rows) {
     rms_norm(x + row * hidden, norm.weight, norm.eps, 1, hidden, to);
     to += hidden;
   }
@@ -135,6 +137,57 @@ inline bool executes(const float* logits, double threshold) {
   return execute / (skip + execute) >= static_cast<float>(threshold);
 }
 
+// This thread's part of some linears' outputs, which are shared as if they were one's; a pair each: where they go.
+template <typename T, size_t N>
+inline void project(Team& team, const std::pair<const Linear<T>*, T*> (&linears)[N], int64_t tokens, Private<T>& mine) {
+  int64_t outputs = 0, ready = 0;
+  for (const auto& [linear, to] : linears) outputs += linear->outputs / LANES;
+  auto [first, last] = team.share(outputs);
+  for (const auto& [linear, to] : linears) {
+    const int64_t all = linear->outputs / LANES;
+    multiply(*linear, mine.tokens.data(), tokens, std::clamp<int64_t>(first, 0, all) * LANES,
+             std::clamp<int64_t>(last, 0, all) * LANES, mine, ready, to);
+    first -= all, last -= all;
+  }
+}
+
+// Where a sequence's keys, or values, of a group begin in a layer's buffer.
+template <typename T>
+inline int64_t place(const Buffer<T>& buffer, const Sizes& sizes, int64_t row, int64_t group) {
+  return (row * sizes.groups + group) * buffer.capacity * sizes.width;
+}
+
+// A token's projected key of a group, normalised where the layer does, and rotated, into `mine.key`.
+template <typename T>
+inline void turn_key(const Sizes& sizes, const Layer<T>& layer, const Step<T>& step, int64_t row, const T* projected,
+                     Private<T>& mine) {
+  T* to = mine.key.data();
+  if (layer.key_norm.weight != nullptr) {
+    rms_norm(projected, layer.key_norm.weight, layer.key_norm.eps, 1, sizes.width, to);
+    projected = to;
+  }
+  rotate(projected, step.cos + row * step.stride, step.sin + row * step.stride, 1, sizes.width, to);
+}
+
+// Keys and values of the sequences in `mine.skipping`, which don't execute the layer, join its buffer.
+template <typename T>
+inline void remember(Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step, const Buffer<T>& buffer,
+                     const int64_t* kept, Shared<T>& shared, Private<T>& mine, const T* x) {
+  const int64_t tokens = mine.skipping.size(), width = sizes.width;
+  T *key = shared.key.data(), *value = shared.value.data();
+  normalise(layer.norm, x, sizes.hidden, mine.skipping, mine);
+  project<T, 2>(team, {{&layer.key, key}, {&layer.value, value}}, tokens, mine);
+  team.wait();
+  const auto [first, last] = team.share(tokens * sizes.groups);
+  for (int64_t item = first; item < last; item++) {
+    const int64_t row = mine.skipping[item / sizes.groups], at = place(buffer, sizes, row, item % sizes.groups);
+    turn_key(sizes, layer, step, row, key + item * width, mine);
+    append(mine.key.data(), width, kept[row], buffer.keys + at);
+    append(value + item * width, width, kept[row], buffer.values + at);
+  }
+  team.wait();
+}
+
 // One layer for the sequences in `mine.rows`: x (B, hidden) becomes what it gives.
 template <typename T>
 inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const Step<T>& step, const Buffer<T>& buffer,
@@ -142,16 +195,8 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
   const int64_t tokens = mine.rows.size(), width = sizes.width, of_group = sizes.heads / sizes.groups;
   T *query = shared.query.data(), *key = shared.key.data(), *value = shared.value.data();
 
-  normalise(layer.norm, x, sizes.hidden, mine);
-  const std::pair<const Linear<T>*, T*> projections[] = {{&layer.query, query}, {&layer.key, key}, {&layer.value, value}};
-  auto [first, last] = team.share((sizes.heads + 2 * sizes.groups) * width / LANES);
-  int64_t ready = 0;
-  for (const auto& [linear, to] : projections) {
-    const int64_t all = linear->outputs / LANES;
-    multiply(*linear, mine.tokens.data(), tokens, std::clamp<int64_t>(first, 0, all) * LANES,
-             std::clamp<int64_t>(last, 0, all) * LANES, mine, ready, to);
-    first -= all, last -= all;
-  }
+  normalise(layer.norm, x, sizes.hidden, mine.rows, mine);
+  project<T, 3>(team, {{&layer.query, query}, {&layer.key, key}, {&layer.value, value}}, tokens, mine);
   team.wait();
 
   // By heads of queries: where two threads share a head of keys, either rotates the new key for itself.
@@ -160,15 +205,11 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
     const int64_t item = head / of_group, row = mine.rows[item / sizes.groups], group = item % sizes.groups;
     next = std::min((item + 1) * of_group, end);
     T *queries = query + head * width, *new_key = mine.key.data(), *new_value = value + item * width;
-    const T *projected = key + item * width, *cos = step.cos + row * step.stride, *sin = step.sin + row * step.stride;
-    if (layer.query_norm.weight != nullptr) {
+    if (layer.query_norm.weight != nullptr)
       rms_norm(queries, layer.query_norm.weight, layer.query_norm.eps, next - head, width, queries);
-      rms_norm(projected, layer.key_norm.weight, layer.key_norm.eps, 1, width, new_key);
-      projected = new_key;
-    }
-    rotate(queries, cos, sin, next - head, width, queries);
-    rotate(projected, cos, sin, 1, width, new_key);
-    const int64_t at = (row * sizes.groups + group) * buffer.capacity * width;
+    rotate(queries, step.cos + row * step.stride, step.sin + row * step.stride, next - head, width, queries);
+    turn_key(sizes, layer, step, row, key + item * width, mine);
+    const int64_t at = place(buffer, sizes, row, group);
     attend_next(queries, new_key, new_value, buffer.keys + at, buffer.values + at, kept[row], next - head, width,
                 sizes.scaling, mine.room.data(), shared.attended.data() + head * width);
     if (head == item * of_group) {
@@ -181,9 +222,9 @@ inline void execute(Team& team, const Sizes& sizes, const Layer<T>& layer, const
   add_product(team, layer.output, shared.attended.data(), mine, shared.output.data(), x);
   team.wait();
 
-  normalise(layer.mlp_norm, x, sizes.hidden, mine);
+  normalise(layer.mlp_norm, x, sizes.hidden, mine.rows, mine);
   const auto [from, to] = team.share(sizes.inner / LANES);
-  ready = 0;
+  int64_t ready = 0;
   multiply(layer.gate, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, mine.gate.data());
   multiply(layer.up, mine.tokens.data(), tokens, from * LANES, to * LANES, mine, ready, shared.inner.data());
   for (int64_t n = 0; n < tokens; n++) {
@@ -209,7 +250,7 @@ inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& 
       route(team, layer.router, x, batch, sizes.hidden, mine, shared.wide[index % 2].data(), logits.data());
       if (team.rank == 0) std::copy(logits.begin(), logits.end(), step.logits + routed * 2 * batch);
     }
-    mine.rows.clear();
+    mine.rows.clear(), mine.skipping.clear();
     for (int64_t b = 0; b < batch; b++) {
       bool gate = step.real[b];
       if (layer.routed && step.free[b]) {
@@ -217,10 +258,14 @@ inline void decode(Team& team, const Sizes& sizes, const std::vector<Layer<T>>& 
         gate = forced >= 0 ? forced != 0 : executes(logits.data() + 2 * b, step.thresholds[routed]);
       }
       if (gate) mine.rows.push_back(b);
+      else if (step.keeps && step.real[b]) mine.skipping.push_back(b);
       if (team.rank == 0) step.gates[index * batch + b] = gate;
     }
     routed += layer.routed;
-    if (!mine.rows.empty()) execute(team, sizes, layer, step, step.buffers[index], step.kept + index * batch, shared, mine, x);
+    const Buffer<T>& buffer = step.buffers[index];
+    const int64_t* kept = step.kept + index * batch;
+    if (!mine.skipping.empty()) remember(team, sizes, layer, step, buffer, kept, shared, mine, x);
+    if (!mine.rows.empty()) execute(team, sizes, layer, step, buffer, kept, shared, mine, x);
   }
   if (last.head.outputs == 0) {
     if (team.rank == 0) rms_norm(x, last.norm.weight, last.norm.eps, batch, sizes.hidden, step.output);

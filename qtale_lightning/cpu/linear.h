@@ -36,13 +36,13 @@ struct Private {
   std::vector<T> tokens, gate, key;
   std::vector<float> inputs, sums, room;
   std::vector<int8_t> codes;
-  std::vector<int64_t> rows;
+  std::vector<int64_t> rows, skipping;  // sequences that execute a layer, and those that leave keys and values alone
 
   Private(const Sizes& s, int64_t batch, int64_t longest)
       : tokens(batch * s.hidden), gate(batch * s.inner), key(s.width),
         inputs(2 * batch * std::max({s.hidden, s.inner, s.heads * s.width})),  // twice for planes
         sums(inputs.size() / LANES), room(attention_room(s.heads / s.groups, s.width, longest)), codes(inputs.size()) {
-    rows.reserve(batch);
+    rows.reserve(batch), skipping.reserve(batch);
   }
 };
 

@@ -107,7 +107,7 @@ class Decoder : public torch::CustomClassHolder {
   // (B, 1, D) where there is no head; the routers' logits (routed layers, B, 2) and decisions (layers, B). Keys and
   // values join the buffers of each layer behind the tokens that it keeps, `kept` (layers · B).
   std::tuple<Tensor, Tensor, Tensor> step(Tensor ids, Tensor cos, Tensor sin, Tensor real, Tensor free,
-                                          std::vector<double> thresholds, std::optional<Tensor> forced,
+                                          bool keeps, std::vector<double> thresholds, std::optional<Tensor> forced,
                                           c10::intrusive_ptr<Buffers> buffers, std::vector<int64_t> kept) {
     const int64_t batch = ids.numel(), routed = thresholds.size(), longest = check_kept(*buffers, batch, kept);
     TORCH_CHECK(ids.is_contiguous() && ids.scalar_type() == at::kLong && cos.is_contiguous() && sin.is_contiguous() &&
@@ -126,7 +126,7 @@ class Decoder : public torch::CustomClassHolder {
       const auto& last = ends<T>()[0];
       output = at::empty({batch, 1, last.head.outputs == 0 ? sizes_.hidden : last.head.outputs}, options);
       const Step<T> step{batch, read<T>(cos), read<T>(sin), cos.numel() == sizes_.width ? 0 : sizes_.width,
-                         read<bool>(real), read<bool>(free), forced ? read<int8_t>(*forced) : nullptr, thresholds.data(),
+                         read<bool>(real), read<bool>(free), keeps, forced ? read<int8_t>(*forced) : nullptr, thresholds.data(),
                          std::get<std::vector<Buffer<T>>>(buffers->of_layers).data(), kept.data(),
                          write<float>(logits), write<bool>(gates), write<T>(output)};
       qtale::Shared<T> shared(sizes_, batch);

@@ -174,16 +174,18 @@ class _Decoder:
             *(angles.contiguous() for angles in rotary),
             routing.tokens.contiguous(),
             routing.free.contiguous(),
+            routing.keep_kv,
             list(routing.thresholds.values()),
             self._forced(routing),
             bound.buffers,
             kept,
         )
-        new = gates.flatten().tolist()
         gates = gates.unsqueeze(-1)
+        present = routing.tokens.expand_as(gates) if routing.keep_kv else gates  # leave keys and values
+        new = present.flatten().tolist()
         for index in self.windows:
-            if gates[index].any():
-                layers[index].remember(routing.places, Packing.of(gates[index]))
+            if present[index].any():
+                layers[index].remember(routing.places, Packing.of(present[index]))
         lengths, batch = [*map(int.__add__, kept, new)], len(ids)
         for first, layer in zip(range(0, len(lengths), batch), layers, strict=True):
             layer.lengths = tuple(lengths[first : first + batch])
@@ -311,7 +313,7 @@ def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
     plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
     if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
         return None
-    if config.gates != "layer" or config.keep_kv or config.stand_in_rank or config.hidden_act != "silu":
+    if config.gates != "layer" or config.stand_in_rank or config.hidden_act != "silu":
         return None
     found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
     return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]

@@ -236,7 +236,7 @@ def stack_of(model: Any, batch: int, capacity: int, forced: Tensor | None = None
         or any(operands[0].ndim != 2 for part in parts for operands in part.weights)
     ):
         return None  # a kernel's own layout may be another one
-    if batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
+    if config.keep_kv or batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
         return None
     if getattr(stack.rotary_emb, "rope_type", "default") not in ("default", "linear", "llama3"):
         return None  # angles that change with a sequence's length

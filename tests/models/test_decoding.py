@@ -282,6 +282,24 @@ def test_decisions(routing: Callable[[int], Routing], steps: list[bool]) -> None
     assert steps == [True] * NEW
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mistral"])
+def test_tokens_leave_keys_in_layers_that_they_skip(
+    family: str, dtype: torch.dtype, steps: list[bool]
+) -> None:
+    """Every layer keeps every token that isn't padding, and some tokens skip."""
+    model = made(family, dtype, keep_kv=True)
+    expected = decoded(model, lambda step: False)
+    for by_steps in (lambda step: True, lambda step: step % 2 == 0):
+        found = decoded(model, by_steps)
+        same(model, found, expected)
+        assert all(
+            layer.lengths == (PROMPT + NEW - 3, *[PROMPT + NEW] * (BATCH - 1)) for layer in found[2].layers
+        )
+    assert not all(gate.all() for routing in expected[1] for gate in routing.gates.values())
+    assert any(steps)
+
+
 @pytest.mark.parametrize("method", ["full", "random"])
 def test_methods_that_no_router_decides(method: str, steps: list[bool]) -> None:
     """One that decides nothing is computed by C++; one with decisions of its own isn't."""
