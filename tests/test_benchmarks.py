@@ -16,7 +16,7 @@ SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "
 # Arguments that keep a quick run quick: AutoAWQ alone takes longer than all others together, and other widths are
 # other numbers of the same path.
 MORE = {"quantize": ["--bits", "4", "3.5", "--autoawq-bits"]}
-NOT_QUICK = {"calibration", "plot_latency"}  # what they need is made by their own tests
+NOT_QUICK = {"calibration", "plot_latency", "runs"}  # what they need is made by their own tests
 
 Bench = Callable[..., Path]
 
@@ -96,6 +96,17 @@ def test_calibration_compares_on_a_finished_run(bench: Bench, finished_run: Path
     target = bench("calibration", str(finished_run), "--quick", "--thresholds", "0.5")
     (row,) = measured(target, "calibration")["rows"]
     assert row["θ"] == 0.5
+
+
+@pytest.mark.slow
+def test_runs_are_measured_at_their_own_decisions(bench: Bench, finished_run: Path) -> None:
+    target = bench("runs", str(finished_run), str(finished_run), "--quick", "--bits", "16")
+    first, second = measured(target, "runs")["rows"]
+    assert first["score ×"] == first["limit"] == first["token limit"] == second["limit"] == 1
+    assert 0 < first["executed"] <= 1
+    assert 0 < second["token executed"] <= 1
+    with pytest.raises(ValueError, match=r"selected no θ for a budget of 0\.8 at 16 bits: `thresholds"):
+        bench("runs", str(finished_run), "--quick", "--bits", "16", "--budget", "0.8")
 
 
 @pytest.mark.parametrize("name", ["quantize", "evaluate"])

@@ -116,7 +116,7 @@ def evaluate(
 
     Args:
         run: A run's directory.
-        bits: Precision, of those that the run has.
+        bits: Precision, of those that the run has by --quantize.engine (by default its own).
         theta: Threshold, or one for each routed layer; by default the model's own.
         activation_bits: Of tokens in products with quantized weights: 8 rounds them, in blocks of 32.
         head_bits: Of the head's weights: 8 and 4 round them to nearest, in groups of 32.
@@ -168,7 +168,7 @@ def lm_eval(
     Args:
         run: A run's directory.
         tasks: Tasks joined by commas, ours or the harness's; by default the run's.
-        bits: Precision, of those that the run has.
+        bits: Precision, of those that the run has by --quantize.engine (by default its own).
         theta: Threshold; by default the model's own.
         limit: Questions of each task, the first ones; by default all.
         batch_size: Requests in a batch, or auto; by default 8 on a CPU, else auto.
@@ -193,7 +193,7 @@ def inspect(
 
     Args:
         run: A run's directory.
-        bits: Precisions beside 16; by default all there are.
+        bits: Precisions beside 16; by default all that --quantize.engine has made.
         theta: Threshold of all precisions; by default the model's own.
         questions: Validation questions to measure changes on.
         text: A text of your own instead of validation questions; give it once for each.
