@@ -157,7 +157,10 @@ class ModelSettings:
                     "must be 0 (METHOD=… of make sets it)"
                 )
         self._check_tools(ratio_budget, ratio_ascent, distillation, teacher, stages, noise_schedule)
-        for option, given in (("keep_kv", keep_kv), ("gates sublayer", gates == "sublayer")):
+        for option, given, off in (
+            ("keep_kv", keep_kv, "keep_kv false"),
+            ("gates sublayer", gates == "sublayer", "gates layer"),
+        ):
             if given and not (self.how.decides and family.fused):
                 why = (
                     "skips nothing by tokens"
@@ -165,7 +168,7 @@ class ModelSettings:
                     else "is of a family whose layers are computed whole"
                 )
                 subject = f"method {method}" if family.fused else name
-                raise ValueError(f"--model.{option}: {subject} {why}: leave it out")
+                raise ValueError(f"--model.{option}: {subject} {why}: give --model.{off}")
         if gates == "sublayer" and (keep_kv or stand_in_rank):
             other = "keep_kv" if keep_kv else "stand_in_rank"
             raise ValueError(f"--model.gates sublayer doesn't go with --model.{other}: leave one of them out")

@@ -37,7 +37,12 @@ def test_model_and_method_make_a_run(
     monkeypatch.setattr(QTALEModule, "configure_model", untouchable)
     monkeypatch.setattr("qtale_lightning.module.load_tokenizer", untouchable)
     monkeypatch.setattr(CommonsenseDataModule, "setup", untouchable)
-    cli = QTALECLI(options(model, method, "--out", "somewhere"), "fit")
+    given = options(model, method, "--out", "somewhere")
+    if (model, method) == ("gemma3-270m", "qtale-plus"):
+        with pytest.raises(ValueError, match=r"layers are computed whole: give --model\.keep_kv false"):
+            QTALECLI(given, "fit")
+        given += ["--model.keep_kv", "false"]
+    cli = QTALECLI(given, "fit")
     cli.check()
     assert (cli.model.name, cli.model.method) == (model, method)
     assert cli.run.root == Path("somewhere") / f"{model}-{method}-facts-s0"
@@ -55,5 +60,6 @@ def test_a_method_changes_nothing_but_the_objective() -> None:
         content = yaml.safe_load((EXPERIMENTS / f"methods/{method}.yaml").read_text(encoding="utf-8"))
         assert content.keys() == {"model"}
         objective = {"method", "lambda_ratio", "lambda_entropy", "lambda_prediction"}
-        recipe = {"target_ratio"} if method == "qtale-plus" else set()
+        parts = {"target_ratio", "keep_kv", "lora_rank", "lora_targets"}
+        recipe = parts if method == "qtale-plus" else set()
         assert content["model"].keys() <= objective | recipe

@@ -91,7 +91,7 @@ def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(Path(__file__).parents[2])
     assert names("tables") == [
         "ablation", "baselines", "cost", "csqa", "diversity", "fairness", "generality", "low-bit",
-        "phases", "quantizers", "recipe", "sensitivity", "toolbox",
+        "phases", "qtale-plus", "quantizers", "recipe", "sensitivity", "toolbox",
     ]  # fmt: skip
     fairness = load_declaration(FOLDER / "fairness.yaml")
     like = [line for line in fairness.lines if isinstance(line.theta, BudgetRule) and line.theta.like]
