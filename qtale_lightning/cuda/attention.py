@@ -1,7 +1,7 @@
 """Attention of a decoded token over a layer's cache, in Triton: rotation, appending and attention in one kernel.
 
 How many keys there are is on the device, so that nobody waits for the host. Where a sequence skips the layer, nothing
-is read and nothing appended.
+is read, and nothing appended but where it keeps its key and value.
 """
 
 from typing import NamedTuple
@@ -35,6 +35,7 @@ def attend(
     gates: Tensor,
     output: Tensor,
     scaling: float,
+    keeps: bool = False,
 ) -> None:
     """Write the attention of one token a sequence into ``output (B, H · d)``; its key and value join the cache.
 
@@ -49,13 +50,14 @@ def attend(
         gates: int32 ``(B,)``, 0 for a sequence that skips the layer.
         output: Of sequences that execute it.
         scaling: Of the scores.
+        keeps: Whether keys and values join the cache of sequences that skip the layer, too.
     """
     batch, groups, capacity, width = keys.shape
     shared = output.shape[1] // width // groups
     query_norm, key_norm = (None, None) if head_norms is None else head_norms
     _attend[(batch, groups)](
         heads, *rotary, positions, query_norm, key_norm, eps, keys, values, lengths, gates, output, scaling, capacity,
-        GROUPS=groups, SHARED=shared, WIDTH=width,
+        KEEPS=keeps, GROUPS=groups, SHARED=shared, WIDTH=width,
         QUERIES=max(LEAST, triton.next_power_of_2(shared)), BLOCK=64,
     )  # fmt: skip
 
@@ -90,21 +92,19 @@ def _rotated(
 def _attend(
     heads: tl.tensor, cos: tl.tensor, sin: tl.tensor, positions: tl.tensor, query_norm: tl.tensor, key_norm:
     tl.tensor, eps: tl.tensor, keys: tl.tensor, values: tl.tensor, lengths: tl.tensor, gates: tl.tensor, output:
-    tl.tensor, scaling: tl.tensor, capacity: tl.tensor, GROUPS: tl.constexpr, SHARED: tl.constexpr, WIDTH:
-    tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    tl.tensor, scaling: tl.tensor, capacity: tl.tensor, KEEPS: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr,
+    WIDTH: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """A program a sequence and key head."""
     row, group = tl.program_id(0), tl.program_id(1)
-    if tl.load(gates + row) == 0:
-        return
+    if not KEEPS:  # noqa: SIM102 (known when it is compiled)
+        if tl.load(gates + row) == 0:
+            return
     half: tl.constexpr = WIDTH // 2
     past = tl.load(lengths + row) - 1
     place = tl.load(positions + row) * WIDTH
     cos, sin = cos + place, sin + place
     heads += row * (SHARED + 2) * GROUPS * WIDTH
-    query = tl.arange(0, QUERIES)[:, None]
-    of_group = query < SHARED
-    low, high = _rotated(heads + (group * SHARED + query) * WIDTH, of_group, query_norm, eps, cos, sin, WIDTH)
     first = heads + (GROUPS * SHARED + group) * WIDTH + tl.arange(0, 1)[:, None]
     key_low, key_high = _rotated(first, True, key_norm, eps, cos, sin, WIDTH)
     column = tl.arange(0, WIDTH)[None, :]
@@ -115,7 +115,13 @@ def _attend(
     tl.store(keys + past * WIDTH + halves, key_low)
     tl.store(keys + past * WIDTH + half + halves, key_high)
     tl.store(values + past * WIDTH + column, value)
+    if KEEPS:  # noqa: SIM102
+        if tl.load(gates + row) == 0:
+            return
 
+    query = tl.arange(0, QUERIES)[:, None]
+    of_group = query < SHARED
+    low, high = _rotated(heads + (group * SHARED + query) * WIDTH, of_group, query_norm, eps, cos, sin, WIDTH)
     # The new token first, from registers; then those of the cache, a block at a time, as flash attention does.
     low_, high_ = low.to(tl.float32), high.to(tl.float32)
     most = tl.sum(low_ * key_low.to(tl.float32), 1) + tl.sum(high_ * key_high.to(tl.float32), 1)

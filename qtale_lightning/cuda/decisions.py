@@ -38,11 +38,12 @@ class Decisions(NamedTuple):
     Attributes:
         gates: int32 ``(B,)``: 1 for those that execute the layer.
         logits: float32 ``(B, 2)``.
-        lengths: int32 ``(B,)``: tokens in the layer's cache, this one included where it executes.
+        lengths: int32 ``(B,)``: tokens in the layer's cache, this one included where it executes, or is kept.
         threshold: θ, float32 ``(1,)``.
         places: Of the token in its sequence, int64 ``(B,)``.
         forced: Decisions that replace the router's, int8 ``(steps, B)``, -1 where there are none; repeated.
         step: Which of these it is, int64 ``(1,)``.
+        keeps: Whether a token leaves a key and a value in a layer that it skips, too.
     """
 
     gates: Tensor
@@ -52,6 +53,7 @@ class Decisions(NamedTuple):
     places: Tensor
     forced: Tensor | None
     step: Tensor
+    keeps: bool
 
 
 def decide(x: Tensor, router: RouterWeights, wide: Tensor, to: Decisions, reserved: int) -> None:
@@ -70,7 +72,7 @@ def decide(x: Tensor, router: RouterWeights, wide: Tensor, to: Decisions, reserv
         wide, router.norm, router.eps, router.out, router.out_bias, to.threshold, forced, to.step, to.places,
         to.gates, to.logits, to.lengths,
         1 if forced is None else len(forced), *strides, reserved,
-        WIDTH=wide.shape[1], BLOCK=triton.next_power_of_2(wide.shape[1]),
+        KEEPS=to.keeps, WIDTH=wide.shape[1], BLOCK=triton.next_power_of_2(wide.shape[1]),
     )  # fmt: skip
 
 
@@ -84,8 +86,8 @@ def always(to: Decisions) -> None:
 def _decide(
     wide: tl.tensor, norm: tl.tensor, eps: tl.tensor, out: tl.tensor, out_bias: tl.tensor, threshold: tl.tensor,
     forced: tl.tensor, step: tl.tensor, places: tl.tensor, gates: tl.tensor, logits: tl.tensor, lengths: tl.tensor,
-    steps: tl.tensor, step_stride: tl.tensor, forced_stride: tl.tensor, reserved: tl.tensor, WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    steps: tl.tensor, step_stride: tl.tensor, forced_stride: tl.tensor, reserved: tl.tensor, KEEPS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """A program a sequence."""
     row = tl.program_id(0)
@@ -109,4 +111,4 @@ def _decide(
     tl.store(logits + 2 * row, skip)
     tl.store(logits + 2 * row + 1, execute)
     tl.store(gates + row, gate)
-    tl.store(lengths + row, tl.load(lengths + row) + gate)
+    tl.store(lengths + row, tl.load(lengths + row) + (1 if KEEPS else gate))

@@ -65,6 +65,7 @@ def linear(
     norm: Tensor | None = None,
     eps: float = 0.0,
     residual: bool = False,
+    first: int = 0,
 ) -> None:
     """Write ``x · Wᵀ + b`` of up to three weights, side by side, into ``y (B, Σ out)``, rounded to its dtype.
 
@@ -76,14 +77,14 @@ def linear(
         norm: Weight ``(in,)`` of an RMS norm that tokens go through before; Hugging Face's, with its roundings.
         eps: Of the norm.
         residual: Add to ``y``, in sequences that execute the layer, instead.
+        first: Of the outputs ``y`` has: where these begin.
     """
     if len({weight.form for weight in weights}) > 1:
-        first = 0
         for weight in weights:
             _launch(x, [weight], y, first, gates, norm, eps, residual)
             first += len(weight.values)
     else:
-        _launch(x, weights, y, 0, gates, norm, eps, residual)
+        _launch(x, weights, y, first, gates, norm, eps, residual)
 
 
 def _launch(

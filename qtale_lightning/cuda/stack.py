@@ -7,6 +7,7 @@ the layer return at once where nobody executes it, the residual stream left as i
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ class Shape:
         scaling: Of attention's scores.
         eps: Of all norms.
         reserved: Initial tokens of a sequence that execute every layer.
+        keeps: Whether tokens leave keys and values in layers that they skip, too.
     """
 
     heads: int
@@ -57,6 +59,7 @@ class Shape:
     scaling: float
     eps: float
     reserved: int
+    keeps: bool
 
 
 class Stack:
@@ -147,19 +150,26 @@ class Stack:
         gates, lengths, shape = self.gates[index], self.lengths[index], self.shape
         to = Decisions(
             gates, self.logits[index], lengths, self.thresholds[index : index + 1], self.places,
-            None if self.forced is None else self.forced[:, index], self.step,
+            None if self.forced is None else self.forced[:, index], self.step, shape.keeps,
         )  # fmt: skip
         if layer.router is None:
             always(to)
         else:
             decide(self.stream, layer.router, self._wide[layer.router.down.dtype], to, shape.reserved)
         before, behind = layer.norms
+        attends = partial(
+            attend, self._heads, self.rotary, self.positions, layer.head_norms, shape.eps, self.keys[index],
+            self.values[index], lengths, gates, self._attention, shape.scaling, shape.keeps,
+        )  # fmt: skip
+        if shape.keeps:  # nothing of it waits for a gate but the query
+            query, *key_value = layer.projections
+            linear(self.stream, [query], self._heads, gates, before, shape.eps)
+            linear(self.stream, key_value, self._heads, None, before, shape.eps, first=len(query.values))
+            attends()
         with nullcontext() if where is None or layer.router is None else where(gates):
-            linear(self.stream, layer.projections, self._heads, gates, before, shape.eps)
-            attend(
-                self._heads, self.rotary, self.positions, layer.head_norms, shape.eps, self.keys[index],
-                self.values[index], lengths, gates, self._attention, shape.scaling,
-            )  # fmt: skip
+            if not shape.keeps:
+                linear(self.stream, layer.projections, self._heads, gates, before, shape.eps)
+                attends()
             linear(self._attention, [layer.output], self.stream, gates, residual=True)
             gated_linear(self.stream, layer.gate, layer.up, self._inner, gates, behind, shape.eps)
             linear(self._inner, [layer.down], self.stream, gates, residual=True)

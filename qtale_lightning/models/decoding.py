@@ -306,7 +306,7 @@ class Parts(NamedTuple):
 def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
     """The layers' parts, for tokens of a dtype; None where one isn't of `fused`.
 
-    None, too, where what a token skips isn't left out, or is a part of a layer.
+    None, too, where something stands in for what a token skips, or that is a part of a layer.
     """
     config, layers = model.config, model.layers
     embed: Any = model.embed_tokens

@@ -236,7 +236,7 @@ def stack_of(model: Any, batch: int, capacity: int, forced: Tensor | None = None
         or any(operands[0].ndim != 2 for part in parts for operands in part.weights)
     ):
         return None  # a kernel's own layout may be another one
-    if config.keep_kv or batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
+    if batch > MOST_SEQUENCES or width < 32 or width & (width - 1):
         return None
     if getattr(stack.rotary_emb, "rope_type", "default") not in ("default", "linear", "llama3"):
         return None  # angles that change with a sequence's length
@@ -244,7 +244,7 @@ def stack_of(model: Any, batch: int, capacity: int, forced: Tensor | None = None
     rotary = Rotary(*(angles[0].contiguous() for angles in stack.rotary_emb(stack.norm.weight, positions)))
     shape = Shape(
         config.num_attention_heads, config.num_key_value_heads, width, attention.scaling, stack.norm.variance_epsilon,
-        config.reserved_tokens,
+        config.reserved_tokens, config.keep_kv,
     )  # fmt: skip
     eps = [layer.router.norm.eps if layer.router is not None else 0.0 for layer in stack.layers]
     layers = [_weights(part, of_router) for part, of_router in zip(parts, eps, strict=True)]

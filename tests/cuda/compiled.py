@@ -46,7 +46,9 @@ def main() -> None:
         "eps": "fp32",
     }
     strides = dict.fromkeys(("steps", "step_stride", "forced_stride", "reserved"), "i32")
-    print("decide", size(decisions._decide, floats | places | strides, WIDTH=512, BLOCK=512))
+    for keeps in (False, True):
+        code = size(decisions._decide, floats | places | strides, KEEPS=keeps, WIDTH=512, BLOCK=512)
+        print("decide", keeps, code)
     halves = dict.fromkeys(
         ("heads", "cos", "sin", "keys", "values", "output", "query_norm", "key_norm"), "*bf16"
     )
@@ -58,8 +60,9 @@ def main() -> None:
         "capacity": "i32",
         "eps": "fp32",
     }
-    code = size(attention._attend, halves | others, GROUPS=8, SHARED=4, WIDTH=128, QUERIES=16, BLOCK=64)
-    print("attend", code)
+    heads = {"GROUPS": 8, "SHARED": 4, "WIDTH": 128, "QUERIES": 16, "BLOCK": 64}
+    for keeps in (False, True):
+        print("attend", keeps, size(attention._attend, halves | others, KEEPS=keeps, **heads))
     levels = {"weight": "*u8", "scales": "*fp16", "zeros": "*u8", "y": "*bf16", "outputs": "i32"}
     print("dequantize", size(linear._dequantize, levels, INPUTS=4096, GROUP=128, ROWS=16, BLOCK=128))
 

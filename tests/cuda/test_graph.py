@@ -97,6 +97,18 @@ def test_tokens(family: str, batch: int, bits: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
+def test_tokens_whose_keys_are_kept_in_skipped_layers() -> None:
+    model = made("llama", keep_kv=True).to(DEVICE)
+    routing = Routing()
+    assert torch.equal(generated(model, 3, True, routing=routing), generated(model, 3, False))
+    lengths = graph._decoders[model][2].stack.lengths.cpu()
+    assert (lengths == mask(3).sum(1).cpu() + NEW - 1).all()
+    assert not all(gate.all() for gate in routing.gates.values())
+    del graph._decoders[model]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("kernels")
 def test_ends_and_chances(monkeypatch: pytest.MonkeyPatch) -> None:
     """One captured step for tokens by chance, from the same random numbers; another for the likeliest."""
     model = made().to(DEVICE)
@@ -141,9 +153,10 @@ def test_a_step_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
-def test_forced_decisions_and_states(threshold: float) -> None:
+@pytest.mark.parametrize("keep_kv", [False, True])
+def test_forced_decisions_and_states(threshold: float, keep_kv: bool) -> None:
     """Scores, router logits and caches of a step whose decisions are given, against the layers'."""
-    model = made("qwen3").to(DEVICE)
+    model = made("qwen3", keep_kv=keep_kv).to(DEVICE)
     model.config.threshold = threshold
     prompt, token = ids(PROMPT).to(DEVICE), ids(1, 5).to(DEVICE)
     forced = torch.tensor([[-1, -1, -1], [0, 1, 1], [1, 0, 1], [-1, -1, -1]], dtype=torch.int8, device=DEVICE)
@@ -190,8 +203,7 @@ def test_what_is_left_to_hugging_faces_loop() -> None:
     generated(model, 1, False, new=2)
     assert graph.decoder_of(model, 1, 20, graph.greedy, ()) is None
     handle.remove()
-    config = model.config
-    config.keep_kv = True
+    model.config.hidden_act = "gelu"
     assert graph.stack_of(model, 1, 20) is None
 
 
