@@ -10,29 +10,18 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qtale_lightning import cpu
+from qtale_lightning.models.angles import Angles
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.fused import FusedAttention, FusedLayer, FusedMLP, FusedRMSNorm
 from qtale_lightning.models.packing import Packing
+from qtale_lightning.models.parts import fits, parts_of
 from qtale_lightning.models.routing import OfUnits, Routing
-from qtale_lightning.watch import Watch, version_of
+from qtale_lightning.watch import Watch
 
 MOST_SEQUENCES = 16
 """Of a step: with more, products of many tokens are faster one by one."""
-
-POSITIONS = 256
-"""Whose rotations are made together."""
-
-_FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""Transformers' rotary embeddings that give a position the same angles in every sequence."""
-
-_LINEARS = {
-    "self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"),
-    "mlp": ("gate_proj", "up_proj", "down_proj"),
-}
-"""In the order of `cpu/stack.h`."""
 
 
 def next_token(
@@ -106,31 +95,6 @@ def _is_plain(model: Any, input_ids: Tensor, routing: Routing, options: Mapping[
     )
 
 
-class _Angles:
-    """A rotary embedding's cosines and sines, made for a block of positions at a time: one alone takes as long."""
-
-    def __init__(self, rotary: Any, like: Tensor) -> None:
-        self.rotary, self.like = rotary, like
-        # The block, frequencies that its angles were made from, and these: all at once, for threads that share a model.
-        self.made: tuple[range, Any, Tensor, Tensor] = range(0), None, like, like
-
-    def at(self, places: list[int]) -> tuple[Tensor, Tensor]:
-        """Of tokens' places, one or B: ``(d)`` where they are one, else ``(B, 1, d)``."""
-        place, *others = places
-        fixed = getattr(self.rotary, "rope_type", None) in _FIXED_ROTATIONS
-        if not fixed or any(other != place for other in others):
-            return self.rotary(self.like, torch.tensor(places).unsqueeze(1))
-        block, source, cos, sin = self.made
-        now = self.rotary.inv_freq
-        if place not in block or now is not source[0] or version_of(now) != source[1]:
-            first = place - place % POSITIONS
-            block, source = range(first, first + POSITIONS), (now, version_of(now))
-            of_block = torch.arange(block.start, block.stop).unsqueeze(0)
-            cos, sin = (angles[0] for angles in self.rotary(self.like, of_block))
-            self.made = block, source, cos, sin
-        return cos[place - block.start], sin[place - block.start]
-
-
 class _Bound(NamedTuple):
     """A cache's buffers as a decoder takes them, which doesn't keep them; and their capacities, by sequence."""
 
@@ -152,7 +116,7 @@ class _Decoder:
     def __init__(self, model: Any, stack: Any, has_head: bool) -> None:
         layers = model.model.layers
         self.stack, self.has_head = stack, has_head
-        self.angles = _Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach())
+        self.angles = Angles(model.model.rotary_emb, model.model.embed_tokens.weight.detach())
         self.routed = [layer.layer_idx for layer in layers if layer.router is not None]
         self.windows = {layer.layer_idx: layer.window for layer in layers if layer.window is not None}
 
@@ -279,68 +243,7 @@ def _made(model: Any, dtype: torch.dtype) -> _Decoder | None:
     for part in parts:
         made.add(*part)
     has_head = operands is not None and (len(operands) > 1 or head.out_features % lanes == 0)
-    has_head = has_head and (head.bias is None or _fits(head.bias, dtype))
+    has_head = has_head and (head.bias is None or fits(head.bias, dtype))
     if has_head:
         made.end(operands, head.bias, getattr(head, "vocabulary", head.out_features))
     return _Decoder(model, made, has_head)
-
-
-class Parts(NamedTuple):
-    """What a decoded token needs of a layer.
-
-    Attributes:
-        norms: Weights of the norms before attention and MLP.
-        head_norms: Of those of queries and keys, or none.
-        weights: Operands of the linears' products, in the order of `cpu/stack.h`.
-        biases: Of the linears.
-        router: Its operands, or none.
-    """
-
-    norms: list[Tensor]
-    head_norms: list[Tensor]
-    weights: list[tuple[Tensor, ...]]
-    biases: list[Tensor | None]
-    router: list[Tensor]
-
-
-def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
-    """The layers' parts, for tokens of a dtype; None where one isn't of `fused`.
-
-    None, too, where something stands in for what a token skips, or that is a part of a layer.
-    """
-    config, layers = model.config, model.layers
-    embed: Any = model.embed_tokens
-    plain = type(embed) is nn.Embedding and embed.max_norm is None and embed.weight.is_contiguous()
-    if not plain or not isinstance(model.norm, FusedRMSNorm) or model.norm.weight.dtype != dtype:
-        return None
-    if config.gates != "layer" or config.stand_in_rank or config.hidden_act != "silu":
-        return None
-    found = [_parts(layer, dtype) if isinstance(layer, FusedLayer) else None for layer in layers]
-    return None if any(parts is None for parts in found) else [parts for parts in found if parts is not None]
-
-
-def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
-    """A layer's; None where something about it isn't known."""
-    attention: Any = layer.self_attn
-    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
-    head_norms: list[Any] = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
-    linears: list[Any] = [
-        layer.get_submodule(f"{block}.{name}") for block, names in _LINEARS.items() for name in names
-    ]
-    known = isinstance(attention, FusedAttention) and isinstance(layer.mlp, FusedMLP)
-    if not known or not all(isinstance(norm, FusedRMSNorm) for norm in norms + head_norms):
-        return None
-    weights = [linear.operands(dtype) if hasattr(linear, "operands") else None for linear in linears]
-    biases = [linear.bias if hasattr(linear, "bias") else None for linear in linears]
-    others = [norm.weight for norm in norms + head_norms] + [bias for bias in biases if bias is not None]
-    complete = [operands for operands in weights if operands is not None]
-    if len(complete) < len(weights) or not all(_fits(other, dtype) for other in others):
-        return None
-    router = [] if layer.router is None else layer.router.operands(dtype)
-    return Parts(
-        [norm.weight for norm in norms], [norm.weight for norm in head_norms], complete, biases, router
-    )
-
-
-def _fits(vector: Tensor, dtype: torch.dtype) -> bool:
-    return vector.dtype == dtype and vector.is_contiguous()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from qtale_lightning.models.cache import RoutedCache
-from qtale_lightning.models.decoding import MOST_SEQUENCES, Parts, parts_of
+from qtale_lightning.models.decoding import MOST_SEQUENCES
+from qtale_lightning.models.parts import Parts, parts_of
 from qtale_lightning.models.routing import Routing
 from qtale_lightning.watch import Watch
 
