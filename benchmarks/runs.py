@@ -8,7 +8,7 @@ computed by the same operations: a full model is a routed one without routers.
 
 - `score`: log-likelihoods of every choice of `--questions` questions of each task, as evaluation computes them.
 - `prompt`: the last position's logits of 8 questions' prompts, one after the other.
-- `token`: greedy tokens behind each of these, `--new` in all, less the prompts' time; a sequence never ends.
+- `token`: greedy tokens behind each of these, `--new` in all; a sequence never ends.
 - Seconds are medians of rounds in which the contenders alternate; `×` is the median over rounds of the first run's
   seconds over the run's. The range is that of the rounds.
 - `limit`: what counted FLOPs allow for `score`; for `token` the bytes that a token reads of weights, of the layers that
@@ -19,14 +19,16 @@ computed by the same operations: a full model is a routed one without routers.
 
 import math
 import statistics
+import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, median_ratio, parser, report, show
+from common import median_ratio, parser, report, show
 from torch import Tensor, nn
 
 from qtale_lightning.cli import QTALECLI
@@ -34,6 +36,7 @@ from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import cost
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing
+from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.results.store import load_or_new
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
@@ -84,31 +87,39 @@ def contender(run: RunDirectory, bits: float, engine: str, budget: float | None)
     return Contender(run.root.name, model, theta, rows[0] if rows else {})
 
 
-def prompted(one: Contender, prompt: Tensor) -> tuple[RoutedCache, Tensor]:
-    """A prompt's cache and the token behind it."""
-    cache = RoutedCache()
-    output = one.model(prompt, past_key_values=cache, logits_to_keep=1, routing=one.routing())
-    return cache, output.logits[:, -1].argmax(-1, keepdim=True)
+def clock() -> float:
+    """Seconds, behind what the device has been given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def write(one: Contender, prompts: Sequence[Tensor], new: int, layers: list[float] | None = None) -> None:
-    """Write `new` tokens behind each prompt; `layers` gets the number that each token executed."""
+def write(
+    one: Contender, prompts: Sequence[Tensor], new: int, layers: list[float] | None = None
+) -> tuple[float, float]:
+    """Seconds of some prompts, and of `new` tokens behind each; `layers` gets how many each of these executed."""
+    prompting = writing = 0.0
     for prompt in prompts:
-        cache, token = prompted(one, prompt)
+        cache, began = RoutedCache(), clock()
+        logits = one.model(prompt, past_key_values=cache, logits_to_keep=1, routing=one.routing()).logits
+        token, behind = logits[:, -1].argmax(-1, keepdim=True), clock()
         for _ in range(new):
             routing = one.routing()
-            token = (
-                one.model(token, past_key_values=cache, routing=routing)
-                .logits[:, -1]
-                .argmax(-1, keepdim=True)
-            )
+            logits = one.model(token, past_key_values=cache, routing=routing).logits
+            token = logits[:, -1].argmax(-1, keepdim=True)
             if layers is not None:
                 layers.append(float(routing.executed(cost.base_layers(one.model.config)).sum()))
+        prompting, writing = prompting + behind - began, writing + clock() - behind
+    return prompting, writing
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Of a module's weights."""
-    return sum(tensor.nbytes for tensor in module.state_dict().values())
+    """Of a module's weights, in the form that they are multiplied in."""
+    if isinstance(module, QuantizedLinear):
+        parts: tuple[Tensor, ...] = module.operands(torch.float32) or ()
+        return sum(part.nbytes for part in parts)
+    own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
+    return own + sum(map(bytes_of, module.children()))
 
 
 def token_bytes(one: Contender, executed: float) -> float:
@@ -129,35 +140,36 @@ def measured(
 ) -> list[dict[str, Any]]:
     """A row for each contender, of one precision."""
     spread = [questions[at * len(questions) // PROMPTS] for at in range(min(PROMPTS, len(questions)))]
-    prompts = [torch.tensor([question.contexts[0]]) for question in spread]
+    prompts = [torch.tensor([question.contexts[0]], device=contenders[0].model.device) for question in spread]
     new = -(-args.new // len(prompts))
+    seconds: list[dict[str, list[float]]] = [defaultdict(list) for _ in contenders]
+    for round_ in range(1 + args.repeats):  # the first warms up
+        for one, own in zip(contenders, seconds, strict=True):
+            began = clock()
+            score(one.model, questions, one.theta)
+            found = clock() - began, *write(one, prompts, new)
+            for what, value in zip(("score", "prompt", "token"), found, strict=True):
+                own[what] += [value] if round_ else []
 
-    def timed(what: Callable[[Contender], Any]) -> list[list[float]]:
-        runs = {number: lambda one=one: what(one) for number, one in enumerate(contenders)}
-        return list(interleaved(runs, args.repeats, warmup=1).values())
+    def times(at: int, what: str) -> dict[str, float]:
+        first, own = seconds[0][what], seconds[at][what]
+        ratios = [a / b for a, b in zip(first, own, strict=True)]
+        return {"×": median_ratio(first, own), "least": min(ratios), "most": max(ratios)}
 
-    def times(seconds: Sequence[Sequence[float]], at: int) -> dict[str, float]:
-        ratios = [a / b for a, b in zip(seconds[0], seconds[at], strict=True)]
-        return {"×": median_ratio(seconds[0], seconds[at]), "least": min(ratios), "most": max(ratios)}
-
-    scored = [score(one.model, questions, one.theta) for one in contenders]
-    scoring = timed(lambda one: score(one.model, questions, one.theta))
-    prompting = timed(lambda one: [prompted(one, prompt) for prompt in prompts])
-    both = timed(lambda one: write(one, prompts, new))
-    writing = [
-        [all_ - prompt for all_, prompt in zip(*pair, strict=True)]
-        for pair in zip(both, prompting, strict=True)
-    ]
     context = statistics.mean(len(question.contexts[0]) for question in questions) / 2
-    executed, flops = list[float](), list[float]()
-    for one, scores in zip(contenders, scored, strict=True):
+    scored = [score(one.model, questions, one.theta) for one in contenders]
+    executed: list[float] = []
+    for one in contenders:
         layers: list[float] = []
         write(one, prompts, new, layers)
         executed.append(statistics.mean(layers))
-        flops.append(cost.token_flops(one.model.config, scores.units, context, head=False))
+    flops = [
+        cost.token_flops(one.model.config, scores.units, context, head=False)
+        for one, scores in zip(contenders, scored, strict=True)
+    ]
     rows: list[dict[str, Any]] = []
     for at, (one, scores) in enumerate(zip(contenders, scored, strict=True)):
-        score_, prompt, token = (times(seconds, at) for seconds in (scoring, prompting, writing))
+        ranges = {what: times(at, what) for what in seconds[at]}
         row = {
             "run": one.name,
             "bits": args.precision,
@@ -165,16 +177,16 @@ def measured(
             "accuracy %": 100 * (one.known.get("average") or math.nan),
             "nll": one.known.get("average_nll") or math.nan,
             "executed": statistics.mean(scores.execution),
-            "score s": statistics.median(scoring[at]),
-            "score ×": score_["×"],
+            "score s": statistics.median(seconds[at]["score"]),
+            "score ×": ranges["score"]["×"],
             "limit": flops[0] / flops[at],
-            "prompt ms": 1e3 * statistics.median(prompting[at]) / len(prompts),
-            "prompt ×": prompt["×"],
+            "prompt ms": 1e3 * statistics.median(seconds[at]["prompt"]) / len(prompts),
+            "prompt ×": ranges["prompt"]["×"],
             "token executed": executed[at] / cost.base_layers(one.model.config),
-            "tokens/s": len(prompts) * new / statistics.median(writing[at]),
-            "token ×": token["×"],
+            "tokens/s": len(prompts) * new / statistics.median(seconds[at]["token"]),
+            "token ×": ranges["token"]["×"],
             "token limit": token_bytes(contenders[0], executed[0]) / token_bytes(one, executed[at]),
-            "ranges": {"score": score_, "prompt": prompt, "token": token},
+            "ranges": ranges,
         }
         show(row)
         rows.append(row)
