@@ -37,7 +37,7 @@ CONFIG := $(BASE) $(if $(DEVICES),--config experiments/devices/$(DEVICES).yaml) 
 TABLED := $(TABLE) --model $(MODEL) --data.tasks $(call quote,$(DATA)) --seeds $(SEEDS) --out $(call quote,$(OUT)) $(ARGS)
 STARTED := $(if $(filter-out local,$(LAUNCH)),--launch $(LAUNCH)) $(if $(JOBS),--jobs $(JOBS))
 MODELS  := $(patsubst experiments/models/%.yaml,%,$(wildcard experiments/models/*.yaml))
-# benchmarks/calibration.py compares two calibrations of a finished run: it needs one, and is started by hand.
+# benchmarks/calibration.py and runs.py measure finished runs: they need some, and are started by hand.
 BENCHES := train_step linear latency families router quantize evaluate peers
 PRESETS := $(patsubst experiments/paper/%.yaml,%,$(wildcard experiments/paper/*.yaml))
 LAYOUTS := $(patsubst experiments/devices/%.yaml,%,$(wildcard experiments/devices/*.yaml))

@@ -22,10 +22,10 @@ import statistics
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import median_ratio, parser, report, show
@@ -36,8 +36,11 @@ from qtale_lightning.data import EncodedPrompt
 from qtale_lightning.evaluation import cost
 from qtale_lightning.evaluation.scoring import score
 from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing
+from qtale_lightning.models.routing import by_layer
 from qtale_lightning.quantization.linear import QuantizedLinear
-from qtale_lightning.results.store import load_or_new
+from qtale_lightning.results.schema import Evaluation
+from qtale_lightning.results.series import perturbation_of
+from qtale_lightning.results.store import load_or_new, same_theta
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
 
@@ -52,7 +55,18 @@ class Contender:
     name: str
     model: RoutedForCausalLM
     theta: Theta
-    known: Mapping[str, Any]
+    known: Evaluation | None
+
+    def said(self, what: Literal["average", "average_nll"]) -> float:
+        """What its evaluation says; NaN where there is none, or tasks have no average."""
+        found = None if self.known is None else self.known[what]
+        return math.nan if found is None else found
+
+    def executed(self, routing: Routing) -> float:
+        """Layers that a token executed, by their weights."""
+        config = self.model.config
+        units = routing.executed(config.num_hidden_layers * len(config.unit_shares))
+        return float(by_layer(units.double(), config.unit_shares).sum())
 
     def routing(self) -> Routing:
         """Decisions of one call."""
@@ -82,9 +96,11 @@ def contender(run: RunDirectory, bits: float, engine: str, budget: float | None)
     rows = [
         row
         for row in results["evaluation"]
-        if (row["bits"], row["engine"], row["split"], row["theta"]) == (bits, engine, "validation", theta)
+        if (row["bits"], row["engine"], row["split"]) == (bits, engine, "validation")
+        and same_theta(row["theta"], theta)
+        and not perturbation_of(row)
     ]
-    return Contender(run.root.name, model, theta, rows[0] if rows else {})
+    return Contender(run.root.name, model, theta, max(rows, key=lambda row: row["examples"], default=None))
 
 
 def clock() -> float:
@@ -108,16 +124,16 @@ def write(
             logits = one.model(token, past_key_values=cache, routing=routing).logits
             token = logits[:, -1].argmax(-1, keepdim=True)
             if layers is not None:
-                layers.append(float(routing.executed(cost.base_layers(one.model.config)).sum()))
+                layers.append(one.executed(routing))
         prompting, writing = prompting + behind - began, writing + clock() - behind
     return prompting, writing
 
 
-def bytes_of(module: nn.Module) -> int:
-    """Of a module's weights, in the form that they are multiplied in."""
+def bytes_of(module: nn.Module) -> float:
+    """Of a module's weights, in the form that they are multiplied in; NaN where that isn't known."""
     if isinstance(module, QuantizedLinear):
-        parts: tuple[Tensor, ...] = module.operands(torch.float32) or ()
-        return sum(part.nbytes for part in parts)
+        parts = module.operands(torch.float32)
+        return math.nan if parts is None else sum(part.nbytes for part in parts)
     own = sum(parameter.nbytes for parameter in module.parameters(recurse=False))
     return own + sum(map(bytes_of, module.children()))
 
@@ -174,8 +190,8 @@ def measured(
             "run": one.name,
             "bits": args.precision,
             "θ": "–" if one.theta is None else str(one.theta),
-            "accuracy %": 100 * (one.known.get("average") or math.nan),
-            "nll": one.known.get("average_nll") or math.nan,
+            "accuracy %": 100 * one.said("average"),
+            "nll": one.said("average_nll"),
             "executed": statistics.mean(scores.execution),
             "score s": statistics.median(seconds[at]["score"]),
             "score ×": ranges["score"]["×"],

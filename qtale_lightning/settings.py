@@ -170,8 +170,11 @@ class ModelSettings:
                 subject = f"method {method}" if family.fused else name
                 raise ValueError(f"--model.{option}: {subject} {why}: give --model.{off}")
         if gates == "sublayer" and (keep_kv or stand_in_rank):
-            other = "keep_kv" if keep_kv else "stand_in_rank"
-            raise ValueError(f"--model.gates sublayer doesn't go with --model.{other}: leave one of them out")
+            other, off = ("keep_kv", "false") if keep_kv else ("stand_in_rank", "0")
+            raise ValueError(
+                f"--model.gates sublayer doesn't go with --model.{other}: give --model.{other} {off}, or "
+                "--model.gates layer"
+            )
         if stand_in_rank and not self.how.decides:
             raise ValueError(f"--model.stand_in_rank: method {method} skips nothing by tokens: leave it out")
         if not lora_targets and not train_all:

@@ -72,9 +72,8 @@ def test_quick_run_writes_its_measurements(
         measured(target, name)
 
 
-@pytest.fixture
-def finished_run(tmp_path: Path, options: Callable[..., list[str]]) -> Path:
-    """A small finished run with routers."""
+def finished(method: str, tmp_path: Path, options: Callable[..., list[str]]) -> Path:
+    """A small finished run."""
     small = ["--data.limit_train", "64", "--data.limit_validation", "8", "--data.batch_size", "8"]
     small += [
         "--data.calibration_rows",
@@ -87,8 +86,14 @@ def finished_run(tmp_path: Path, options: Callable[..., list[str]]) -> Path:
         "32",
     ]
     small += ["--validations", "1", "--sweep.thresholds", "[0.5]", "--quantize.bits", "[]"]
-    main(["fit", *options("tiny", "qtale", *small, "--wandb", "disabled", "--out", str(tmp_path))])
-    return tmp_path / "tiny-qtale-facts-s0"
+    main(["fit", *options("tiny", method, *small, "--wandb", "disabled", "--out", str(tmp_path))])
+    return tmp_path / f"tiny-{method}-facts-s0"
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path, options: Callable[..., list[str]]) -> Path:
+    """One with routers."""
+    return finished("qtale", tmp_path, options)
 
 
 @pytest.mark.slow
@@ -99,12 +104,18 @@ def test_calibration_compares_on_a_finished_run(bench: Bench, finished_run: Path
 
 
 @pytest.mark.slow
-def test_runs_are_measured_at_their_own_decisions(bench: Bench, finished_run: Path) -> None:
-    target = bench("runs", str(finished_run), str(finished_run), "--quick", "--bits", "16")
+def test_runs_are_measured_at_their_own_decisions(
+    bench: Bench, finished_run: Path, tmp_path: Path, options: Callable[..., list[str]]
+) -> None:
+    dropped = finished("static", tmp_path, options)  # half of the layers
+    target = bench("runs", str(finished_run), str(dropped), "--quick", "--bits", "16")
     first, second = measured(target, "runs")["rows"]
-    assert first["score ×"] == first["limit"] == first["token limit"] == second["limit"] == 1
-    assert 0 < first["executed"] <= 1
-    assert 0 < second["token executed"] <= 1
+    assert first["score ×"] == first["limit"] == first["token limit"] == 1
+    assert 0.5 < first["executed"] <= 1
+    assert 0.5 < first["token executed"] <= 1
+    assert second["executed"] == second["token executed"] == 0.5
+    assert second["token limit"] > 1
+    assert 0 <= second["accuracy %"] <= 100
     with pytest.raises(ValueError, match=r"selected no θ for a budget of 0\.8 at 16 bits: `thresholds"):
         bench("runs", str(finished_run), "--quick", "--bits", "16", "--budget", "0.8")
 

@@ -1,7 +1,8 @@
 """All decoder layers on a token of each sequence, in Triton: nothing waits for the host, so that it can be captured.
 
 A layer is y = w · layer(x) + (1 − w) · x (`models.routed_layer`) with w on the device: a kernel decides, and those of
-the layer return at once where nobody executes it, the residual stream left as it is.
+the layer return at once where nobody executes it, the residual stream left as it is; but those of keys and values where
+tokens leave them in layers that they skip, too.
 """
 
 from collections.abc import Callable, Sequence

@@ -288,10 +288,11 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
         choose: The next tokens.
         how: What ``choose`` does, to be compared.
     """
-    capacity = -(-tokens // ROUND) * ROUND
+    capacity, config = -(-tokens // ROUND) * ROUND, model.config
+    what = batch, how, config.keep_kv, config.reserved_tokens
     if (kept := _decoders.get(model)) is not None:
         known, watch, decoder = kept
-        if known == (batch, how) and watch.unchanged() and decoder.capacity >= tokens:
+        if known == what and watch.unchanged() and decoder.capacity >= tokens:
             return decoder
         del _decoders[model], kept, decoder  # its memory, before the next one's
     stack = stack_of(model, batch, capacity)
@@ -299,5 +300,5 @@ def decoder_of(model: Any, batch: int, tokens: int, choose: Choose, how: Any) ->
     if stack is None or not watch.unchanged():  # there may be hooks, which a graph wouldn't run
         return None
     decoder = GraphDecoder(model, stack, choose)
-    _decoders[model] = (batch, how), watch, decoder
+    _decoders[model] = what, watch, decoder
     return decoder
