@@ -88,7 +88,7 @@ def test_parameters_of_llama2_7b(plan: Plan) -> None:
 @pytest.mark.parametrize(("method", "stand_ins"), [*((method, 0) for method in METHODS), ("qtale", 3)])
 def test_trainable_parameters_are_those_of_the_module(method: str, stand_ins: int, plan: Plan) -> None:
     options = {"router_width": 32, "lora_rank": 4, "stand_in_rank": stand_ins}
-    module = QTALEModule(name="tiny", **options, **objective(method))
+    module = QTALEModule(name="tiny", **objective(method) | options)
     module.rows = Rows([[5, 6, 7, 8, 9]], 0.0)
     module.configure_model()
     more = [part for key, value in options.items() for part in (f"--model.{key}", str(value))]
