@@ -39,7 +39,7 @@ from qtale_lightning.models import RoutedCache, RoutedForCausalLM, Routing
 from qtale_lightning.models.routing import by_layer
 from qtale_lightning.quantization.linear import QuantizedLinear
 from qtale_lightning.results.schema import Evaluation
-from qtale_lightning.results.series import perturbation_of
+from qtale_lightning.results.series import own_rows
 from qtale_lightning.results.store import load_or_new, same_theta
 from qtale_lightning.run import RunDirectory
 from qtale_lightning.stages import load_exported
@@ -93,14 +93,12 @@ def contender(run: RunDirectory, bits: float, engine: str, budget: float | None)
                     f"--sweep.rule budget --sweep.budgets [{budget}]` does, or leave --budget out"
                 )
             theta = found[0]
-    rows = [
+    known = (
         row
-        for row in results["evaluation"]
-        if (row["bits"], row["engine"], row["split"]) == (bits, engine, "validation")
-        and same_theta(row["theta"], theta)
-        and not perturbation_of(row)
-    ]
-    return Contender(run.root.name, model, theta, max(rows, key=lambda row: row["examples"], default=None))
+        for row in own_rows(results)
+        if (row["bits"], row["engine"]) == (bits, engine) and same_theta(row["theta"], theta)
+    )
+    return Contender(run.root.name, model, theta, next(known, None))
 
 
 def clock() -> float:
@@ -158,27 +156,27 @@ def measured(
     spread = [questions[at * len(questions) // PROMPTS] for at in range(min(PROMPTS, len(questions)))]
     prompts = [torch.tensor([question.contexts[0]], device=contenders[0].model.device) for question in spread]
     new = -(-args.new // len(prompts))
+    context = statistics.mean(len(question.contexts[0]) for question in questions) / 2
+    scored = [score(one.model, questions, one.theta) for one in contenders]
+    executed: list[float] = []
+    for one in contenders:  # which warms up, too
+        layers: list[float] = []
+        write(one, prompts, new, layers)
+        executed.append(statistics.mean(layers))
     seconds: list[dict[str, list[float]]] = [defaultdict(list) for _ in contenders]
-    for round_ in range(1 + args.repeats):  # the first warms up
+    for _ in range(args.repeats):
         for one, own in zip(contenders, seconds, strict=True):
             began = clock()
             score(one.model, questions, one.theta)
             found = clock() - began, *write(one, prompts, new)
             for what, value in zip(("score", "prompt", "token"), found, strict=True):
-                own[what] += [value] if round_ else []
+                own[what].append(value)
 
     def times(at: int, what: str) -> dict[str, float]:
         first, own = seconds[0][what], seconds[at][what]
         ratios = [a / b for a, b in zip(first, own, strict=True)]
         return {"×": median_ratio(first, own), "least": min(ratios), "most": max(ratios)}
 
-    context = statistics.mean(len(question.contexts[0]) for question in questions) / 2
-    scored = [score(one.model, questions, one.theta) for one in contenders]
-    executed: list[float] = []
-    for one in contenders:
-        layers: list[float] = []
-        write(one, prompts, new, layers)
-        executed.append(statistics.mean(layers))
     flops = [
         cost.token_flops(one.model.config, scores.units, context, head=False)
         for one, scores in zip(contenders, scored, strict=True)
