@@ -13,6 +13,8 @@ Seconds are of the search and, for `native`, of the final norm's fit; `native, n
 runs at all of `--bits` is measured a second time with layers calibrated on what the quantized ones before them give;
 `signround`, whose published form that is, on what the model's own give.
 
+With `--fewer-steps 50`, `signround` searches by so many steps, too: what it finds in less time.
+
 With `--nested`, the engine of that name searches its folder of 4 bits, and each of the widths in it is judged.
 
 AutoAWQ takes minutes a model, so it runs at `--autoawq-bits` only, as `signround` does at `--signround-bits`. At those
@@ -67,6 +69,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("--signround-bits", type=int, nargs="*", default=[])
     parser.add_argument("--nested", action="store_true", help="the engine nested, too, at all of its widths")
     parser.add_argument("--steps", type=int, default=200, help="of signround, nested and auto-round")
+    parser.add_argument("--fewer-steps", type=int, nargs="*", default=[], help="signround by as many, too")
     parser.add_argument("--auto-round", metavar="PYTHON", help="a Python that has auto-round")
     parser.add_argument("--peers", type=Path, help="folder that keeps what auto-round finds")
     parser.add_argument("--group-size", type=int, default=64)
@@ -111,7 +114,7 @@ def main() -> None:
     judge = Judge(args)
     kept = ("model", "dtype", "tasks", "group_size", "sequences", "questions", "steps")
     record = Record("quantize", args.json, {name: vars(args)[name] for name in kept} | {"rows": judge.rows})
-    left = measure(entries(args, judge), record, args.steps, args.minutes)
+    left = measure(entries(args, judge), record, args.minutes)
     if not record.rows:
         raise ValueError(f"--only {' '.join(args.only)} names no search")
     print(

@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(file.stem for file in BENCHMARKS.glob("*.py") if file.stem != "common")
 # Arguments that keep a quick run quick: AutoAWQ alone takes longer than all others together, and other widths are
 # other numbers of the same path.
-MORE = {"quantize": ["--bits", "4", "3.5", "--autoawq-bits"]}
+MORE = {"quantize": ["--bits", "4", "3.5", "--autoawq-bits", "--fewer-steps", "2"]}
 NOT_QUICK = {"calibration", "plot_latency", "runs"}  # what they need is made by their own tests
 
 Bench = Callable[..., Path]

@@ -57,28 +57,28 @@ def test_what_has_ended_is_not_repeated(tmp_path: Path) -> None:
         entry(searching("rtn"), "rtn"),
     ]
     with pytest.raises(KeyboardInterrupt):
-        measure(asked, Record("quantize", target, SETTINGS), 5, None)
+        measure(asked, Record("quantize", target, SETTINGS), None)
     there = json.loads(target.read_text(encoding="utf-8"))["rows"]
     assert [one["engine"] for one in there] == ["native", "native, norm kept"]
-    assert measure(asked, Record("quantize", target, SETTINGS), 5, None) == 0
+    assert measure(asked, Record("quantize", target, SETTINGS), None) == 0
     assert ran == ["native", "gptq", "gptq", "rtn"]
-    assert measure(asked, Record("quantize", target, SETTINGS), 5, None) == 0
+    assert measure(asked, Record("quantize", target, SETTINGS), None) == 0
     assert len(ran) == 4
 
 
 def test_nothing_is_begun_that_would_end_too_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """auto-round takes about a hundred times native's seconds where nothing else is known, and half of that at half
-    the steps."""
+    """auto-round takes about eleven times native's seconds where nothing else is known, and half of that at half the
+    steps."""
     from quantizers.record import Record
     from quantizers.running import measure
 
     record = Record("quantize", tmp_path / "rows.json", SETTINGS)
     record.add([row("native", 4, 0, **{"search s": 60.0})])
-    late = entry(pytest.fail, "auto-round")
-    assert measure([late, late], record, 100, minutes=49) == 2
-    assert "would take about 50 of the 49 minutes" in capsys.readouterr().out
-    asked = [entry(lambda: [row("auto-round", 4, 0)], "auto-round")]
-    assert measure(asked, record, 100, minutes=51) == 0
+    late = entry(pytest.fail, "auto-round", steps=100)
+    assert measure([late, late], record, minutes=5) == 2
+    assert "would take about 6 of the 5 minutes" in capsys.readouterr().out
+    asked = [entry(lambda: [row("auto-round", 4, 0)], "auto-round", steps=100)]
+    assert measure(asked, record, minutes=6) == 0
 
 
 @pytest.mark.parametrize(
@@ -134,3 +134,16 @@ def test_ratios_are_of_the_same_sets() -> None:
     assert over_native["value"] == pytest.approx(0.4)
     assert over_native["met"]
     assert len(made) == 3
+
+
+def test_fewer_steps_are_held_to_the_same_goals() -> None:
+    from quantizers.claims import claims
+
+    rows = [row("signround, 50 steps", 3, 0, KL=0.4, **{"search CPU s": 2.0})]
+    rows += [row("auto-round", 3, 0, KL=0.5, **{"search CPU s": 7.0}), row("native", 3, 0)]
+    made = {one["claim"]: (one["value"], one["met"]) for one in claims(rows, [], [3])}
+    assert made == {
+        "KL, signround, 50 steps over native, 3 bits, one set": (0.4, True),
+        "search CPU s, auto-round over signround, 50 steps, 3 bits, one set": (3.5, True),
+        "KL, signround, 50 steps over auto-round, 3 bits, one set": (0.8, True),
+    }

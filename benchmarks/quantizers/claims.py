@@ -8,6 +8,8 @@ from common import claim
 from rich.console import Console
 from rich.table import Table
 
+from quantizers.entries import STEPS
+
 Row = dict[str, Any]
 
 SECONDS = "search CPU s"
@@ -23,10 +25,12 @@ AGAINST_AUTO_ROUND = ((SECONDS, 3, "higher"), ("KL", 1, "lower"))
 
 def claims(rows: Sequence[Row], autoawq_bits: Sequence[int], signround_bits: Sequence[int]) -> list[Row]:
     """The goals that there are rows for; ratios are means over the sets that both engines have."""
+    fewer = dict.fromkeys(row["engine"] for row in rows if row["engine"].endswith(STEPS))
+    learned = [(b, engine) for engine in ("signround", *fewer) for b in signround_bits]
     goals = (
         *((b, "native", "autoawq", *goal) for b in autoawq_bits for goal in AGAINST_AUTOAWQ),
-        *((b, "signround", "native", "KL", LEARNED.get(b, 1), "lower") for b in signround_bits),
-        *((b, "signround", "auto-round", *goal) for b in signround_bits for goal in AGAINST_AUTO_ROUND),
+        *((b, engine, "native", "KL", LEARNED.get(b, 1), "lower") for b, engine in learned),
+        *((b, engine, "auto-round", *goal) for b, engine in learned for goal in AGAINST_AUTO_ROUND),
         *((b, "signround, norm kept", "auto-round", "KL", 1, "lower") for b in signround_bits),
     )
     made = []

@@ -22,7 +22,8 @@ COMPARED = ("native", "autoawq", "signround", "nested", "auto-round")  # on ever
 # Seconds of a search over those of `native`'s, roughly (SmolLM2-135M), until the engine has been measured; of learned
 # ones at 200 steps.
 ROUGHLY = {"none": 0.0, "rtn": 0.0, "native": 1.0, "gptq": 1.0, "autoawq": 21.0}
-ROUGHLY_LEARNED = {"signround": 17.0, "nested": 60.0, "auto-round": 100.0}
+ROUGHLY_LEARNED = {"signround": 6.5, "nested": 25.0, "auto-round": 11.0}
+STEPS = " steps"  # ends the name of a search by fewer of them
 
 Rows = list[dict[str, Any]]
 
@@ -37,6 +38,7 @@ class Entry:
         number: Of its calibration set.
         run: Searches and judges.
         also: Further names in the table, of what the same search gives.
+        steps: That it learns in; 0: it doesn't.
     """
 
     engine: str
@@ -44,6 +46,7 @@ class Entry:
     number: int
     run: Callable[[], Rows]
     also: tuple[str, ...] = ()
+    steps: int = 0
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,10 +62,11 @@ class Entry:
             fnmatch(str(self), one) or fnmatch(str(self), f"{one}:*") for one in patterns
         )
 
-    def roughly(self, steps: int) -> float:
+    @property
+    def roughly(self) -> float:
         """Its seconds over those of `native`."""
         name = self.engine.split(",")[0]
-        return ROUGHLY_LEARNED[name] * steps / 200 if name in ROUGHLY_LEARNED else ROUGHLY[name]
+        return ROUGHLY_LEARNED[name] * self.steps / 200 if self.steps else ROUGHLY[name]
 
 
 def entries(args: Namespace, judge: Judge) -> list[Entry]:
@@ -76,10 +80,10 @@ def entries(args: Namespace, judge: Judge) -> list[Entry]:
         ]
     if args.nested:
         options = _options(args, {"engine": "nested", "options": {"steps": args.steps}})
-        found += [_nested(judge, options, number) for number in range(len(judge.sets))]
+        found += [_nested(judge, options, number, args.steps) for number in range(len(judge.sets))]
     if args.peers:
         found += [
-            Entry("auto-round", (bits,), number, partial(_peer, args, judge, bits, number))
+            Entry("auto-round", (bits,), number, partial(_peer, args, judge, bits, number), steps=args.steps)
             for bits in args.signround_bits
             for number in range(len(judge.sets))
         ]
@@ -98,6 +102,8 @@ def _variants(args: Namespace) -> dict[str, tuple[list[float], QuantizationOptio
         "autoawq": (args.autoawq_bits, {"engine": "autoawq"}),
         "signround": (args.signround_bits, learned),
     }
+    for steps in args.fewer_steps:
+        given[f"signround, {steps}{STEPS}"] = (args.signround_bits, learned | {"options": {"steps": steps}})
     if args.sequential:
         given["signround, model's inputs"] = (args.signround_bits, learned | {"sequential": False})
         for name in ("native", "gptq", "gptq, act order"):
@@ -110,7 +116,8 @@ def _options(args: Namespace, more: Mapping[str, Any]) -> QuantizationOptions:
 
 
 def _sets(args: Namespace, judge: Judge, name: str, bits: float) -> Iterator[int]:
-    compared = name in COMPARED and bits in (*args.autoawq_bits, *args.signround_bits)
+    compared = name in COMPARED or name.endswith(STEPS)
+    compared = compared and bits in (*args.autoawq_bits, *args.signround_bits)
     yield from range(len(judge.sets) if compared else 1)
 
 
@@ -128,10 +135,10 @@ def _searched(judge: Judge, name: str, options: QuantizationOptions, bits: float
         return rows
 
     also = (f"{name}, norm kept",) if options.refits else ()
-    return Entry(name, (bits,), number, run, also)
+    return Entry(name, (bits,), number, run, also, int((options.options or {}).get("steps", 0)))
 
 
-def _nested(judge: Judge, options: QuantizationOptions, number: int) -> Entry:
+def _nested(judge: Judge, options: QuantizationOptions, number: int, steps: int) -> Entry:
     """Of the engine nested, one folder of whose bits each is a model."""
     widest = options.declared.holds
 
@@ -147,7 +154,7 @@ def _nested(judge: Judge, options: QuantizationOptions, number: int) -> Entry:
             rows.append(judge.row(quantized, bits, "nested", number, cost))
         return rows
 
-    return Entry("nested", tuple(sorted(find("nested").widths, reverse=True)), number, run)
+    return Entry("nested", tuple(sorted(find("nested").widths, reverse=True)), number, run, steps=steps)
 
 
 def _peer(args: Namespace, judge: Judge, bits: int, number: int) -> Rows:

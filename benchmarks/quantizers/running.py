@@ -10,11 +10,10 @@ from quantizers.entries import Entry
 from quantizers.record import Record
 
 
-def measure(entries: Sequence[Entry], record: Record, steps: int, minutes: float | None) -> int:
+def measure(entries: Sequence[Entry], record: Record, minutes: float | None) -> int:
     """Runs what is missing; what has ended is in the record's file at once.
 
     Args:
-        steps: Of learned engines.
         minutes: Nothing is begun that would end later, as far as is known.
 
     Returns:
@@ -25,13 +24,13 @@ def measure(entries: Sequence[Entry], record: Record, steps: int, minutes: float
     print(f"{len(entries) - len(waiting)} of {len(entries)} searches are there already", flush=True)
     for i, entry in enumerate(waiting):
         passed = (time.perf_counter() - began) / 60
-        expected = _minutes([entry], record, steps, judging)
+        expected = _minutes([entry], record, judging)
         if minutes is not None and passed + (expected or 0) > minutes:
             print(
                 f"{entry} would take about {expected or 0:.0f} of the {minutes:g} minutes: the same command goes on"
             )
             return len(waiting) - i
-        left = _minutes(waiting[i:], record, steps, judging)
+        left = _minutes(waiting[i:], record, judging)
         said = f", about {left:.0f} minutes left" if left is not None else ""
         print(f"{entry}, {i + 1} of {len(waiting)}{said}", flush=True)
         started = time.perf_counter()
@@ -47,7 +46,7 @@ def _done(entry: Entry, record: Record) -> bool:
     return all(record.has(name, entry.bits, entry.number) for name in entry.names)
 
 
-def _minutes(entries: Sequence[Entry], record: Record, steps: int, judging: Sequence[float]) -> float | None:
+def _minutes(entries: Sequence[Entry], record: Record, judging: Sequence[float]) -> float | None:
     """How long some entries take, by what has been measured; None where nothing has been that says so."""
     known: dict[str, list[float]] = {}
     for row in record.rows:
@@ -55,7 +54,7 @@ def _minutes(entries: Sequence[Entry], record: Record, steps: int, judging: Sequ
     total = 0.0
     for entry in entries:
         models = len(entry.bits) * len(entry.names)
-        roughly = entry.roughly(steps)
+        roughly = entry.roughly
         if entry.engine in known:
             total += statistics.mean(known[entry.engine])
         elif "native" in known:
