@@ -21,6 +21,7 @@ __all__ = [
     "buffers",
     "decoder",
     "dense_linear",
+    "few_tokens",
     "instruction_set",
     "int4_dequantize",
     "int4_linear",
@@ -68,6 +69,18 @@ def ready(x: Tensor, *others: Tensor) -> bool:
 def multiplies_in_tiles() -> bool:
     """Whether PyTorch multiplies bfloat16 by AMX here: many tokens at several times any other speed."""
     return precision.native_bfloat16() and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+@cache
+def few_tokens(dtype: torch.dtype = torch.bfloat16) -> int:
+    """Tokens up to which `dense_linear` takes less time than oneDNN or MKL, or about as much: benchmarks/dense.py.
+
+    Theirs begins with putting the weight in order, and oneDNN's, for a number of tokens that is new, with milliseconds
+    of generating code; without instructions for bfloat16 theirs is slow in it.
+    """
+    ours = instruction_set() or ""
+    many = not multiplies_in_tiles() if dtype == torch.bfloat16 else ours.startswith("avx512")
+    return 128 if many and available() else 16
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -128,7 +141,7 @@ def route_wide(wide: Tensor, norm: Tensor, eps: float, out: Tensor, out_bias: Te
 
 
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear` of a few tokens ``(…, in)``: each weight is read once for up to 8 of them."""
+    """`torch.nn.functional.linear` of `few_tokens` ``(…, in)``: each weight comes from memory once."""
     return operations().dense_linear.default(x, weight, bias)
 
 

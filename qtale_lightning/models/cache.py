@@ -144,9 +144,10 @@ class RoutedCacheLayer(CacheLayerMixin):
         self.lengths = tuple(kept + count for kept, count in zip(self.lengths, packing.counts, strict=True))
         return output
 
-    def past(self, packing: Packing) -> Tensor:
-        """Tokens of each sequence that were here before those of a packing, which came last, ``(B,)``."""
-        return torch.tensor([kept - new for kept, new in zip(self.lengths, packing.counts, strict=True)])
+    def past(self, packing: Packing) -> Tensor | None:
+        """Tokens of each sequence that were here before those of a packing, which came last, ``(B,)``; None: no one."""
+        before = [kept - new for kept, new in zip(self.lengths, packing.counts, strict=True)]
+        return torch.tensor(before) if any(before) else None
 
     def get_seq_length(self) -> int:
         """Slots in use; fewer than the tokens seen where tokens skipped the layer."""

@@ -1,12 +1,9 @@
-"""A linear that multiplies few tokens fast: decoding reads weights and does little else."""
+"""A linear that multiplies few tokens fast: those of decoding, and of short prompts."""
 
 import torch
 from torch import Tensor, nn
 
 from qtale_lightning import cpu, huge_pages
-
-FEW = 16
-"""Tokens up to which `cpu.dense_linear` takes less time than oneDNN or MKL, in bfloat16 and float32."""
 
 
 class RoutedLinear(nn.Linear):
@@ -30,7 +27,7 @@ class RoutedLinear(nn.Linear):
         # In inference mode PyTorch would copy the weight for every row of a strided batch: of a prompt's last position,
         # the whole vocabulary's.
         x = x.contiguous()
-        if 0 < x.numel() <= FEW * self.in_features and self._is_ours(x):
+        if 0 < x.numel() <= cpu.few_tokens(x.dtype) * self.in_features and self._is_ours(x):
             self._settle()
             return cpu.dense_linear(x, self.weight, self.bias)
         return super().forward(x)

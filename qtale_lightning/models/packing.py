@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from qtale_lightning import cpu
+
 
 def _up_to_round(count: int) -> int:
-    """How many are missing to the next round number; few tokens (decoding) have few shapes anyway."""
-    return -count % (1 if count <= 16 else 16 if count <= 128 else 32)
+    """How many are missing to the next round number; none where products are ours."""
+    return -count % (1 if count <= cpu.few_tokens() else 16 if count <= 128 else 32)
 
 
 def compact(chosen: Tensor, count: int) -> Tensor:
@@ -46,18 +48,24 @@ class Packing:
         ``align`` repeats the last executing token until N is a round number. On a CPU a matrix product of a shape that
         wasn't seen before costs milliseconds (oneDNN generates code for it), and every layer's N would be another one.
         """
-        _, length = executing.shape
-        # Decoding makes a packing in every layer, and a sum over one token would be most of its time.
-        totals = executing.squeeze(1).long() if length == 1 else executing.sum(1)
-        counts = tuple(totals.tolist())  # on a GPU the one thing that a layer waits for: its products' shapes
+        batch, length = executing.shape
+        flat, index, ends = executing.flatten(), None, None
+        if executing.is_cpu and batch == 1:
+            index = flat.nonzero().squeeze(1)  # which counts them, too
+            counts: tuple[int, ...] = (len(index),)
+        else:
+            # Decoding makes a packing in every layer, and a sum over one token would be most of its time.
+            totals = executing.squeeze(1).long() if length == 1 else executing.sum(1)
+            counts = tuple(
+                totals.tolist()
+            )  # on a GPU the one thing that a layer waits for: its products' shapes
         longest, shortest = max(counts), min(counts)
         if shortest == length or longest == 0:
             return cls(counts)
-        if executing.is_cpu:
-            index, ends = executing.flatten().nonzero().squeeze(1), None
-        else:
-            index = compact(executing.flatten(), sum(counts))
-            ends = nn.functional.pad(totals.cumsum(0), (1, 0)).int()
+        if not executing.is_cpu:
+            index, ends = compact(flat, sum(counts)), nn.functional.pad(totals.cumsum(0), (1, 0)).int()
+        elif index is None:
+            index = flat.nonzero().squeeze(1)
         more = _up_to_round(len(index)) if align and executing.device.type == "cpu" else 0
         if longest == shortest and not more:
             return cls(counts, index, ends=ends)
@@ -111,7 +119,7 @@ class Subset:
     """Those of the executing tokens whose output is asked for.
 
     Attributes:
-        packing: Of these tokens, from the same batch.
+        packing: Of these tokens, from the same batch; its length is 0 where none is asked for.
         places: Their places among the flat executing tokens, ``(N',)``.
         ranks: How many executing tokens of their sequence are before them, in rows ``(B, L')``; unused slots are 0.
     """
@@ -122,12 +130,20 @@ class Subset:
 
     @classmethod
     def of(cls, executing: Tensor, whole: Packing, asked: Tensor, align: bool = False) -> "Subset | None":
-        """Of decisions, their packing, and what is asked for, bool ``(B, T)``; None where all or none of them are."""
+        """Of decisions, their packing, and what is asked for, bool ``(B, T)``; None where all of them are."""
         packing = Packing.of(executing & asked, align)
-        if packing.index is None or packing.counts == whole.counts:
+        if packing.counts == whole.counts:
             return None
-        places = executing.flatten().cumsum(0)[packing.index] - 1
-        ranks = executing.cumsum(1).flatten()[packing.index] - 1
+        if packing.index is None:
+            nothing = executing.new_zeros(0, dtype=torch.int64)
+            return cls(packing, nothing, nothing)
+        if (
+            whole.index is None and whole.length
+        ):  # all tokens execute: places among them are those in the batch
+            places, ranks = packing.index, packing.index % executing.shape[1]
+        else:
+            places = executing.flatten().cumsum(0)[packing.index] - 1
+            ranks = executing.cumsum(1).flatten()[packing.index] - 1
         return cls(packing, places, packing.to_rows(ranks[None, :, None]).squeeze(-1))
 
     def select(self, x: Tensor) -> Tensor:

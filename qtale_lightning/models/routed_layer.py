@@ -71,7 +71,7 @@ class RoutedLayer(nn.Module):
             position_embeddings = cos, sin
         visible, reach = routing.visible(packing, queries), routing.reach(self.window)
         attend = Packed(packing, cache, queries, visible, reach)
-        if present is not gate and asked is not None and not bool(asked.any()):
+        if queries is not None and queries.packing.length == 0:  # nobody asks for more than keys and values
             self.remember(packing.gather(hidden_states), position_embeddings, attend)
             return self.skip(hidden_states)
         output = self.execute(packing.gather(hidden_states), position_embeddings, attend)

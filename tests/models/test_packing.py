@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from qtale_lightning.models.packing import Packing
+from qtale_lightning import cpu
+from qtale_lightning.models.packing import Packing, Subset
 
 BATCH, LENGTH, HEADS, WIDTH = 4, 7, 3, 5
 
@@ -91,3 +92,43 @@ def test_all_executing_copies_nothing() -> None:
     assert packing.gather(x) is x
     assert packing.to_rows(x) is x
     assert packing.from_rows(x) is x
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("present", [0.6, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_asked_tokens_are_selected_among_executing_ones(batch: int, present: float, share: float) -> None:
+    """Row by row: an asked token's rank is the number of executing ones before it, and it sees those and itself."""
+    generator = torch.Generator().manual_seed(5)
+    gate, asked = (torch.rand(batch, LENGTH, generator=generator) < of for of in (present, share))
+    whole, x = Packing.of(gate), torch.arange(1.0, 1 + batch * LENGTH).view(batch, LENGTH, 1)
+    found = Subset.of(gate, whole, asked)
+    if bool((gate & ~asked).logical_not().all()):
+        assert found is None
+        return
+    assert found is not None
+    both = gate & asked
+    assert found.packing.counts == tuple(both.sum(1).tolist())
+    if not both.any():
+        assert found.packing.length == 0
+        return
+    assert torch.equal(found.select(whole.gather(x)).flatten(), x[both].flatten())
+    mask = found.mask(None, whole.length)
+    for row in range(batch):
+        ranks = [int(gate[row, :place].sum()) for place in both[row].nonzero().flatten().tolist()]
+        for query, rank in enumerate(ranks):
+            assert mask[row, 0, query].tolist() == [key <= rank for key in range(whole.length)]
+
+
+@pytest.mark.parametrize("length", [40, 150])
+def test_tokens_are_repeated_only_where_products_are_not_ours(length: int) -> None:
+    """Of 2 × `length` tokens all but one execute; up to 128 are multiplied by our operation, where it was built."""
+    gate = torch.ones(2, length, dtype=torch.bool)
+    gate[0, 3] = False
+    packing = Packing.of(gate, align=True)
+    assert packing.index is not None
+    executed = 2 * length - 1
+    expected = (
+        executed if executed <= cpu.few_tokens() else executed + -executed % (16 if executed <= 128 else 32)
+    )
+    assert len(packing.index) == expected
