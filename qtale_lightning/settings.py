@@ -32,7 +32,8 @@ class ModelSettings:
 
     Args:
         name: The model, one of those that qtale_lightning/architectures names: smollm2-135m, gemma3-270m, llama2-7b, …
-        path: A local folder or hub id to load its weights from, instead of the model's own source.
+        path: A local folder or hub id to load its weights from, instead of the model's own source. The folder `model`
+            of a finished run of the method full can be given, too: what it learned is where training starts.
         revision: Commit, branch or tag of the hub's repository. By default the model's own commit, or main with a
             path; a branch is looked up once, and its commit recorded.
         method: What decides about layers: full (LoRA alone, nothing is skipped), dllm, qtale, qtale-plus (its

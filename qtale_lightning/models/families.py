@@ -51,6 +51,13 @@ def routed_config(base: PreTrainedConfig, **routing: Any) -> RoutedConfig:
     return classes.config(**{**base.to_dict(), "model_type": classes.config.model_type, **routing})
 
 
+def plain_config(config: RoutedConfig) -> PreTrainedConfig:
+    """The family's own configuration of a model all of whose layers always execute: what its weights are without us."""
+    plain = classes_of(config).plain.config_class
+    own = {key: value for key, value in config.to_dict().items() if key not in RoutedConfig.__annotations__}
+    return plain(**own | {"model_type": plain.model_type, "architectures": None})
+
+
 @cache
 def _classes(model_type: str) -> Classes:
     """Made once, and made known to transformers' Auto classes."""

@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from qtale_lightning.architectures import known_model
-from qtale_lightning.models.families import classes_of
+from qtale_lightning.models.config import RoutedConfig
+from qtale_lightning.models.families import classes_of, plain_config
 from qtale_lightning.models.locations import (
     CONFIG,
     TOKENIZER,
@@ -116,7 +117,9 @@ def load_base(
     if source.gguf:
         # Otherwise transformers keeps GGUF's own packed blocks, which nothing can be trained or quantized from.
         options["quantization_config"] = GgufConfig(dequantize=True)
-    check_source(name, path, revision)
+    config = check_source(name, path, revision)
+    if not source.gguf:
+        options["config"] = config
     folder = source.get(*CONFIG, *WEIGHTS)
     if not source.gguf and not [*folder.glob("*.safetensors")]:
         raise ModelUnavailableError(
@@ -145,6 +148,13 @@ def check_source(name: str, path: str | None = None, revision: str | None = None
     folder = source.get(*CONFIG)
     with source.loading():
         config = AutoConfig.from_pretrained(folder, **source.options)
+    if isinstance(config, RoutedConfig):
+        if config.routed_layers:
+            raise ValueError(
+                f"{source} (--model.path) holds a model of the method {config.method}, whose decisions would be lost: "
+                "give what it was trained from, or the exported model of a run of the method full"
+            )
+        config = plain_config(config)
     if config.model_type != expected.model_type:
         raise ValueError(
             f"{source} (--model.path) holds a {config.model_type!r} model, but {name} is of the family "

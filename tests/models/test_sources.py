@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from qtale_lightning.architectures import known_model, known_models, planned_config
 from qtale_lightning.hub.errors import HubError
+from qtale_lightning.models.config import RoutedConfig
+from qtale_lightning.models.families import route, routed_config
 from qtale_lightning.models.sources import (
     base_config,
     check_source,
@@ -95,6 +97,33 @@ def test_a_folders_vocabulary_is_its_own(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = load_base("tiny", str(tmp_path))
     assert torch.equal(loaded.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_training_starts_from_an_exported_full_model(tmp_path: Path) -> None:
+    """Its weights and vocabulary, as Hugging Face's own class; nothing of the routing's configuration is left."""
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**known_model("tiny")[1].config, rope_theta=500.0))
+    weights = {name: weight.clone() for name, weight in base.state_dict().items()}
+    layers = base.config.num_hidden_layers
+    route(base, routed_config(base.config, method="full", start_layer=layers)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "routed_llama"
+    loaded = load_base("tiny", str(tmp_path))
+    assert type(loaded) is LlamaForCausalLM
+    assert type(loaded.config) is LlamaConfig
+    assert not {*RoutedConfig.__annotations__} & {*loaded.config.to_dict()}
+    assert loaded.config.rope_parameters["rope_theta"] == 500.0
+    assert loaded.state_dict().keys() == weights.keys()
+    assert all(torch.equal(weight, weights[name]) for name, weight in loaded.state_dict().items())
+
+
+def test_a_routed_base_is_refused(tmp_path: Path) -> None:
+    """Its routers, and what was learned beside them, would be lost."""
+    routed_config(base_config("tiny"), method="dllm", start_layer=2).save_pretrained(tmp_path)
+    for refuse in (check_source, load_base):
+        with pytest.raises(
+            ValueError, match=r"a model of the method dllm, whose decisions would be lost: give"
+        ):
+            refuse("tiny", str(tmp_path))
 
 
 def test_a_hub_id_is_planned_by_its_model() -> None:
