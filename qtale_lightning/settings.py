@@ -68,10 +68,10 @@ class ModelSettings:
         noise_bits: In the second half of training, round the weights of half of the blocks, drawn anew in every step,
             to so many bits. None: of none.
         gates: What a router decides about: a layer (D-LLM), or a sublayer: attention and MLP have a router each, and
-            count by their weights. Two routers of router_width 256 cost what one of 512 does. Not for families whose
-            layers are computed whole (gemma3), nor with keep_kv or stand_in_rank.
+            count by their weights. Two routers of router_width 256 cost what one of 512 does. Goes with neither
+            keep_kv nor stand_in_rank.
         keep_kv: A token leaves its keys and values in layers that it skips, too, instead of none. Costs their
-            computation and memory; not for families whose layers are computed whole (gemma3).
+            computation and memory.
         stand_in_rank: Rank of the map that stands in for a layer where tokens skip it, fitted in closed form before
             training, then trained. 0: what skips is left as it is.
         train_all: Train every weight instead of LoRA and routers (for models too small for LoRA).

@@ -75,9 +75,7 @@ def options() -> Options:
             EXPERIMENTS / f"methods/{method}.yaml",
         )
         configs = [part for file in files for part in ("--config", str(file))]
-        whole = model.startswith("gemma3") and method == "qtale-plus"  # whose layers can't keep keys
-        kept = ["--model.keep_kv", "false"] if whole else []
-        return [*configs, *kept, "--data.tasks", "facts", *more]
+        return [*configs, "--data.tasks", "facts", *more]
 
     return choose
 

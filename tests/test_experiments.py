@@ -1,11 +1,13 @@
 """Every experiment file parses into a run that can start, without data or weights."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from qtale_lightning.architectures import ARCHITECTURES
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.data import CommonsenseDataModule
 from qtale_lightning.module import QTALEModule
@@ -43,8 +45,9 @@ def test_model_and_method_make_a_run(
     assert cli.run.root == Path("somewhere") / f"{model}-{method}-facts-s0"
 
 
-def test_keys_that_layers_cannot_keep_are_refused(options: Options) -> None:
-    given = options("gemma3-270m", "qtale-plus", "--model.keep_kv", "true")
+def test_keys_that_layers_cannot_keep_are_refused(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "gemma3_text", replace(ARCHITECTURES["gemma3_text"], fused=False))
+    given = options("gemma3-270m", "qtale-plus")
     with pytest.raises(ValueError, match=r"layers are computed whole: give --model\.keep_kv false"):
         QTALECLI(given, "fit")
 

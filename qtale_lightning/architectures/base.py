@@ -62,8 +62,8 @@ class Architecture:
         head_norms: A layer's norms over a head's width.
         biases: Linears with a bias, each with the configuration's field that says so, or True.
         norm_offset: What norms add to their stored weight: 1 in a family that stores its difference from 1.
-        fused: Whether norms, MLP and attention are LLaMA's but for what is declared here, so that our faster
-            operations and the attention in `models.fused` compute them.
+        fused: Whether attention and MLP are LLaMA's but for what is declared here, so that `models.fused` computes
+            them; its norms, too, where `norm_offset` is 0.
     """
 
     model_type: str
@@ -97,6 +97,11 @@ class Architecture:
         return next(
             m.previous for m in self.mappings if m.block == mapping.block and m.previous in self.norms
         )
+
+    @property
+    def norm_before_mlp(self) -> str:
+        """The one that the MLP reads the residual stream through."""
+        return next(self.norm_of(mapping) for mapping in self.mappings if mapping.block == "mlp")
 
     def shapes(self, config: Any) -> dict[str, tuple[int, int]]:
         """Weight shapes `(out, in)` of a layer's linears by name, from the fields of Hugging Face's configurations."""

@@ -24,7 +24,6 @@ GEMMA3 = Architecture(
     head_norms=("self_attn.q_norm", "self_attn.k_norm"),
     biases={f"self_attn.{name}": "attention_bias" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     norm_offset=1.0,
-    fused=False,
     models={
         "gemma3-270m": KnownModel(
             sizes(262144, 640, 2048, 18, 4, 1, head_dim=256, sliding_window=512, tie_word_embeddings=True),

@@ -8,7 +8,7 @@ from torch import nn
 from qtale_lightning.architectures import architecture_of, window
 from qtale_lightning.models.attention import ATTENTION
 from qtale_lightning.models.config import RoutedConfig
-from qtale_lightning.models.fused import FASTER, FusedLayer
+from qtale_lightning.models.fused import FASTER, FusedLayer, FusedRMSNorm
 from qtale_lightning.models.linear import RoutedLinear
 from qtale_lightning.models.routed_layer import RoutedLayer, attach_router
 from qtale_lightning.models.stand_in import StandIn
@@ -29,7 +29,9 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
     """
     family = architecture_of(config)
     faster: dict[str, Any] = {
-        family.causal_lm.replace("ForCausalLM", part): ours for part, ours in FASTER.items() if family.fused
+        family.causal_lm.replace("ForCausalLM", part): ours
+        for part, ours in FASTER.items()
+        if family.fused and not (family.norm_offset and ours is FusedRMSNorm)
     }
     units = len(config.unit_shares)
     routed = (SublayersLayer if units > 1 else FusedLayer) if family.fused else RoutedLayer
@@ -51,6 +53,7 @@ def attach_routers(model: Any, config: RoutedConfig) -> None:
             is_last=index == config.num_hidden_layers - 1,
             window=window(config, index),
         )
+        layer.norm_before_mlp, layer.norms_behind = family.norm_before_mlp, family.norms_behind
         if units > 1:
             layer.mlp.router = routers[1]
     for module in model.modules():

@@ -5,6 +5,7 @@ and all that follows them, only for the tokens that are asked for. It is for fam
 they declare (`Architecture.fused`); the layer that these are held to is Hugging Face's own, in `RoutedLayer`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ class FusedMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape ``(..., D)`` from ``(..., D)``."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.config.hidden_act == "silu" and cpu.ready(gate, up) and gate.shape[-1] % cpu.LANES == 0:
+        silu = getattr(self.config, "hidden_act", None) == "silu"
+        if silu and cpu.ready(gate, up) and gate.shape[-1] % cpu.LANES == 0:
             return self.down_proj(cpu.swiglu(gate, up))
         return self.down_proj(self.act_fn(gate) * up)
 
@@ -87,12 +89,17 @@ class FusedAttention(nn.Module):
 
 
 class FusedLayer(RoutedLayer):
-    """A routed layer that computes the asked tokens alone behind its keys and values."""
+    """A routed layer that computes the asked tokens alone behind its keys and values.
+
+    Attributes:
+        norm_before_mlp, norms_behind: Names of norms, as the family declares them.
+    """
 
     input_layernorm: nn.Module
     self_attn: FusedAttention
-    post_attention_layernorm: nn.Module
     mlp: nn.Module
+    norm_before_mlp: str
+    norms_behind: Mapping[str, str]
     prunes = True
 
     def execute(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Attention) -> Tensor:
@@ -104,11 +111,17 @@ class FusedLayer(RoutedLayer):
     ) -> Tensor:
         """``x + attn(norm(x))``, ``(B, T', D)`` of the asked tokens, from ``(B, T, D)``."""
         attention = self.self_attn(self.input_layernorm(hidden_states), rotary, attend)
-        return attend.asked(hidden_states) + attention
+        return attend.asked(hidden_states) + self._normed("self_attn", attention)
 
     def add_mlp(self, hidden_states: Tensor) -> Tensor:
         """``y + mlp(norm(y))``, ``(B, T, D)`` from ``(B, T, D)``."""
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed = self.get_submodule(self.norm_before_mlp)(hidden_states)
+        return hidden_states + self._normed("mlp", self.mlp(normed))
+
+    def _normed(self, block: str, output: Tensor) -> Tensor:
+        """What joins the residual stream of a block's output, ``(B, T, D)`` from ``(B, T, D)``."""
+        norm = self.norms_behind.get(block)
+        return output if norm is None else self.get_submodule(norm)(output)
 
     def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:
         """Leave keys and values, of tokens ``(B, T, D)`` that skip the layer."""

@@ -51,7 +51,7 @@ def parts_of(model: Any, dtype: torch.dtype) -> list[Parts] | None:
 def _parts(layer: FusedLayer, dtype: torch.dtype) -> Parts | None:
     """A layer's; None where something about it isn't known."""
     attention: Any = layer.self_attn
-    norms: list[Any] = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms: list[Any] = [layer.input_layernorm, layer.get_submodule(layer.norm_before_mlp)]
     head_norms: list[Any] = [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
     linears: list[Any] = [
         layer.get_submodule(f"{block}.{name}") for block, names in _LINEARS.items() for name in names

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -199,14 +198,8 @@ def test_a_window_that_begins_to_bind_while_decoding(
 
 
 @torch.no_grad()
-def test_keys_and_values_that_are_kept(family: Family, make: Make, batch: dict[str, Tensor]) -> None:
-    """Masked, packed and cached execution agree, beyond the window, too; or the family is refused."""
-    if not ARCHITECTURES[family].fused:
-        with pytest.raises(
-            StrictDataclassError, match=r"keep_kv: layers of .* compute all of a token or nothing"
-        ):
-            make(keep_kv=True)
-        return
+def test_keys_and_values_that_are_kept(make: Make, batch: dict[str, Tensor]) -> None:
+    """Masked, packed and cached execution agree, beyond the window, too."""
     model = make(keep_kv=True)
     expected = model(**batch, routing=Routing(execution="masked")).logits
     seen = RoutedCache()
