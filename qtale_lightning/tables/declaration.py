@@ -42,8 +42,10 @@ EngineName = Annotated[str, AfterValidator(lambda name: engines.find(name).name)
 class Cell(Declared):
     """What is evaluated of one method: the options that its runs differ in, and at which bits, engines and θ.
 
-    Its decisions may be perturbed, by options of a :class:`~qtale_lightning.routing.perturbation.Perturbation`. Lines
-    of one `group` can be compared with each other (see `Declaration.compare`).
+    Its decisions may be perturbed, by options of a :class:`~qtale_lightning.routing.perturbation.Perturbation`. Its
+    runs may begin with what those of another line, of the method full, have learned: `after` names it; and they are
+    taught by those, where their options ask for distillation. Lines of one `group` can be compared with each other (see
+    `Declaration.compare`).
     """
 
     name: str
@@ -56,6 +58,7 @@ class Cell(Declared):
     bits_schedule: Annotated[str, AfterValidator(lambda text: str(Schedule.read(text)))] = ""
     data: list[str] = Field(default_factory=list)
     group: str = ""
+    after: str = ""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -108,6 +111,7 @@ class Line:
         options: What its runs are started with besides method, data and seed.
         varied: Those of the options of which the declaration has several values.
         data: Empty: what the command line says.
+        after: The line whose runs its own begin with; empty: with the base model.
     """
 
     name: str
@@ -121,6 +125,12 @@ class Line:
     data: tuple[str, ...]
     group: str
     bits_schedule: str = ""
+    after: str = ""
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What its runs have in common, but for data and seed."""
+        return self.method, self.options, self.after
 
     @property
     def setting(self) -> str:
@@ -134,6 +144,7 @@ class Line:
         return (
             self.name,
             self.options,
+            self.after,
             self.bits,
             self.engine,
             self.theta if isinstance(self.theta, float) else None,
@@ -188,13 +199,34 @@ class Declaration(Declared):
             return None
         return next((one for one in self.lines if (one.name, one.bits) == (line.theta.like, line.bits)), None)
 
+    def source(self, line: Line) -> Line | None:
+        """The line whose runs those of this one begin with."""
+        return next((one for one in self.lines if one.name == line.after), None)
+
+    def level(self, line: Line) -> int:
+        """How many other lines have to come before it, one after the other."""
+        needed = [one for one in (self.like(line), self.source(line)) if one is not None]
+        return 1 + max(map(self.level, needed)) if needed else 0
+
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:
         lines = self.lines
         for key, count in Counter(line.key for line in lines).items():
             if count > 1:
                 raise ValueError(
-                    f"{count} lines are the same: {key[0]!r} at {key[2]:g} bits; give them other names"
+                    f"{count} lines are the same: {key[0]!r} at {key[3]:g} bits; give them other names"
+                )
+        for line in lines:
+            named = [one for one in lines if line.after and one.name == line.after]
+            if line.after and (
+                {one.method for one in named} != {"full"} or {one.data for one in named} != {line.data}
+            ):
+                raise ValueError(
+                    f"cell {line.name!r}: after {line.after!r} must name a line of the method full on the same data"
+                )
+            if len({one.kind for one in named}) > 1 or any(one.after for one in named):
+                raise ValueError(
+                    f"cell {line.name!r}: after {line.after!r} must name a line of one run a seed"
                 )
         for line in lines:
             if not isinstance(line.theta, BudgetRule) or line.theta.like is None:
@@ -253,6 +285,7 @@ def _lines(cell: Cell) -> list[Line]:
                         data=tuple(cell.data),
                         group=cell.group,
                         bits_schedule=cell.bits_schedule,
+                        after=cell.after,
                     )
                 )
     return lines

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from qtale_lightning import digests
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.data.asking import Asking
 from qtale_lightning.evaluation.options import SweepOptions
@@ -97,7 +98,13 @@ def known_runs(out: Path) -> dict[str, Path]:
 
 
 def resolve(
-    request: Request, base: Sequence[Path], line: Line, data: str, seed: int, known: dict[str, Path]
+    request: Request,
+    base: Sequence[Path],
+    line: Line,
+    data: str,
+    seed: int,
+    known: dict[str, Path],
+    begun: TableRun | None = None,
 ) -> TableRun:
     """A line's run for one seed: its configuration resolved, checked and found among those that are there.
 
@@ -105,6 +112,11 @@ def resolve(
 
     A new run goes to `<out>/<model>-<method>-<data>-s<seed>`; with options of its line, or where that folder holds
     another configuration, to a folder of their own below `out`.
+
+    Args:
+        base: The table's.
+        known: Of `known_runs`; what is new is added.
+        begun: The run that it begins with, where the line says so.
 
     Raises:
         ValueError: The configuration can't work.
@@ -115,18 +127,24 @@ def resolve(
     for key, value in line.options:
         arguments += [f"--{key}", _argument(value)]
     arguments += ["--data.tasks", data, "--seed_everything", str(seed)]
-    cli = QTALECLI([*arguments, "--out", str(request.out)], "python -m qtale_lightning fit")
-    cli.check()
-    cli.check_training()
-    cli.pin_base()
+    cli = _parsed(arguments, request.out)
+    if begun is not None:
+        start = ["--model.path", str(begun.directory.model())]
+        start += ["--model.teacher", str(begun.directory.root)] if cli.model.lambdas["distillation"] else []
+        cli = _parsed([*arguments, *start], request.out) if begun.finished else cli
+        arguments += start
     if cli.model.path is not None and cli.model.revision is not None:
         arguments += ["--model.revision", cli.model.revision]  # a branch may move before the run starts
     keys = _identities(cli)
+    if (
+        begun is not None and not begun.finished
+    ):  # what it begins with isn't there, so that its content says nothing
+        keys = [digests.of([key, begun.identity]) for key in keys]
     key = next((key for key in keys if key in known), keys[0])
     if key in known:
         root = known[key]
     else:
-        root = _folder(request.out, _variant(line.options), cli.run.root.name, key)
+        root = _folder(request.out, _variant(line), cli.run.root.name, key)
         known[key] = root
     return TableRun(
         directory=RunDirectory(root),
@@ -145,6 +163,15 @@ def resolve(
         flops=training_flops(cli),
         asking=cli.datamodule.asking,
     )
+
+
+def _parsed(arguments: Sequence[str], out: Path) -> QTALECLI:
+    """What `fit` would make of its arguments, checked."""
+    cli = QTALECLI([*arguments, "--out", str(out)], "python -m qtale_lightning fit")
+    cli.check()
+    cli.check_training()
+    cli.pin_base()
+    return cli
 
 
 def _identities(cli: QTALECLI) -> list[str]:
@@ -166,8 +193,9 @@ def _folder(out: Path, variant: str, name: str, key: str) -> Path:
     return out / "-".join(part for part in (variant, key[:8]) if part) / name
 
 
-def _variant(options: Sequence[tuple[str, Option]]) -> str:
-    """Name of the folder of runs that differ in these options; empty without options."""
+def _variant(line: Line) -> str:
+    """Name of the folder of runs that differ in a line's options, and in what they begin with; empty without any."""
+    options = [*line.options, *([("after", line.after.replace("/", "-"))] if line.after else [])]
     return "-".join(f"{key.removeprefix('model.')}={_argument(value)}" for key, value in options)
 
 

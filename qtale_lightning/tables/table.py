@@ -58,12 +58,15 @@ class Table:
     def _resolved(self) -> dict[tuple[object, ...], TableRun]:
         known = known_runs(self.request.out)
         found: dict[tuple[object, ...], TableRun] = {}
+        in_order = sorted(self.lines, key=self.declaration.level)
         for seed in self.request.seeds:
-            for line in self.lines:
+            for line in in_order:
                 for data in self.data_of(line):
                     key = self._key(line, data, seed)
                     if key not in found:  # parsing a configuration takes a third of a second
-                        found[key] = resolve(self.request, self.base, line, data, seed, known)
+                        source = self.declaration.source(line)
+                        begun = None if source is None else found[self._key(source, data, seed)]
+                        found[key] = resolve(self.request, self.base, line, data, seed, known, begun)
                     if line.bits_schedule:
                         found[key].asking.check_written(line.bits_schedule)
         return found
@@ -78,7 +81,7 @@ class Table:
 
     @staticmethod
     def _key(line: Line, data: str, seed: int) -> tuple[object, ...]:
-        return line.method, line.options, data, seed
+        return line.kind, data, seed
 
     @cached_property
     def runs(self) -> list[TableRun]:
@@ -87,13 +90,16 @@ class Table:
 
     @cached_property
     def stages(self) -> list[list[TableRun]]:
-        """Every run once, by seed: those that others take their budgets from, and then the others."""
-        liked = {
-            (other.method, other.options) for line in self.lines if (other := self.declaration.like(line))
-        }
-        first = {run.identity: run for key, run in self._resolved.items() if key[:2] in liked}
-        others = {run.identity: run for run in self._resolved.values() if run.identity not in first}
-        return [list(stage.values()) for stage in (first, others) if stage]
+        """Every run once, by seed; before it, in an earlier stage, those that it takes a budget from or begins with."""
+        levels: dict[object, int] = {}
+        for line in self.lines:
+            levels[line.kind] = max(levels.get(line.kind, 0), self.declaration.level(line))
+        of_runs: dict[str, tuple[int, TableRun]] = {}
+        for (kind, *_), run in self._resolved.items():
+            level, _ = of_runs.get(run.identity, (0, run))
+            of_runs[run.identity] = max(level, levels[kind]), run
+        ordered = sorted({level for level, _ in of_runs.values()})
+        return [[run for level, run in of_runs.values() if level == stage] for stage in ordered]
 
     def demand(self, line: Line, data: str, seed: int) -> Demand | None:
         """What a line asks of its run; None where it goes by a line that has no row yet."""

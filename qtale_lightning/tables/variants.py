@@ -66,14 +66,14 @@ def find_variants(table: Table, data: str) -> list[Variant]:
     found: dict[tuple[object, ...], Variant] = {}
     used: set[str] = set()
     for line in table.lines:
-        if (line.method, line.options) in found or data not in table.data_of(line):
+        if line.kind in found or data not in table.data_of(line):
             continue
         runs = [table.run_of(line, data, seed) for seed in table.request.seeds]
         runs = [run for run in runs if run.finished]
         if runs and runs[0].identity not in used:
             used.add(runs[0].identity)
             results = [load_results(run.directory.root) for run in runs]
-            found[line.method, line.options] = Variant(line, data, runs, results)
+            found[line.kind] = Variant(line, data, runs, results)
     return list(found.values())
 
 

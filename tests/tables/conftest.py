@@ -13,6 +13,8 @@ import yaml
 from qtale_lightning.cli import QTALECLI
 from qtale_lightning.digests import of_model, of_split
 from qtale_lightning.launching import Job, Local
+from qtale_lightning.models.families import routed_config
+from qtale_lightning.models.sources import base_config, load_tokenizer
 from qtale_lightning.quantization.options import QuantizationOptions
 from qtale_lightning.results.fingerprints import FORMAT, Fingerprint, fingerprint, made
 from qtale_lightning.results.origin import origin
@@ -109,7 +111,12 @@ class FakeCommands:
             "num_hidden_layers": LAYERS, "num_key_value_heads": 2, "head_dim": 32, "start_layer": 2,
             "router_width": 32 if METHODS[cli.model.method].decides else None, "method": cli.model.method,
         }  # fmt: skip
-        (run.model() / "config.json").write_text(json.dumps(config))
+        if (cli.model.name, cli.model.method) == ("tiny", "full"):  # other runs may begin with it
+            whole = routed_config(base_config("tiny"), start_layer=LAYERS, method="full")
+            whole.save_pretrained(run.model())
+            load_tokenizer("tiny").save_pretrained(run.model())
+        else:
+            (run.model() / "config.json").write_text(json.dumps(config))
         (run.root / "metrics.csv").write_text("step,train/flip_ratio\n1,0.3\n2,\n3,0.2\n")
         (run.root / "results.md").write_text("done")
         quantization = cli.quantization

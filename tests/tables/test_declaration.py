@@ -58,6 +58,17 @@ def test_lists_of_perturbations_are_lines(declared: Declared) -> None:
             HEAD + "  - {name: a, method: qtale, theta: {rule: budget, like: b}}\n",
             "like 'b' must name one line that skips layers at 16 bits",
         ),
+        (HEAD + "  - {name: a, method: qtale, theta: 0.5, after: b}\n", "after 'b' must name a line of the method"),
+        (
+            HEAD + "  - {name: b, method: full, options: {model.lr: [0.1, 0.2]}}\n"
+            "  - {name: a, method: qtale, theta: 0.5, after: b}\n",
+            "after 'b' must name a line of one run a seed",
+        ),
+        (
+            HEAD + "  - {name: b, method: full, data: [alpaca]}\n"
+            "  - {name: a, method: qtale, theta: 0.5, after: b}\n",
+            "after 'b' must name a line of the method full on the same data",
+        ),
         (HEAD + "  - {name: a, method: full, perturb: {noise: 1}}\n", "perturb: the method full has no θ"),
         (HEAD + "  - {name: a, method: qtale, theta: 0.5, perturb: {nois: 1}}\n", "perturb.nois: there is no such"),
         (HEAD + "  - {name: a, method: qtale, theta: 0.5, perturb: {noise: -1}}\n", "--noise -1.0: must be >= 0"),

@@ -132,3 +132,46 @@ def test_a_run_of_the_same_configuration_is_used_again(
     assert commands.kinds() == ["fit"] * 3, "another configuration is another run"
     roots = {file.parent.name for file in (tmp_path / "out").glob("*/*/config.yaml")}
     assert roots == {f"tiny-{method}-facts-s0" for method in ("full", "dllm", "qtale")}
+
+
+@pytest.mark.slow
+def test_runs_that_begin_with_others_come_after_them(
+    arguments: Arguments, declared: Callable[[str], Path], commands: Any, tmp_path: Path
+) -> None:
+    """Declared first, started second; known again by what they began with, and others where that is another."""
+    text = (
+        "title: t\ncells:\n  - {name: a, method: qtale, bits: [16], theta: 0.5, after: b, "
+        "options: {model.distillation: 1}}\n  - {name: b, method: full, bits: [16]}\n"
+    )
+    file = declared(text)
+    given = [str(file), *arguments("mine")[1:]]
+    table(given, commands)
+    first, second = commands.started
+    full = tmp_path / "out" / "tiny-full-facts-s0"
+    assert first[first.index("--out") + 1] == str(full.parent)
+    assert second[second.index("--model.path") + 1] == str(full / "model")
+    assert second[second.index("--model.teacher") + 1] == str(full)
+    assert (tmp_path / "out" / "distillation=1-after=b" / "tiny-qtale-facts-s0" / "results.json").is_file()
+    commands.started.clear()
+    table(given, commands)
+    assert commands.started == []
+    config = json.loads((full / "model" / "config.json").read_text())
+    (full / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    table(given, commands)
+    again = [command for command in commands.started if command[0] == "fit"]
+    assert len(again) == 1, "what it began with is another now"
+    assert "--model.teacher" in again[0]
+
+
+@pytest.mark.slow
+def test_without_distillation_nobody_teaches(
+    arguments: Arguments, declared: Callable[[str], Path], commands: Any
+) -> None:
+    text = (
+        "title: t\ncells:\n  - {name: b, method: full, bits: [16]}\n"
+        "  - {name: a, method: qtale, bits: [16], theta: 0.5, after: b}\n"
+    )
+    file = declared(text)
+    table([str(file), *arguments("mine")[1:]], commands)
+    assert "--model.path" in commands.started[1]
+    assert "--model.teacher" not in commands.started[1]
