@@ -63,7 +63,7 @@ def export(
         model.save_pretrained(folder)
         module.tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_model_card(run, module), encoding="utf-8")
-    log.info("exported %s (merging moved logits by %.2g at most)", run.model(), drift)
+    log.info("exported %s (merging moved a token's logits by %.2g at most)", run.model(), drift)
 
 
 def _model_card(run: RunDirectory, module: QTALEModule) -> str:

@@ -110,3 +110,20 @@ def test_folding_layer_by_layer_is_folding_all(monkeypatch: pytest.MonkeyPatch) 
         "qtale_lightning.stages.merging.fold_lora", lambda layer: layer.self_attn.o_proj.weight.data.zero_()
     )
     assert merge(module, torch.float32)[1] > 1e-2
+
+
+@pytest.mark.parametrize(("moved", "sound"), [(slice(5, 6), True), (slice(0, 20), False)])
+def test_a_single_token_does_not_condemn_a_fold(moved: slice, sound: bool) -> None:
+    """Rounding moves a token of huge states further than all others; what isn't sound moves them all."""
+    module = QTALEModule(name="tiny", train_all=False, router_width=16)
+    module.configure_model()
+    module.eval()
+    calls = []
+
+    def disturb(layer: torch.nn.Module, given: object, output: torch.Tensor) -> torch.Tensor:
+        calls.append(output)
+        return output.index_add(1, torch.arange(32)[moved], output[:, moved]) if len(calls) == 2 else output
+
+    module.model.model.layers[-1].self_attn.register_forward_hook(disturb)
+    assert (merge(module, torch.float32)[1] < 1e-4) == sound
+    assert len(calls) == 2
