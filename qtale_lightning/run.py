@@ -30,8 +30,8 @@ FREE_TRAINER_KEYS = {
 }
 
 
-# Where the base model and the rows lie is free, too, where it is known by content what they were.
-_PLACES = (("model", "path"), ("data", "root"))
+# Where the base model, a teacher and the rows lie is free, too, where it is known by content what they were.
+_PLACES = (("model", "path"), ("model", "teacher"), ("data", "root"))
 # Options that older runs don't say: what these values mean is what they did.
 _ADDED: tuple[tuple[str, str, Any], ...] = (
     ("model", "lambda_prediction", 0.0),

@@ -169,7 +169,7 @@ class RoutedCacheLayer(CacheLayerMixin):
             index = index.to(self.keys.device)
             if self.noted:
                 self.recall()  # of the sequences as they are
-            self.keys, self.values = self.keys[index], self.values[index]
+            self.keys, self.values = (part[index].contiguous() for part in (self.keys, self.values))
             if self.places is not None:
                 self.places = self.places[index]
             self.lengths = tuple(self.lengths[i] for i in index.tolist())

@@ -27,13 +27,13 @@ class RoutedLinear(nn.Linear):
         # In inference mode PyTorch would copy the weight for every row of a strided batch: of a prompt's last position,
         # the whole vocabulary's.
         x = x.contiguous()
-        if 0 < x.numel() <= cpu.few_tokens(x.dtype) * self.in_features and self._is_ours(x):
+        if x.numel() and self._is_ours(x) and x.numel() <= cpu.few_tokens(x.dtype) * self.in_features:
             self._settle()
             return cpu.dense_linear(x, self.weight, self.bias)
         return super().forward(x)
 
     def _settle(self) -> None:
-        """Have the weight in huge pages, from the first token that is decoded on."""
+        """Have the weight in huge pages, from the first product of few tokens on."""
         if self._settled != self.weight.data_ptr():
             huge_pages.settle(self.weight)
             self._settled = self.weight.data_ptr()

@@ -9,7 +9,7 @@ from qtale_lightning import cpu
 
 
 def _up_to_round(count: int) -> int:
-    """How many are missing to the next round number; none where products are ours."""
+    """How many are missing to the next round number; none where bfloat16's products are ours: theirs are oneDNN's."""
     return -count % (1 if count <= cpu.few_tokens() else 16 if count <= 128 else 32)
 
 

@@ -149,9 +149,9 @@ def check_source(name: str, path: str | None = None, revision: str | None = None
     with source.loading():
         config = AutoConfig.from_pretrained(folder, **source.options)
     if isinstance(config, RoutedConfig):
-        if config.routed_layers:
+        if config.method != "full":
             raise ValueError(
-                f"{source} (--model.path) holds a model of the method {config.method}, whose decisions would be lost: "
+                f"{source} (--model.path) holds a model of the method {config.method}, which skips or drops layers: "
                 "give what it was trained from, or the exported model of a run of the method full"
             )
         config = plain_config(config)

@@ -40,8 +40,6 @@ def table(given: Asked, launch: Launcher | None = None) -> None:
     except SystemExit:
         console.print("stopped; the same command goes on where this one was")
         raise
-    if any(line.after for line in asked.lines):  # whose runs are known by what those before them are now
-        asked = _table(given)
     found = content(asked, given.command("table"), executor.failures)
     before = _read(_folder(asked) / "table.json")
     page, *_ = write_table(found, _folder(asked))

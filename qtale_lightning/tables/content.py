@@ -18,6 +18,7 @@ from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.columns import ColumnOf, columns_of, heading
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.diversity import added_nll
+from qtale_lightning.tables.runs import recorded_identity
 from qtale_lightning.tables.table import Answer, Table, commit_of
 
 Failures = dict[Any, str]
@@ -93,7 +94,7 @@ def _row(
         "name": line.name,
         "method": line.method,
         "setting": line.setting,
-        "options": dict(line.options),
+        "options": dict(line.options) | ({"after": line.after} if line.after else {}),
         "perturbation": line.perturbation.record,
         "bits": line.bits,
         "engine": line.engine,
@@ -168,7 +169,7 @@ def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
         "run": str(root.relative_to(table.request.out)),
         "data": answer.run.data,
         "seed": seed,
-        "configuration": answer.run.identity[:12],
+        "configuration": recorded_identity(root)[:12],
         "commit": commit_of(answer.results),
         "command": answer.results["run"]["command"],
         "row": {key: row[key] for key in keys},  # type: ignore[literal-required]

@@ -203,10 +203,18 @@ class Declaration(Declared):
         """The line whose runs those of this one begin with."""
         return next((one for one in self.lines if one.name == line.after), None)
 
-    def level(self, line: Line) -> int:
-        """How many other lines have to come before it, one after the other."""
-        needed = [one for one in (self.like(line), self.source(line)) if one is not None]
-        return 1 + max(map(self.level, needed)) if needed else 0
+    def level(self, kind: tuple[object, ...], *needing: tuple[object, ...]) -> int:
+        """How many other kinds of runs have to come before one, each before the next: whose budgets its lines take, and
+        with which it begins. Those that need each other stand side by side.
+        """
+        others = (
+            other.kind
+            for line in self.lines
+            for other in (self.like(line), self.source(line))
+            if line.kind == kind and other is not None
+        )
+        needed = {*others} - {kind, *needing}
+        return 1 + max(self.level(other, kind, *needing) for other in needed) if needed else 0
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:

@@ -65,6 +65,11 @@ class Executor:
     def _steps(self, run: TableRun, demands: Demands) -> Steps:
         """All that a run is missing; it is asked anew after each command, since it depends on what was measured."""
         self._later.pop(run.directory.root, None)
+        if run.begun is not None and not run.begun.finished:
+            reason = f"{run.begun.directory.root}, with which it begins, isn't finished"
+            console.print(f"  failed: {run.directory.root}: {reason}")
+            self.failures.setdefault(run.directory.root, reason)
+            return
         tried: set[tuple[str, ...]] = set()
         broken: set[str] = set()  # engines that couldn't quantize: nothing of theirs can be evaluated
         while missing := [

@@ -137,9 +137,7 @@ def _layers(table: Table, variants: list[Variant], title: str) -> Figure | None:
     for name, (bits, engine) in precisions(table).items():
         for variant in variants:
             for line in table.lines:
-                same = (line.method, line.options, line.bits, line.engine) == (
-                    variant.line.method, variant.line.options, bits, engine,
-                )  # fmt: skip
+                same = (line.kind, line.bits, line.engine) == (variant.line.kind, bits, engine)
                 if not same or variant.curve in panels.get(name, {}):
                     continue
                 rows = [

@@ -34,6 +34,7 @@ class TableRun:
         steps: Optimizer steps of its training.
         flops: Of its training, about.
         asking: How its questions are answered.
+        begun: The run that it begins with; None: it begins with the base model.
     """
 
     directory: RunDirectory
@@ -47,6 +48,7 @@ class TableRun:
     steps: int
     flops: float
     asking: Asking
+    begun: "TableRun | None" = None
 
     @property
     def finished(self) -> bool:
@@ -89,12 +91,20 @@ def known_runs(out: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for file in sorted([*out.glob("*/config.yaml"), *out.glob("*/*/config.yaml")]):
-        config = RunDirectory(file.parent).read_config()
-        run = load_or_new(file.parent).get("run")
-        # Older runs don't say what they were made from: it is taken for what lies there now.
-        made_from = (run.get("made_from") if run else None) or origin(config)
-        found.setdefault(identity(config, made_from), file.parent)
+        found.setdefault(recorded_identity(file.parent), file.parent)
     return found
+
+
+def recorded_identity(root: Path) -> str:
+    """A run's, by what its folder says.
+
+    Raises:
+        DamagedFileError: as `known_runs`.
+    """
+    config = RunDirectory(root).read_config()
+    run = load_or_new(root).get("run")
+    # Older runs don't say what they were made from: it is taken for what lies there now.
+    return identity(config, (run.get("made_from") if run else None) or origin(config))
 
 
 def resolve(
@@ -116,7 +126,8 @@ def resolve(
     Args:
         base: The table's.
         known: Of `known_runs`; what is new is added.
-        begun: The run that it begins with, where the line says so.
+        begun: The run that it begins with, where the line says so. While that isn't finished, what would be read of it
+            isn't checked, nor can its content make this run known again.
 
     Raises:
         ValueError: The configuration can't work.
@@ -127,19 +138,18 @@ def resolve(
     for key, value in line.options:
         arguments += [f"--{key}", _argument(value)]
     arguments += ["--data.tasks", data, "--seed_everything", str(seed)]
-    cli = _parsed(arguments, request.out)
+    waits, start = begun is not None and not begun.finished, list[str]()
     if begun is not None:
-        start = ["--model.path", str(begun.directory.model())]
-        start += ["--model.teacher", str(begun.directory.root)] if cli.model.lambdas["distillation"] else []
-        cli = _parsed([*arguments, *start], request.out) if begun.finished else cli
-        arguments += start
-    if cli.model.path is not None and cli.model.revision is not None:
+        start += ["--model.path", str(begun.directory.model()), "--model.revision", "null"]
+        if dict(line.options).get("model.distillation"):
+            start += ["--model.teacher", str(begun.directory.root)]
+    cli = _parsed([*arguments, *(["--model.distillation", "0"] if waits else start)], request.out)
+    arguments += start
+    if begun is None and cli.model.path is not None and cli.model.revision is not None:
         arguments += ["--model.revision", cli.model.revision]  # a branch may move before the run starts
     keys = _identities(cli)
-    if (
-        begun is not None and not begun.finished
-    ):  # what it begins with isn't there, so that its content says nothing
-        keys = [digests.of([key, begun.identity]) for key in keys]
+    if begun is not None and waits:
+        keys = [digests.of([key, begun.identity, line.options]) for key in keys]
     key = next((key for key in keys if key in known), keys[0])
     if key in known:
         root = known[key]
@@ -162,6 +172,7 @@ def resolve(
         steps=optimizer_steps(cli),
         flops=training_flops(cli),
         asking=cli.datamodule.asking,
+        begun=begun,
     )
 
 

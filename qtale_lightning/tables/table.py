@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from qtale_lightning.experiments import names
 from qtale_lightning.results.schema import Evaluation, Results
@@ -55,10 +56,10 @@ class Table:
         return self.declaration.base_of(model)
 
     @cached_property
-    def _resolved(self) -> dict[tuple[object, ...], TableRun]:
+    def _resolved(self) -> dict[tuple[Any, ...], TableRun]:
         known = known_runs(self.request.out)
-        found: dict[tuple[object, ...], TableRun] = {}
-        in_order = sorted(self.lines, key=self.declaration.level)
+        found: dict[tuple[Any, ...], TableRun] = {}
+        in_order = sorted(self.lines, key=lambda line: self.declaration.level(line.kind))
         for seed in self.request.seeds:
             for line in in_order:
                 for data in self.data_of(line):
@@ -80,7 +81,7 @@ class Table:
         return self._resolved[self._key(line, data, seed)]
 
     @staticmethod
-    def _key(line: Line, data: str, seed: int) -> tuple[object, ...]:
+    def _key(line: Line, data: str, seed: int) -> tuple[Any, ...]:
         return line.kind, data, seed
 
     @cached_property
@@ -91,9 +92,9 @@ class Table:
     @cached_property
     def stages(self) -> list[list[TableRun]]:
         """Every run once, by seed; before it, in an earlier stage, those that it takes a budget from or begins with."""
-        levels: dict[object, int] = {}
-        for line in self.lines:
-            levels[line.kind] = max(levels.get(line.kind, 0), self.declaration.level(line))
+        levels = {
+            kind: self.declaration.level(kind) for kind in dict.fromkeys(line.kind for line in self.lines)
+        }
         of_runs: dict[str, tuple[int, TableRun]] = {}
         for (kind, *_), run in self._resolved.items():
             level, _ = of_runs.get(run.identity, (0, run))

@@ -29,15 +29,19 @@ class Variant:
     @property
     def label(self) -> str:
         """Such as "QTALE, λ₂ = 2"."""
-        setting = setting_of(self.line.options)
-        return method_of(self.line.method).title + (f", {setting}" if setting else "")
+        parts = [method_of(self.line.method).title, setting_of(self.line.options), _after(self.line)]
+        return ", ".join(filter(None, parts))
 
     @property
     def curve(self) -> str:
         """What it is a part of where ratios are compared: without θ, each run has one point of its method's curve."""
         others = [(key, value) for key, value in self.line.options if key != TARGET]
         method = method_of(self.line.method)
-        return self.label if method.theta else ", ".join(filter(None, [method.title, setting_of(others)]))
+        return (
+            self.label
+            if method.theta
+            else ", ".join(filter(None, [method.title, setting_of(others), _after(self.line)]))
+        )
 
     def rows(self, bits: float, engine: str) -> list[list[Evaluation]]:
         """Validation rows at every θ (one for all layers) that all seeds have; by execution ratio."""
@@ -55,6 +59,10 @@ class Variant:
             if all(alike):
                 groups.append([found[0] for found in alike])
         return sorted(groups, key=lambda group: statistics.fmean(row["execution_ratio"] for row in group))
+
+
+def _after(line: Line) -> str:
+    return f"after {line.after}" if line.after else ""
 
 
 def find_variants(table: Table, data: str) -> list[Variant]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qtale_lightning import cpu
 from qtale_lightning.models.cache import RoutedCache, RoutedCacheLayer
 from qtale_lightning.models.packing import Packing
 
@@ -92,6 +93,28 @@ def test_a_repeated_sequence_does_not_share_its_buffer() -> None:
     cache.batch_repeat_interleave(2)
     append(layer, kept * 2, torch.tensor([[True], [False]]), generator)
     assert layer.lengths == (5, 4)
+
+
+@torch.no_grad()
+def test_the_shorter_sequences_go_on_where_the_longest_is_dropped() -> None:
+    """A prompt's keys are views of rows; what is kept of them is decoded with."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(2, 4, 2, 32, generator=generator).transpose(1, 2) for _ in range(2)]
+    layer = RoutedCache().layer(0)
+    layer.update(*rows, Packing.of(torch.tensor([[True] * 4, [True, True, False, False]])))
+    layer.select(torch.tensor([1]))
+    assert layer.lengths == (2,)
+    new = [torch.randn(1, 1, heads, 32, generator=generator) for heads in (4, 2, 2)]
+    if not cpu.ready(*new):
+        pytest.skip("our CPU operations weren't built here")
+    found = layer.attend_next(*new, Packing.of(torch.ones(1, 1, dtype=torch.bool)), 0.1)
+    keys, values = (
+        torch.cat([part[1:, :, :2], one.transpose(1, 2)], 2) for part, one in zip(rows, new[1:], strict=True)
+    )
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        new[0].transpose(1, 2), keys, values, scale=0.1, enable_gqa=True
+    )
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_a_layer_that_nobody_has_executed_follows_reordering() -> None:

@@ -108,3 +108,20 @@ def test_a_token_of_the_wrong_width_is_refused() -> None:
     _, routed = pair(torch.bfloat16)
     with pytest.raises(RuntimeError, match="shapes"):
         routed(tokens(1).view(1, 2, INPUTS // 2))  # as many numbers as one token has
+
+
+@torch.no_grad()
+def test_a_compiled_linear_is_pytorchs(products: list[Tensor]) -> None:
+    plain, routed = pair(torch.bfloat16, True)
+    x = tokens(2, 4)
+    assert torch.equal(torch.compile(routed, backend="eager", fullgraph=True)(x), plain(x))
+    assert not products
+
+
+def test_on_another_device_nothing_is_asked_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither that its operations be compiled, nor what it can."""
+    monkeypatch.setattr(cpu, "available", pytest.fail)
+    monkeypatch.setattr(cpu, "few_tokens", pytest.fail)
+    _, routed = pair(torch.float32, True)
+    with torch.no_grad():
+        assert routed.to("meta")(tokens(2, 4).to("meta")).device.type == "meta"

@@ -121,7 +121,7 @@ def test_a_routed_base_is_refused(tmp_path: Path) -> None:
     routed_config(base_config("tiny"), method="dllm", start_layer=2).save_pretrained(tmp_path)
     for refuse in (check_source, load_base):
         with pytest.raises(
-            ValueError, match=r"a model of the method dllm, whose decisions would be lost: give"
+            ValueError, match=r"a model of the method dllm, which skips or drops layers: give"
         ):
             refuse("tiny", str(tmp_path))
 

@@ -109,3 +109,15 @@ def test_the_declared_tables_are_the_issues(monkeypatch: pytest.MonkeyPatch) -> 
     assert {line.method for line in like} == {"dllm"}
     assert all(fairness.like(line).name == "QTALE" for line in like)  # type: ignore[union-attr]
     assert 0.005 in {line.theta for line in fairness.lines}
+
+
+def test_kinds_of_runs_come_in_the_order_of_their_needs(declared: Declared) -> None:
+    """z takes the budget of a line of qtale, another line of which takes that of dllm."""
+    text = HEAD + (
+        "  - {name: z, method: qtale-plus, theta: {rule: budget, like: a}, after: f}\n"
+        "  - {name: a, method: qtale, theta: 0.5}\n  - {name: b, method: qtale, theta: {rule: budget, like: w}}\n"
+        "  - {name: w, method: dllm, theta: 0.5}\n  - {name: f, method: full}\n"
+    )
+    found = load_declaration(declared(text))
+    levels = {line.method: found.level(line.kind) for line in found.lines}
+    assert levels == {"dllm": 0, "full": 0, "qtale": 1, "qtale-plus": 2}

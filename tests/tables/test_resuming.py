@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qtale_lightning.experiments import find
 from qtale_lightning.results.store import load_results, save_results
 from tests.tables.files import folder, table
 
@@ -134,44 +135,68 @@ def test_a_run_of_the_same_configuration_is_used_again(
     assert roots == {f"tiny-{method}-facts-s0" for method in ("full", "dllm", "qtale")}
 
 
+TAUGHT = (
+    "title: t\ncells:\n  - {name: a, method: METHOD, bits: [16], THETAafter: b, options: {model.distillation: 1}}\n"
+    "  - {name: b, method: full, bits: [16]}\n"
+)
+
+
+@pytest.fixture(params=["qtale", "static"])
+def taught(
+    request: pytest.FixtureRequest, arguments: Arguments, declared: Callable[[str], Path]
+) -> list[str]:
+    """A table of a line that is declared before the one that its runs begin with."""
+    theta = "theta: 0.5, " if request.param == "qtale" else ""
+    text = TAUGHT.replace("METHOD", request.param).replace("THETA", theta)
+    return [str(declared(text)), *arguments("mine")[1:]]
+
+
 @pytest.mark.slow
 def test_runs_that_begin_with_others_come_after_them(
-    arguments: Arguments, declared: Callable[[str], Path], commands: Any, tmp_path: Path
+    taught: list[str], commands: Any, tmp_path: Path
 ) -> None:
-    """Declared first, started second; known again by what they began with, and others where that is another."""
-    text = (
-        "title: t\ncells:\n  - {name: a, method: qtale, bits: [16], theta: 0.5, after: b, "
-        "options: {model.distillation: 1}}\n  - {name: b, method: full, bits: [16]}\n"
-    )
-    file = declared(text)
-    given = [str(file), *arguments("mine")[1:]]
-    table(given, commands)
+    """They are known again, wherever they lie, and others where what they began with is another."""
+    table(taught, commands)
     first, second = commands.started
     full = tmp_path / "out" / "tiny-full-facts-s0"
     assert first[first.index("--out") + 1] == str(full.parent)
     assert second[second.index("--model.path") + 1] == str(full / "model")
     assert second[second.index("--model.teacher") + 1] == str(full)
-    assert (tmp_path / "out" / "distillation=1-after=b" / "tiny-qtale-facts-s0" / "results.json").is_file()
+    (made,) = (tmp_path / "out" / "distillation=1-after=b").glob("tiny-*-facts-s0/results.json")
+    page = (folder(taught, "mine") / "table.json").read_bytes()
     commands.started.clear()
-    table(given, commands)
+    table(taught, commands)
     assert commands.started == []
-    config = json.loads((full / "model" / "config.json").read_text())
-    (full / "model" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
-    table(given, commands)
-    again = [command for command in commands.started if command[0] == "fit"]
-    assert len(again) == 1, "what it began with is another now"
-    assert "--model.teacher" in again[0]
+    assert (folder(taught, "mine") / "table.json").read_bytes() == page
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    moved = [str(tmp_path / "moved") if part == str(tmp_path / "out") else part for part in taught]
+    table(moved, commands)
+    assert commands.started == []
+    config = tmp_path / "moved" / full.name / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
+    table(moved, commands)
+    assert [command[0] for command in commands.started if "--model.teacher" in command] == ["fit"]
+    assert made.parent.name
+
+
+@pytest.mark.slow
+def test_what_begins_with_a_failed_run_is_not_started(
+    taught: list[str], commands: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands.fails = (str(find(Path("experiments/methods/full.yaml"))),)
+    with pytest.raises(SystemExit):
+        table(taught, commands)
+    assert commands.kinds() == ["fit"]
+    assert "with which it begins, isn't finished" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_without_distillation_nobody_teaches(
     arguments: Arguments, declared: Callable[[str], Path], commands: Any
 ) -> None:
-    text = (
-        "title: t\ncells:\n  - {name: b, method: full, bits: [16]}\n"
-        "  - {name: a, method: qtale, bits: [16], theta: 0.5, after: b}\n"
-    )
-    file = declared(text)
+    text = TAUGHT.replace("METHOD", "qtale").replace("THETA", "theta: 0.5, ")
+    file = declared(text.replace(", options: {model.distillation: 1}", ""))
     table([str(file), *arguments("mine")[1:]], commands)
-    assert "--model.path" in commands.started[1]
-    assert "--model.teacher" not in commands.started[1]
+    second = commands.started[1]
+    assert "--model.path" in second
+    assert "--model.teacher" not in second
