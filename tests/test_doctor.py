@@ -176,6 +176,7 @@ def test_weights_in_the_cache(tmp_path: Path) -> None:
 def test_weights_to_download(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering() as address:
         monkeypatch.setattr(constants, "ENDPOINT", address)
+        monkeypatch.setattr(doctor, "free_disk", lambda folder: 2**36)
         found = find("llama2-7b", "--data.tasks", "piqa")
         assert found["weights of llama2-7b"].mark == found["rows of piqa"].mark == "ok"
         assert "12.55 GiB to download" in found["weights of llama2-7b"].found

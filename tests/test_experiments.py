@@ -45,10 +45,16 @@ def test_model_and_method_make_a_run(
     assert cli.run.root == Path("somewhere") / f"{model}-{method}-facts-s0"
 
 
-def test_keys_that_layers_cannot_keep_are_refused(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "more", "off"),
+    [("qtale-plus", (), "keep_kv false"), ("qtale", ("--model.gates", "sublayer"), "gates layer")],
+)
+def test_what_whole_layers_cannot_do_is_refused(
+    options: Options, monkeypatch: pytest.MonkeyPatch, method: str, more: tuple[str, ...], off: str
+) -> None:
     monkeypatch.setitem(ARCHITECTURES, "gemma3_text", replace(ARCHITECTURES["gemma3_text"], fused=False))
-    given = options("gemma3-270m", "qtale-plus")
-    with pytest.raises(ValueError, match=r"layers are computed whole: give --model\.keep_kv false"):
+    given = options("gemma3-270m", method, *more)
+    with pytest.raises(ValueError, match=rf"layers are computed whole: give --model\.{off}"):
         QTALECLI(given, "fit")
 
 

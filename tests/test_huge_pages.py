@@ -58,6 +58,15 @@ def test_parameters_are_moved_in_place() -> None:
     assert torch.equal(twin.weight, before)
 
 
+def test_a_parameter_that_inference_has_moved_is_trained() -> None:
+    linear = nn.Linear(16, 16)
+    with torch.inference_mode():
+        huge_pages.settle(linear.weight)
+    assert bool(linear.weight.isfinite().all())
+    linear(torch.ones(1, 16, requires_grad=True)).sum().backward()
+    assert torch.equal(linear.weight.grad, torch.ones(16, 16))
+
+
 def test_memory_that_others_see_is_left_alone() -> None:
     whole = torch.zeros(2, 16, 16)
     part = nn.Parameter(whole[1])  # as in sharded training

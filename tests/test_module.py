@@ -325,12 +325,7 @@ def test_options_are_taken_as_a_configuration_has_them() -> None:
         ({**objective("static"), "stand_in_rank": 8}, "static skips nothing by tokens"),
         ({"stand_in_rank": -1}, "--model.stand_in_rank -1"),
         ({**objective("full"), "keep_kv": True}, "--model.keep_kv: method full skips nothing by tokens"),
-        (
-            {"name": "gemma3-270m", "keep_kv": True},
-            "gemma3-270m is of a family whose layers are computed whole",
-        ),
         ({**objective("static"), "gates": "sublayer"}, "--model.gates sublayer: method static skips nothing"),
-        ({"name": "gemma3-270m", "gates": "sublayer"}, "--model.gates sublayer: gemma3-270m is of a family"),
         ({"gates": "sublayer", "keep_kv": True}, "--model.gates sublayer doesn't go with --model.keep_kv"),
         ({"gates": "sublayer", "stand_in_rank": 4}, "doesn't go with --model.stand_in_rank"),
         ({**objective("full"), "ratio_ascent": 0.1}, "full has no ratio loss, so --model.ratio_ascent"),
