@@ -36,9 +36,8 @@ def placed(tensor: Tensor) -> Tensor:
 
 def settle(parameter: Tensor) -> None:
     """Move a parameter's data into huge pages, unless others see its memory, too: views of it, or other processes."""
-    with torch.inference_mode(
-        False
-    ):  # in that mode its data would be, too, and nothing could be trained behind it
+    # In inference mode its data would be made for that alone, and nothing could be trained behind it.
+    with torch.inference_mode(False):
         data = parameter.detach()
         alone = data.untyped_storage().nbytes() == data.numel() * data.element_size()
         if type(data) is Tensor and alone and not data.is_shared() and not data.is_inference():

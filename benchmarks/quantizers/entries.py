@@ -80,7 +80,7 @@ def entries(args: Namespace, judge: Judge) -> list[Entry]:
         ]
     if args.nested:
         options = _options(args, {"engine": "nested", "options": {"steps": args.steps}})
-        found += [_nested(judge, options, number, args.steps) for number in range(len(judge.sets))]
+        found += [_nested(judge, options, number) for number in range(len(judge.sets))]
     if args.peers:
         found += [
             Entry("auto-round", (bits,), number, partial(_peer, args, judge, bits, number), steps=args.steps)
@@ -115,6 +115,11 @@ def _options(args: Namespace, more: Mapping[str, Any]) -> QuantizationOptions:
     return QuantizationOptions(group_size=args.group_size, **more)
 
 
+def _steps(options: QuantizationOptions) -> int:
+    """Of an engine that learns; 0 of others."""
+    return int((options.options or {}).get("steps", 0))
+
+
 def _sets(args: Namespace, judge: Judge, name: str, bits: float) -> Iterator[int]:
     compared = name in COMPARED or name.endswith(STEPS)
     compared = compared and bits in (*args.autoawq_bits, *args.signround_bits)
@@ -135,10 +140,10 @@ def _searched(judge: Judge, name: str, options: QuantizationOptions, bits: float
         return rows
 
     also = (f"{name}, norm kept",) if options.refits else ()
-    return Entry(name, (bits,), number, run, also, int((options.options or {}).get("steps", 0)))
+    return Entry(name, (bits,), number, run, also, _steps(options))
 
 
-def _nested(judge: Judge, options: QuantizationOptions, number: int, steps: int) -> Entry:
+def _nested(judge: Judge, options: QuantizationOptions, number: int) -> Entry:
     """Of the engine nested, one folder of whose bits each is a model."""
     widest = options.declared.holds
 
@@ -154,7 +159,9 @@ def _nested(judge: Judge, options: QuantizationOptions, number: int, steps: int)
             rows.append(judge.row(quantized, bits, "nested", number, cost))
         return rows
 
-    return Entry("nested", tuple(sorted(find("nested").widths, reverse=True)), number, run, steps=steps)
+    return Entry(
+        "nested", tuple(sorted(find("nested").widths, reverse=True)), number, run, steps=_steps(options)
+    )
 
 
 def _peer(args: Namespace, judge: Judge, bits: int, number: int) -> Rows:

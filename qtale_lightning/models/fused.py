@@ -115,13 +115,13 @@ class FusedLayer(RoutedLayer):
 
     def add_mlp(self, hidden_states: Tensor) -> Tensor:
         """``y + mlp(norm(y))``, ``(B, T, D)`` from ``(B, T, D)``."""
-        normed = self.get_submodule(self.norm_before_mlp)(hidden_states)
+        normed = getattr(self, self.norm_before_mlp)(hidden_states)
         return hidden_states + self._normed("mlp", self.mlp(normed))
 
     def _normed(self, block: str, output: Tensor) -> Tensor:
         """What joins the residual stream of a block's output, ``(B, T, D)`` from ``(B, T, D)``."""
         norm = self.norms_behind.get(block)
-        return output if norm is None else self.get_submodule(norm)(output)
+        return output if norm is None else getattr(self, norm)(output)
 
     def remember(self, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], attend: Packed) -> None:
         """Leave keys and values, of tokens ``(B, T, D)`` that skip the layer."""

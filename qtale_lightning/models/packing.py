@@ -56,9 +56,8 @@ class Packing:
         else:
             # Decoding makes a packing in every layer, and a sum over one token would be most of its time.
             totals = executing.squeeze(1).long() if length == 1 else executing.sum(1)
-            counts = tuple(
-                totals.tolist()
-            )  # on a GPU the one thing that a layer waits for: its products' shapes
+            # On a GPU the one thing that a layer waits for: its products' shapes.
+            counts = tuple(totals.tolist())
         longest, shortest = max(counts), min(counts)
         if shortest == length or longest == 0:
             return cls(counts)
@@ -137,9 +136,7 @@ class Subset:
         if packing.index is None:
             nothing = executing.new_zeros(0, dtype=torch.int64)
             return cls(packing, nothing, nothing)
-        if (
-            whole.index is None and whole.length
-        ):  # all tokens execute: places among them are those in the batch
+        if whole.index is None:  # all tokens execute: places among them are those in the batch
             places, ranks = packing.index, packing.index % executing.shape[1]
         else:
             places = executing.flatten().cumsum(0)[packing.index] - 1

@@ -18,7 +18,6 @@ from qtale_lightning.tables.bold import Side, difference, is_better
 from qtale_lightning.tables.columns import ColumnOf, columns_of, heading
 from qtale_lightning.tables.declaration import Line
 from qtale_lightning.tables.diversity import added_nll
-from qtale_lightning.tables.runs import recorded_identity
 from qtale_lightning.tables.table import Answer, Table, commit_of
 
 Failures = dict[Any, str]
@@ -169,7 +168,7 @@ def _source(table: Table, seed: int, answer: Answer) -> dict[str, Any]:
         "run": str(root.relative_to(table.request.out)),
         "data": answer.run.data,
         "seed": seed,
-        "configuration": recorded_identity(root)[:12],
+        "configuration": answer.run.recorded[:12],
         "commit": commit_of(answer.results),
         "command": answer.results["run"]["command"],
         "row": {key: row[key] for key in keys},  # type: ignore[literal-required]

@@ -7,6 +7,7 @@ every combination: each is a `Line` of the table, and needs one run a seed.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -169,7 +170,7 @@ class Declaration(Declared):
     paper: list[PaperValue] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
 
-    @property
+    @cached_property
     def lines(self) -> list[Line]:
         """All lines, in the declaration's order."""
         return [line for cell in self.cells for line in _lines(cell)]
@@ -203,18 +204,22 @@ class Declaration(Declared):
         """The line whose runs those of this one begin with."""
         return next((one for one in self.lines if one.name == line.after), None)
 
-    def level(self, kind: tuple[object, ...], *needing: tuple[object, ...]) -> int:
-        """How many other kinds of runs have to come before one, each before the next: whose budgets its lines take, and
-        with which it begins. Those that need each other stand side by side.
+    @cached_property
+    def levels(self) -> dict[tuple[object, ...], int]:
+        """By kind of runs, how many others have to come before, each before the next: those whose budgets its lines
+        take, and that it begins with. Those that need each other stand side by side.
         """
-        others = (
-            other.kind
-            for line in self.lines
-            for other in (self.like(line), self.source(line))
-            if line.kind == kind and other is not None
-        )
-        needed = {*others} - {kind, *needing}
-        return 1 + max(self.level(other, kind, *needing) for other in needed) if needed else 0
+        needed: dict[tuple[object, ...], set[tuple[object, ...]]] = {line.kind: set() for line in self.lines}
+        for line in self.lines:
+            needed[line.kind] |= {
+                other.kind for other in (self.like(line), self.source(line)) if other is not None
+            }
+
+        def level(kind: tuple[object, ...], *needing: tuple[object, ...]) -> int:
+            before = needed[kind] - {kind, *needing}
+            return 1 + max(level(other, kind, *needing) for other in before) if before else 0
+
+        return {kind: level(kind) for kind in needed}
 
     @model_validator(mode="after")
     def _refers_to_what_is_there(self) -> Self:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from qtale_lightning import digests
@@ -49,6 +49,11 @@ class TableRun:
     flops: float
     asking: Asking
     begun: "TableRun | None" = None
+
+    @cached_property
+    def recorded(self) -> str:
+        """Its identity by what its folder says, once it is finished: before, one that waits for another has none."""
+        return recorded_identity(self.directory.root)
 
     @property
     def finished(self) -> bool:

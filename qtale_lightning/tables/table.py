@@ -59,7 +59,7 @@ class Table:
     def _resolved(self) -> dict[tuple[Any, ...], TableRun]:
         known = known_runs(self.request.out)
         found: dict[tuple[Any, ...], TableRun] = {}
-        in_order = sorted(self.lines, key=lambda line: self.declaration.level(line.kind))
+        in_order = sorted(self.lines, key=lambda line: self.declaration.levels[line.kind])
         for seed in self.request.seeds:
             for line in in_order:
                 for data in self.data_of(line):
@@ -92,13 +92,10 @@ class Table:
     @cached_property
     def stages(self) -> list[list[TableRun]]:
         """Every run once, by seed; before it, in an earlier stage, those that it takes a budget from or begins with."""
-        levels = {
-            kind: self.declaration.level(kind) for kind in dict.fromkeys(line.kind for line in self.lines)
-        }
         of_runs: dict[str, tuple[int, TableRun]] = {}
         for (kind, *_), run in self._resolved.items():
             level, _ = of_runs.get(run.identity, (0, run))
-            of_runs[run.identity] = max(level, levels[kind]), run
+            of_runs[run.identity] = max(level, self.declaration.levels[kind]), run
         ordered = sorted({level for level, _ in of_runs.values()})
         return [[run for level, run in of_runs.values() if level == stage] for stage in ordered]
 

@@ -9,7 +9,7 @@ from qtale_lightning.results.schema import Evaluation, Results
 from qtale_lightning.results.series import own_rows
 from qtale_lightning.results.store import load_results, same_theta
 from qtale_lightning.routing import method_of
-from qtale_lightning.tables.declaration import Line, setting_of
+from qtale_lightning.tables.declaration import Line, Option, setting_of
 from qtale_lightning.tables.plots import Point
 from qtale_lightning.tables.runs import TableRun
 from qtale_lightning.tables.table import Table
@@ -29,19 +29,17 @@ class Variant:
     @property
     def label(self) -> str:
         """Such as "QTALE, λ₂ = 2"."""
-        parts = [method_of(self.line.method).title, setting_of(self.line.options), _after(self.line)]
-        return ", ".join(filter(None, parts))
+        return self._titled(self.line.options)
 
     @property
     def curve(self) -> str:
         """What it is a part of where ratios are compared: without θ, each run has one point of its method's curve."""
         others = [(key, value) for key, value in self.line.options if key != TARGET]
-        method = method_of(self.line.method)
-        return (
-            self.label
-            if method.theta
-            else ", ".join(filter(None, [method.title, setting_of(others), _after(self.line)]))
-        )
+        return self.label if method_of(self.line.method).theta else self._titled(others)
+
+    def _titled(self, options: Sequence[tuple[str, Option]]) -> str:
+        after = f"after {self.line.after}" if self.line.after else ""
+        return ", ".join(filter(None, [method_of(self.line.method).title, setting_of(options), after]))
 
     def rows(self, bits: float, engine: str) -> list[list[Evaluation]]:
         """Validation rows at every θ (one for all layers) that all seeds have; by execution ratio."""
@@ -59,10 +57,6 @@ class Variant:
             if all(alike):
                 groups.append([found[0] for found in alike])
         return sorted(groups, key=lambda group: statistics.fmean(row["execution_ratio"] for row in group))
-
-
-def _after(line: Line) -> str:
-    return f"after {line.after}" if line.after else ""
 
 
 def find_variants(table: Table, data: str) -> list[Variant]:

@@ -119,5 +119,5 @@ def test_kinds_of_runs_come_in_the_order_of_their_needs(declared: Declared) -> N
         "  - {name: w, method: dllm, theta: 0.5}\n  - {name: f, method: full}\n"
     )
     found = load_declaration(declared(text))
-    levels = {line.method: found.level(line.kind) for line in found.lines}
+    levels = {line.method: found.levels[line.kind] for line in found.lines}
     assert levels == {"dllm": 0, "full": 0, "qtale": 1, "qtale-plus": 2}

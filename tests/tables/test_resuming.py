@@ -162,7 +162,8 @@ def test_runs_that_begin_with_others_come_after_them(
     assert first[first.index("--out") + 1] == str(full.parent)
     assert second[second.index("--model.path") + 1] == str(full / "model")
     assert second[second.index("--model.teacher") + 1] == str(full)
-    (made,) = (tmp_path / "out" / "distillation=1-after=b").glob("tiny-*-facts-s0/results.json")
+    made = (tmp_path / "out" / "distillation=1-after=b").glob("tiny-*-facts-s0/results.json")
+    assert len([*made]) == 1
     page = (folder(taught, "mine") / "table.json").read_bytes()
     commands.started.clear()
     table(taught, commands)
@@ -176,7 +177,6 @@ def test_runs_that_begin_with_others_come_after_them(
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.1}))
     table(moved, commands)
     assert [command[0] for command in commands.started if "--model.teacher" in command] == ["fit"]
-    assert made.parent.name
 
 
 @pytest.mark.slow
