@@ -1,7 +1,10 @@
 """What a run needs of memory, from its configuration alone; held to a run of LLaMA-2-7B in benchmarks/README.md."""
 
+from collections.abc import Mapping
 from types import SimpleNamespace
+from typing import Any
 
+from qtale_lightning.architectures import architecture_of
 from qtale_lightning.configuration import RunConfiguration
 from qtale_lightning.evaluation import cost
 
@@ -29,23 +32,39 @@ def training_bytes(run: RunConfiguration, width: int) -> float:
     tokens = min(run.datamodule.max_length, 128)
     frozen = max(0, cost.parameter_counts(run.model.shape).total - trainable) * width
     batch = run.datamodule.batch_size * tokens
-    return frozen + 16 * trainable + batch * activation_bytes(run.model.shape, tokens, width)
+    lora = {} if run.model.train_all else run.model.lora_options
+    return frozen + 16 * trainable + batch * activation_bytes(run.model.shape, tokens, width, lora)
 
 
-def activation_bytes(config: SimpleNamespace, length: int, width: int) -> float:
+def activation_bytes(config: SimpleNamespace, length: int, width: int, lora: Mapping[str, Any]) -> float:
     """What a token of a sequence of `length` leaves for the backward pass, in all layers.
 
-    In each, of the hidden width D: 10 numbers in float32 (residual stream, norms, LoRA's dropout), and in mixed
-    precision 3 in bfloat16; of the inner width: gate, up and their product; for each head and key of masked attention:
-    scores, probabilities and what eviction leaves of them, of which mixed precision keeps two in float32; of the
-    router's width: 4 in float32.
+    In each, of the hidden width D: 6 numbers in float32 (residual stream, norms), of which mixed precision has one in
+    bfloat16; of the inner width: gate, up and their product; for each head and key of masked attention: scores,
+    probabilities and what eviction leaves of them, of which mixed precision keeps two in float32; of the router's
+    width: 4 in float32. And what LoRA keeps (with its dropout at the output): the inputs of its projections, once where
+    they share one, in float32 of its rank, and a byte for each output.
     """
     low = width == 2
-    hidden = (46 if low else 40) * config.hidden_size
+    hidden = (22 if low else 24) * config.hidden_size
     inner = 3 * width * config.intermediate_size
     scores = (10 if low else 12) * config.num_attention_heads * length
     routers = 16 * (config.router_width or 0) * len(cost.routed_layers(config)) / config.num_hidden_layers
-    return config.num_hidden_layers * (hidden + inner + scores + routers)
+    return config.num_hidden_layers * (hidden + inner + scores + routers + _lora_bytes(config, width, lora))
+
+
+def _lora_bytes(config: SimpleNamespace, width: int, lora: Mapping[str, Any]) -> int:
+    """What LoRA keeps of a token in a layer for the backward pass."""
+    family, total = architecture_of(config), 0
+    for mapping in family.mappings:  # its linears share an input
+        shapes = [family.shapes(config)[name] for name in mapping.linears if _named(name, lora)]
+        total += width * max((inputs for _, inputs in shapes), default=0)
+        total += sum(outputs + 4 * lora["rank"] for outputs, _ in shapes)
+    return total
+
+
+def _named(linear: str, lora: Mapping[str, Any]) -> bool:
+    return linear.rpartition(".")[2] in lora.get("targets", ())
 
 
 def quantizing_bytes(run: RunConfiguration, width: int) -> float:

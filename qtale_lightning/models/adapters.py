@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class DroppedOutput(Linear):
@@ -17,11 +18,55 @@ class DroppedOutput(Linear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
-            for name in self.active_adapters:
-                change = self.lora_B[name](self.lora_A[name](x.float())) * self.scaling[name]
-                result = result + self.lora_dropout[name](change).to(result.dtype)
+        for name in self.active_adapters:
+            down, up = self.lora_A[name].weight, self.lora_B[name].weight
+            drop = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+            result = result + _Change.apply(x, down, up, self.scaling[name], drop, result.dtype)
         return result
+
+
+class _Change(torch.autograd.Function):
+    """scaling · dropout(B(Ax)) in float32, where PyTorch's own operations would keep x and the dropout in float32, too.
+
+    With LoRA of every projection that is most of what a step keeps, and dropout as PyTorch has it a third of its time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, down: Tensor, up: Tensor, scaling: float, drop: float, dtype: torch.dtype
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            low = x.float() @ down.T * (scaling / (1 - drop))
+            change = low @ up.T
+        keep = _kept(change, drop) if drop else None
+        ctx.save_for_backward(x, down, up, low, keep)
+        ctx.scale = scaling / (1 - drop)
+        return (change if keep is None else change.mul_(keep)).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, down, up, low, keep = ctx.saved_tensors
+        (grad,) = grads
+        grad = grad.float() if keep is None else grad.to(torch.float32, copy=True).mul_(keep)
+        with torch.autocast(x.device.type, enabled=False):
+            of_low = grad @ up * ctx.scale
+            of_x = (of_low @ down).to(x.dtype) if ctx.needs_input_grad[0] else None
+            rows = of_low.flatten(0, -2)
+            of_down, of_up = rows.T @ x.flatten(0, -2).float(), grad.flatten(0, -2).T @ low.flatten(0, -2)
+        return of_x, of_down, of_up, None, None, None
+
+
+def _kept(x: Tensor, drop: float) -> Tensor:
+    """Which numbers of x dropout keeps, 0 or 1 in its shape, with probability 1 − drop."""
+    keep = torch.empty_like(
+        x, dtype=torch.uint8
+    )  # with which a CPU multiplies five times as fast as with bool
+    if not x.is_cpu:
+        return keep.bernoulli_(1 - drop)
+    # There `bernoulli_` draws one number at a time. Four of 16 bits come out of one draw; drop is right to 2⁻¹⁷.
+    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    return torch.ge(draws.view(torch.int16)[: x.numel()].view_as(x), round(drop * 2**16) - 2**15, out=keep)
 
 
 def add_lora(
