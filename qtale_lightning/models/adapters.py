@@ -66,7 +66,8 @@ def _kept(x: Tensor, drop: float) -> Tensor:
         return keep.bernoulli_(1 - drop)
     # There `bernoulli_` draws one number at a time. Four of 16 bits come out of one draw; drop is right to 2⁻¹⁶.
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    return torch.ge(draws.view(torch.int16)[: x.numel()].view_as(x), round(drop * (2**16 - 1)) - 2**15, out=keep)
+    draws = draws.view(torch.int16)[: x.numel()].view_as(x)
+    return torch.ge(draws, round(drop * (2**16 - 1)) - 2**15, out=keep)
 
 
 def add_lora(
