@@ -46,11 +46,13 @@ class Asking:
                 f"--data.shots {self.shots}: there are no examples for {', '.join(self.tasks)}; only tasks with "
                 "choices have them"
             )
-        unlisted = [task for task in chosen if not TASKS[task].lists_choices(self.prompt_style)]
-        if self.answers == "generated" and (unlisted or not chosen):
+        blank = [
+            name for name in chosen if TASKS[name].blank and not TASKS[name].lists_choices(self.prompt_style)
+        ]
+        if self.answers == "generated" and (blank or not chosen):
             raise ValueError(
-                f"--data.answers generated is for tasks with choices that the prompt lists, which "
-                f"{', '.join(unlisted or self.tasks)} has not: give --data.prompt_style choice, or leave it out"
+                "--data.answers generated is for tasks with choices that can be written behind the prompt, which "
+                f"{', '.join(blank or self.tasks)} has not: give --data.prompt_style choice, or leave it out"
             )
 
     def encode(
@@ -102,8 +104,7 @@ class Asking:
         if not set(self.metrics().values()) & {*GENERATED_METRICS}:
             raise ValueError(
                 f"the schedule {schedule} is of answers in writing, but those of {', '.join(self.tasks)} are "
-                "scored: give --data.answers generated and --data.prompt_style choice, or tasks whose answers are "
-                "written, such as samsum"
+                "scored: give --data.answers generated, or tasks whose answers are written, such as samsum"
             )
 
     def new_tokens(self, task: str) -> int:

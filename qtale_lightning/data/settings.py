@@ -22,7 +22,7 @@ class DataSettings:
         shots: Examples before each scored question of a task with choices: its first dev rows
             (<root>/<task>/dev.jsonl) where it has such a split, else its first training rows.
         answers: How validation questions with choices are answered: scored (by log-likelihood) or generated (the model
-            writes; what can't be read is wrong).
+            writes a choice's label, or its text, which the cloze style doesn't show; what can't be read is wrong).
         max_new_tokens: Tokens of the longest generated answer. None: the task's own limit, 16 where choices are given.
         generations: Validation rows of each task measured by perplexity whose generated answer is kept with the run.
         batch_size: Sequences in a batch of one device.

@@ -84,16 +84,17 @@ def save_answers(
     lines = []
     for index, text in sorted(texts.items()):
         question = questions[index]
+        names = question.labels or question.choices
         line: dict[str, Any] = {
             "task": question.task,
             "index": index,
             "prompt": tokenizer.decode(list(question.contexts[0]), skip_special_tokens=True),
-            "reference": (question.labels or question.choices)[question.label],
+            "reference": names[question.label],
             "generated": text,
         }
-        if question.labels:
+        if len(question.choices) > 1:
             read = read_answer(text, question.labels, question.choices)
-            line["read"] = None if read is None else question.labels[read]
+            line["read"] = None if read is None else names[read]
         lines.append(json.dumps(line, ensure_ascii=False))
     path = run_dir / FOLDER / predictions_file(run_dir, row).name
     with writing(run_dir, path) as temporary:

@@ -97,6 +97,7 @@ class Task:
         header: What stands before all else, examples too.
         template: The one wording that it is asked in, in words. Empty: --data.prompt_style says which.
         new_tokens: Tokens that a generated answer may have.
+        blank: In `cloze` choices fill a blank of the context, so that none can be written behind it.
 
     Raises:
         ValueError: It has no wording, or no rows to train on.
@@ -114,6 +115,7 @@ class Task:
     generate: Callable[[Split, int], list[Question]] | None = None
     template: str = ""
     new_tokens: int = 16
+    blank: bool = False
 
     def __post_init__(self) -> None:
         if self.cloze is None and self.choice is None:

@@ -37,5 +37,6 @@ register(
         parse=_parse,
         cloze=_partial_evaluation,
         choice=_choice,
+        blank=True,
     )
 )

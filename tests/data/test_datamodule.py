@@ -100,7 +100,10 @@ def local_root(tmp_path: Path) -> Path:
             {"tasks": "alpaca,samsum", "shots": 5},
             "--data.shots 5: there are no examples for alpaca, samsum; only",
         ),
-        ({"tasks": "mmlu,facts", "answers": "generated"}, "facts has not: give --data.prompt_style choice"),
+        (
+            {"tasks": "winogrande,facts", "answers": "generated"},
+            "winogrande has not: give --data.prompt_style choice",
+        ),
         ({"tasks": "samsum", "answers": "generated"}, "samsum has not"),
     ],
 )

@@ -14,7 +14,7 @@ from qtale_lightning.tables import command
 from qtale_lightning.tables.request import Asked
 
 # What some declared tables need of a run's options: `phases` is of answers that are written.
-NEEDED = {"phases": ("--data.answers", "generated", "--data.prompt_style", "choice")}
+NEEDED = {"phases": ("--data.answers", "generated")}
 
 
 def asked(name: str, arguments: Sequence[str]) -> Asked:
