@@ -159,3 +159,10 @@ def test_reading_numbers(text: str, read: int | None) -> None:
 
 def test_a_text_of_two_choices_is_none() -> None:
     assert read_answer("iron", LETTERS, ("iron", "Iron.", "wood", "wool")) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "read"), [("Wool.", 3), ("wood\nor wool", 2), ("A", None), ("wood wool", None)]
+)
+def test_reading_choices_that_the_prompt_doesnt_list(text: str, read: int | None) -> None:
+    assert read_answer(text, (), CHOICES) == read

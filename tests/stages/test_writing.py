@@ -118,27 +118,25 @@ def test_the_page_shows_each_measure_and_which_is_better_when_lower(run: Path) -
     assert (run / "plots" / "accuracy.png").stat().st_size > 0
 
 
-def test_choices_answered_in_writing(run: Path, tmp_path: Path) -> None:
-    """Accuracy of what is read, the share that can't be, and the same questions by log-likelihood beside it."""
+@pytest.mark.parametrize(
+    ("asked", "shown"),
+    [(["--data.tasks", "mmlu"], True), (["--data.tasks", "facts", "--data.root", "null"], False)],
+)
+def test_choices_answered_in_writing(run: Path, tmp_path: Path, asked: list[str], shown: bool) -> None:
+    """Accuracy of what is read, the share that can't be, and the same questions by log-likelihood beside it.
+
+    What is read is a label where the prompt shows the choices, else one's text.
+    """
     run = shutil.copytree(run, tmp_path / "run")  # a row of the same θ is replaced
-    main(
-        [
-            "evaluate",
-            str(run),
-            "--data.tasks",
-            "mmlu",
-            "--data.answers",
-            "generated",
-            "--data.max_new_tokens",
-            "3",
-        ]
-    )
+    few = ["--data.limit_validation", "6", "--data.max_new_tokens", "3"]
+    main(["evaluate", str(run), *asked, "--data.answers", "generated", *few])
     (found,) = [row for row in validation(run) if row["protocol"]["answers"] == "generated"]
-    score = found["accuracy"]["mmlu"]
+    (score,) = found["accuracy"].values()
     assert score["metric"] == "acc_generated"
     assert found["average"] == score["value"]
     lines = written(run, predictions_file(run, found).stem)
     assert len(lines) == score["examples"] == 6
     assert score["unreadable"] == sum(line["read"] is None for line in lines) / 6
     assert score["value"] == sum(line["read"] == line["reference"] for line in lines) / 6
+    assert all((line["reference"] in "ABCD") == shown for line in lines)
     assert "reading" in found["protocol"]["generation"]
