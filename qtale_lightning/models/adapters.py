@@ -28,19 +28,19 @@ class DroppedOutput(Linear):
 class _Change(torch.autograd.Function):
     """scaling · dropout(B(Ax)) in float32, where PyTorch's own operations would keep x and the dropout in float32, too.
 
-    With LoRA of every projection that is most of what a step keeps, and dropout as PyTorch has it a third of its time.
+    With LoRA of every projection that would be half of what a step keeps, and a tenth of its time on a CPU.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, down: Tensor, up: Tensor, scaling: float, drop: float, dtype: torch.dtype
     ) -> Tensor:
+        ctx.scale = scaling / (1 - drop)
         with torch.autocast(x.device.type, enabled=False):
-            low = x.float() @ down.T * (scaling / (1 - drop))
+            low = x.float() @ down.T * ctx.scale
             change = low @ up.T
         keep = _kept(change, drop) if drop else None
         ctx.save_for_backward(x, down, up, low, keep)
-        ctx.scale = scaling / (1 - drop)
         return (change if keep is None else change.mul_(keep)).to(dtype)
 
     @staticmethod
@@ -59,9 +59,8 @@ class _Change(torch.autograd.Function):
 
 def _kept(x: Tensor, drop: float) -> Tensor:
     """Which numbers of x dropout keeps, 0 or 1 in its shape, with probability 1 − drop."""
-    keep = torch.empty_like(
-        x, dtype=torch.uint8
-    )  # with which a CPU multiplies five times as fast as with bool
+    # A CPU multiplies by it five times as fast as by bool.
+    keep = torch.empty_like(x, dtype=torch.uint8)
     if not x.is_cpu:
         return keep.bernoulli_(1 - drop)
     # There `bernoulli_` draws one number at a time. Four of 16 bits come out of one draw; drop is right to 2⁻¹⁶.
