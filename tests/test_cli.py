@@ -135,8 +135,8 @@ def fit(options: Options, tmp_path: Path, refused: Refusal) -> Refusal:
             id="shots of a task without",
         ),
         pytest.param(
-            ("--data.answers", "generated"),
-            ("--data.answers", "facts", "--data.prompt_style choice"),
+            ("--data.tasks", "winogrande", "--data.answers", "generated"),
+            ("--data.answers", "winogrande", "--data.prompt_style choice"),
             id="answers",
         ),
         pytest.param(
