@@ -54,17 +54,16 @@ def activation_bytes(config: SimpleNamespace, length: int, width: int, lora: Map
 
 
 def _lora_bytes(config: SimpleNamespace, width: int, lora: Mapping[str, Any]) -> int:
-    """What LoRA keeps of a token in a layer for the backward pass."""
+    """What LoRA keeps of a token in a layer for the backward pass; nothing where there is none."""
+    if not lora:
+        return 0
     family, total = architecture_of(config), 0
+    shapes = family.shapes(config)
     for mapping in family.mappings:  # its linears share an input
-        shapes = [family.shapes(config)[name] for name in mapping.linears if _named(name, lora)]
-        total += width * max((inputs for _, inputs in shapes), default=0)
-        total += sum(outputs + 4 * lora["rank"] for outputs, _ in shapes)
+        adapted = [shapes[name] for name in mapping.linears if name.rpartition(".")[2] in lora["targets"]]
+        total += width * max((inputs for _, inputs in adapted), default=0)
+        total += sum(outputs + 4 * lora["rank"] for outputs, _ in adapted)
     return total
-
-
-def _named(linear: str, lora: Mapping[str, Any]) -> bool:
-    return linear.rpartition(".")[2] in lora.get("targets", ())
 
 
 def quantizing_bytes(run: RunConfiguration, width: int) -> float:
